@@ -1,0 +1,269 @@
+"""Every configuration of the project: frozen, keyword-only dataclasses that check themselves.
+
+Model fields carry Hugging Face's names (`configs/huggingface.py` maps the files). Units are in the
+names or in the comments: lengths are tokens, sizes are elements, times are seconds.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0, f"{name}={value} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension (arXiv 2309.00071, section 3; `rope_scaling` in config.json).
+
+    `attention_factor=None` derives it: from `mscale` and `mscale_all_dim` where both are given,
+    otherwise 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.factor >= 1, f"rope_scaling factor={self.factor} must be at least 1")
+        _check_positive(self, "original_max_position_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualChunkAttention:
+    """Dual chunk attention (arXiv 2402.17463). Equal to plain RoPE up to `chunk_size` tokens."""
+
+    chunk_size: int
+    local_size: int
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.local_size < self.chunk_size,
+            f"dual chunk attention needs 0 < local_size < chunk_size, got "
+            f"local_size={self.local_size}, chunk_size={self.chunk_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A Qwen2.5 dense transformer; field names are those of its config.json."""
+
+    name: str
+    vocab_size: int  # embedding rows, padding rows included
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int  # tokens
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: Yarn | None = None
+    dual_chunk_attention: DualChunkAttention | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 151643
+    eos_token_ids: tuple[int, ...] = (151643,)
+    pad_token_id: int | None = 151643
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+            "rms_norm_eps", "rope_theta", "initializer_range",
+        )  # fmt: skip
+        _check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}",
+        )
+        _check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            _check(
+                value is None or 0 <= value < self.vocab_size,
+                f"{name}={value} is outside the vocabulary of {self.vocab_size} rows",
+            )
+        for value in self.eos_token_ids:
+            _check(
+                0 <= value < self.vocab_size,
+                f"eos token id {value} is outside the vocabulary of {self.vocab_size} rows",
+            )
+
+    @property
+    def num_query_groups(self) -> int:
+        """Query heads that share one key-value head (G = N / K)."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices per mesh axis inside a slice (ICI) and across slices (DCN); -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    dcn_data: int = 1  # slices over which whole replicas are spread
+
+    def __post_init__(self) -> None:
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        for axis, size in sizes.items():
+            _check(size == -1 or size > 0, f"mesh axis {axis}={size} must be positive, or -1")
+        _check(
+            list(sizes.values()).count(-1) <= 1,
+            f"only one mesh axis may be -1 (take what is left), got {sizes}",
+        )
+        _check_positive(self, "dcn_data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Local text and how it becomes batches.
+
+    A path is a file or a folder (searched recursively): .jsonl and .parquet rows give `text_field`;
+    any other file of `text_suffixes` is one document.
+    """
+
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # one per path: shares of documents drawn; empty: by size
+    eval_paths: tuple[str, ...] = ()  # empty: `eval_fraction` of the documents is held out
+    eval_fraction: float = 0.02
+    tokenizer: str = ""  # folder with tokenizer files, a .tiktoken rank file or a .model
+    text_field: str = "text"
+    text_suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")
+    sequence_length: int = 4096  # tokens a row
+    seed: int = 0
+    shuffle: bool = True
+    worker_count: int = 0  # Grain worker processes; 0 reads in the training process
+    prefetch: int = 16  # rows read ahead
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "sequence_length", "prefetch")
+        _check(
+            not self.weights or len(self.weights) == len(self.paths),
+            f"data.weights has {len(self.weights)} entries for {len(self.paths)} paths; "
+            f"give one per path, or none",
+        )
+        for weight in self.weights:
+            _check(weight > 0, f"data.weights entry {weight} must be greater than 0")
+        _check(
+            0 <= self.eval_fraction < 1,
+            f"data.eval_fraction={self.eval_fraction} must be in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with float32 masters, warm-up, then cosine or warm-up-stable-decay (WSD)."""
+
+    peak_learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 0  # WSD only: length of the last, decaying stretch
+    final_learning_rate_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices and embeddings, not on norms and biases
+    clip_norm: float = 1.0  # global gradient norm
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # first moment; the second is float32
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "peak_learning_rate", "eps", "clip_norm")
+        for name in ("b1", "b2"):
+            _check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        _check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
+        _check(
+            self.schedule != "wsd" or self.decay_steps > 0,
+            "optimizer.schedule=wsd needs optimizer.decay_steps greater than 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When training state is saved and how much of it is kept."""
+
+    every_steps: int = 500
+    keep: int = 3  # newest checkpoints kept
+    keep_every_steps: int = 0  # steps divisible by it are kept for ever; 0: none
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "every_steps", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """One training run. `output` is its home: run again with the same one, it goes on."""
+
+    model: str | Model = "qwen2.5-0.5b"  # a preset's name, or a whole config
+    init_from: str = ""  # Hugging Face folder or native checkpoint; empty: random weights
+    output: str = ""
+    num_steps: int = 1000  # optimizer steps
+    batch_size: int = 8  # sequences a step, over all devices, accumulation included
+    accumulate_steps: int = 1  # parts into which the batch of a step is split
+    seed: int = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["auto", "reference", "cudnn"] = "auto"
+    z_loss: float = 0.0
+    loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
+    log_every_steps: int = 10
+    eval_every_steps: int = 200
+    eval_batches: int = 16
+    profile_steps: tuple[int, int] | None = None  # first and last step of a profiler window
+    spike_factor: float = 3.0  # stop when the loss exceeds this multiple of its running mean
+    spike_patience: int = 5  # ... in so many steps running
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "num_steps", "batch_size", "accumulate_steps", "loss_chunk", "log_every_steps",
+            "eval_every_steps", "eval_batches", "spike_patience",
+        )  # fmt: skip
+        _check(
+            self.batch_size % self.accumulate_steps == 0,
+            f"batch_size={self.batch_size} is not divisible by "
+            f"accumulate_steps={self.accumulate_steps}",
+        )
+        _check(self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1")
+        _check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
+
+
+def to_dict(config: object) -> dict:
+    """A config as plain JSON values; `model_from_dict` reads a model back."""
+    return dataclasses.asdict(config)
+
+
+def model_from_dict(values: dict) -> Model:
+    """The model that `to_dict` wrote. Unknown keys raise `ValueError` by name."""
+    values = dict(values)
+    known = {f.name for f in dataclasses.fields(Model)}
+    unknown = sorted(set(values) - known)
+    _check(not unknown, f"unknown model config keys {unknown}; known: {sorted(known)}")
+    for name, kind in (("rope_scaling", Yarn), ("dual_chunk_attention", DualChunkAttention)):
+        if values.get(name) is not None:
+            values[name] = kind(**values[name])
+    values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+    return Model(**values)
