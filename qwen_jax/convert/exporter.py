@@ -26,7 +26,7 @@ from qwen_jax.convert import loader, plan, source, store, table
 _MARKER = "export.json"
 _SAFETENSORS_NAMES = {name: short for short, name in source.SAFETENSORS_NAMES.items()}
 # A block as stored, decoded, converted, the pages it is written to, and the next one being read.
-_BLOCKS_HELD = 6
+_BLOCKS_HELD = 14
 _FIXED_BYTES = 96 * plan.MIB
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -343,10 +343,7 @@ def _commit(
     if base is None:
         generation = huggingface.write_generation(resolved.model)
         store.write_json(partial / "generation_config.json", generation)
-    for file in files:
-        with (partial / file).open("r+b") as handle:
-            os.fsync(handle.fileno())
     (partial / _MARKER).unlink()
-    store.sync_folder(partial)
+    store.sync_tree(partial)
     partial.rename(hf_dir)
-    store.sync_folder(hf_dir.parent)
+    store.sync(hf_dir.parent)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -121,14 +122,15 @@ def _finished(out: Path, journal: dict) -> bool:
 def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
     """Starts the journal, or checks that an earlier one fits. Returns the block size in bytes."""
     path = partial / _JOURNAL
+    boot_id = store.boot_id()
     if not path.exists():
         if partial.exists() and any(not p.name.startswith(_JOURNAL) for p in partial.iterdir()):
             raise ValueError(f"{partial} is in the way and no unfinished import; delete it")
         block_bytes = plan.choose_block_bytes(max_memory)
-        store.write_json(path, {**journal, "block_bytes": block_bytes})
+        store.write_json(path, {**journal, "block_bytes": block_bytes, "boot_id": boot_id})
         return block_bytes
     earlier = source.read_json(path)
-    if earlier.get("source") != journal["source"] or earlier.get("format") != journal["format"]:
+    if any(earlier.get(key) != value for key, value in journal.items()):
         raise ValueError(
             f"{partial} is an unfinished import of other files; delete it to start again"
         )
@@ -139,6 +141,10 @@ def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
             f"{partial} was begun with more memory than max_memory={max_memory / plan.MIB:.0f} "
             f"MiB; go on with at least {needed:.0f} MiB, or delete it to start again"
         )
+    if boot_id is None or earlier["boot_id"] != boot_id:
+        # Nothing was synced when the machine stopped: what the database names may not be there.
+        shutil.rmtree(partial / "params", ignore_errors=True)
+        store.write_json(path, {**earlier, "boot_id": boot_id})
     return block_bytes
 
 
@@ -221,12 +227,17 @@ def _write_arrays(
     written = planned.done_bytes
     under_way: deque[futures.Future[tuple[ts.WriteFutures, plan.Array, int]]] = deque()
 
+    buffers = threading.local()  # pages that are used again need not be cleared again
+
     def convert(stored: plan.Array, array: ts.TensorStore, block: plan.Block):
-        data = _read_block(opened, stored, block)
-        write = array[block.index(stored.row)].write(
-            data, can_reference_source_data_indefinitely=True
-        )
-        return write, stored, data.nbytes
+        nbytes = plan.block_bytes(stored, block)
+        if getattr(buffers, "bytes", np.empty(0)).size < nbytes:
+            buffers.bytes = np.empty(nbytes, np.uint8)
+        data = _read_block(opened, stored, block, buffers.bytes[:nbytes])
+        write = array[block.index(stored.row)].write(data)
+        with store.write_errors():
+            write.copy.result()
+        return write, stored, nbytes
 
     def finish_oldest() -> None:
         nonlocal written
@@ -256,11 +267,13 @@ def _write_arrays(
                     future.result()[0].exception()
 
 
-def _read_block(opened: source.Source, stored: plan.Array, block: plan.Block) -> np.ndarray:
-    """The block of every layer in it, in our layout."""
+def _read_block(
+    opened: source.Source, stored: plan.Array, block: plan.Block, buffer: np.ndarray
+) -> np.ndarray:
+    """The block of every layer in it, in our layout, in the bytes of `buffer`."""
     row, size = stored.row, table.sizes(opened.model)
     shape = [part.stop - part.start for part in block.index(row)]
-    data = np.empty(shape, stored.dtype)
+    data = buffer.view(stored.dtype).reshape(shape)
     for position, layer in enumerate(block.layers or [None]):
         name = row.hf.format(layer)
         view = table.read_region(
@@ -283,8 +296,7 @@ def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.A
     stored_twice = opened.model.tie_word_embeddings and table.LM_HEAD.hf in opened.tensors
     origin = {"kind": opened.kind, "stores_tied_lm_head": stored_twice}
     store.write_json(partial / "model" / "metadata", store.metadata(opened.model, source=origin))
-    for folder in (assets, partial):
-        store.sync_folder(folder)
+    store.sync_tree(partial)
     partial.rename(out)
-    store.sync_folder(out.parent)
+    store.sync(out.parent)
     (out / _JOURNAL).unlink()

@@ -25,9 +25,9 @@ _SMALLEST_BLOCK_BYTES = MIB
 _SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped over layers; chunks are not cut below it
 CONVERTING = 2  # blocks that are read and transposed at one time, a thread each
 UNDER_WAY = 4  # blocks that are converted or written at one time
-# Copies of a block that live at one time while importing, found by measuring: of each block the
-# source's pages and its transpose, or its transpose, its encoding and the file's buffer.
-_BLOCKS_HELD = 4 * (UNDER_WAY + 1)
+# Copies of a block that live at one time while importing, found by measuring: of each block being
+# converted the source's pages and its transpose, of each being written its encoding, in pieces.
+_BLOCKS_HELD = 3 * UNDER_WAY + 1
 _FIXED_BYTES = 48 * MIB  # buffers and code pages that do not depend on the block
 
 

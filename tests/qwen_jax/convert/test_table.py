@@ -1,0 +1,104 @@
+"""The table against layouts written out by hand, and its copies against numpy's."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import qwen2_5, schema
+from qwen_jax.convert import table
+
+MODEL = schema.Model(
+    name="m", vocab_size=11, hidden_size=10, intermediate_size=7, num_hidden_layers=2,
+    num_attention_heads=6, num_key_value_heads=3, head_dim=4, max_position_embeddings=8,
+    bos_token_id=0, eos_token_ids=(), pad_token_id=None,
+)  # fmt: skip
+SIZE = table.sizes(MODEL)
+N, K, H, D = 6, 3, 4, 10
+
+# our layout from Hugging Face's, in plain numpy
+EXPECTED = {
+    "embed.weight": lambda w: w,
+    "layers.input_norm.scale": lambda w: w,
+    "layers.attention.q.kernel": lambda w: w.T.reshape(D, N, H),
+    "layers.attention.q.bias": lambda w: w.reshape(N, H),
+    "layers.attention.k.kernel": lambda w: w.T.reshape(D, K, H),
+    "layers.attention.k.bias": lambda w: w.reshape(K, H),
+    "layers.attention.v.kernel": lambda w: w.T.reshape(D, K, H),
+    "layers.attention.v.bias": lambda w: w.reshape(K, H),
+    "layers.attention.o.kernel": lambda w: w.T.reshape(N, H, D),
+    "layers.post_attention_norm.scale": lambda w: w,
+    "layers.mlp.gate.kernel": lambda w: w.T,
+    "layers.mlp.up.kernel": lambda w: w.T,
+    "layers.mlp.down.kernel": lambda w: w.T,
+    "norm.scale": lambda w: w,
+    "lm_head.kernel": lambda w: w.T,
+}
+
+
+def hf_tensor(row):
+    shape = table.hf_shape(row, MODEL)
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def test_every_row_is_expected():
+    assert [row.path for row in table.ROWS] == list(EXPECTED)
+
+
+@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.path)
+def test_layout(row):
+    tensor = hf_tensor(row)
+    ours = table.read_region(row, table.whole(row, SIZE), SIZE, lambda slices: tensor[slices])
+    expected = EXPECTED[row.path](tensor)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(table.copy_blocked(ours), expected)
+    assert table.shape(row, MODEL)[1 if row.stacked else 0 :] == expected.shape
+    back = np.zeros_like(tensor)
+    table.write_region(row, table.whole(row, SIZE), SIZE, tensor=back, block=ours)
+    np.testing.assert_array_equal(back, tensor)
+
+
+@given(data=st.data())
+def test_regions_are_slices_of_the_whole(data):
+    row = data.draw(st.sampled_from(table.ROWS))
+    region = {}
+    for dim in row.dims:
+        start = data.draw(st.integers(0, SIZE[dim] - 1))
+        region[dim] = slice(start, data.draw(st.integers(start + 1, SIZE[dim])))
+    tensor = hf_tensor(row)
+    ours = table.read_region(row, region, SIZE, lambda slices: tensor[slices])
+    expected = EXPECTED[row.path](tensor)[tuple(region[dim] for dim in row.dims)]
+    np.testing.assert_array_equal(ours, expected)
+    back = np.zeros_like(tensor)
+    table.write_region(row, region, SIZE, tensor=back, block=ours)
+    np.testing.assert_array_equal(
+        EXPECTED[row.path](back)[tuple(region[dim] for dim in row.dims)], expected
+    )
+    assert np.count_nonzero(back) == np.count_nonzero(expected)
+
+
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    dtype=st.sampled_from([np.float32, np.float16]),
+    data=st.data(),
+)
+def test_blocked_copy_is_a_copy(shape, dtype, data):
+    order = data.draw(st.permutations(range(len(shape))))
+    view = (np.arange(np.prod(shape)) % 1000).astype(dtype).reshape(shape).transpose(order)
+    copy = table.copy_blocked(view)
+    assert copy.flags.c_contiguous
+    assert copy.dtype == view.dtype
+    np.testing.assert_array_equal(copy, view)
+
+
+def test_parameters_add_up():
+    # 494,032,768 is what transformers' num_parameters() says of Qwen2.5-0.5B.
+    model = qwen2_5.base("0.5b")
+    assert sum(int(np.prod(table.shape(row, model))) for row in table.rows(model)) == 494032768
+
+
+def test_nest_and_flatten_are_inverse():
+    flat = {row.path: i for i, row in enumerate(table.ROWS)}
+    tree = table.nest(flat)
+    assert tree["layers"]["attention"]["q"]["kernel"] == 2
+    assert table.flatten(tree) == flat
