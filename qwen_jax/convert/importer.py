@@ -285,6 +285,9 @@ def _read_block(
 
 def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.Array]) -> None:
     """Writes what makes the checkpoint whole, and moves it into place."""
+    done = store.written_chunks(partial / "params")
+    for stored in arrays:
+        assert all(_is_done(stored, block, done) for block in plan.blocks(stored, opened.model))
     store.write_json(partial / "params" / "_METADATA", store.tree_metadata(arrays))
     assets = partial / "assets"
     assets.mkdir(exist_ok=True)

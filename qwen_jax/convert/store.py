@@ -148,8 +148,9 @@ def remove_leftovers(folder: Path) -> None:
             location = pending.pop()
             keep.add(_file(location))
             if location.startswith("btreenode:"):
-                entries = ts.ocdbt.dump(base, location).result()["entries"]
-                pending += [entry["location"] for entry in entries if "location" in entry]
+                for entry in ts.ocdbt.dump(base, location).result()["entries"]:
+                    if "inline_value" not in entry:
+                        pending.append(entry.get("location") or entry["indirect_value"])
     for path in folder.rglob("*"):
         if path.is_file() and str(path.relative_to(folder)) not in keep:
             path.unlink()
