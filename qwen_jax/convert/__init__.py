@@ -7,4 +7,5 @@ store     the array database inside a native checkpoint
 importer  Hugging Face folder -> native checkpoint
 exporter  native checkpoint -> Hugging Face folder
 loader    Hugging Face folder -> arrays on devices
+console   the plan and a progress bar on the terminal
 """

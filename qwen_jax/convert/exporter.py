@@ -28,7 +28,6 @@ _SAFETENSORS_NAMES = {name: short for short, name in source.SAFETENSORS_NAMES.it
 # A block as stored, decoded, converted, the pages it is written to, and the next one being read.
 _BLOCKS_HELD = 14
 _FIXED_BYTES = 96 * plan.MIB
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     max_memory: int | None = None,
     on_plan: Callable[[plan.Plan], None] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: plan.Progress | None = None,
 ) -> plan.Plan:
     """Writes the Hugging Face folder `hf_dir` from the native checkpoint or training run at `path`.
 
@@ -260,7 +259,7 @@ def _fill(
     resolved: checkpoint.Resolved,
     planned: plan.Plan,
     *,
-    on_progress: Progress | None,
+    on_progress: plan.Progress | None,
 ) -> None:
     """Reads every block once and writes it to each tensor that it is a part of."""
     size = table.sizes(resolved.model)

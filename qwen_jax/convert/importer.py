@@ -27,7 +27,6 @@ from qwen_jax.convert import plan, source, store, table
 
 _JOURNAL = "import.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
 def import_checkpoint(
@@ -36,7 +35,7 @@ def import_checkpoint(
     *,
     max_memory: int | None = None,
     on_plan: Callable[[plan.Plan], None] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: plan.Progress | None = None,
 ) -> plan.Plan:
     """Writes the native checkpoint `out` from the Hugging Face folder `hf_dir`.
 
@@ -220,7 +219,7 @@ def _write_arrays(
     planned: plan.Plan,
     *,
     done: set[str],
-    on_progress: Progress | None,
+    on_progress: plan.Progress | None,
 ) -> None:
     """Writes every block that is not done, with a bounded number of blocks under way."""
     context = store.context()
@@ -285,6 +284,7 @@ def _read_block(
 
 def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.Array]) -> None:
     """Writes what makes the checkpoint whole, and moves it into place."""
+    store.remove_leftovers(partial / "params")
     done = store.written_chunks(partial / "params")
     for stored in arrays:
         assert all(_is_done(stored, block, done) for block in plan.blocks(stored, opened.model))

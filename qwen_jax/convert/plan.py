@@ -10,7 +10,7 @@ import itertools
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 from configs import schema
 from qwen_jax.convert import table
 
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 MIB = 1 << 20
 BLOCK_BYTES = 32 * MIB
 _SMALLEST_BLOCK_BYTES = MIB
