@@ -123,6 +123,7 @@ class Mesh:
     context: int = 1
     tensor: int = 1
     dcn_data: int = 1  # slices over which whole replicas are spread
+    kv_heads: Literal["sharded", "replicated"] = "sharded"  # over `tensor`, or on every device
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -133,6 +134,10 @@ class Mesh:
             f"only one mesh axis may be -1 (take what is left), got {sizes}",
         )
         _check_positive(self, "dcn_data")
+        _check(
+            self.kv_heads in ("sharded", "replicated"),
+            f"mesh kv_heads={self.kv_heads!r} must be sharded or replicated",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,146 @@
+"""Next-token cross-entropy, a chunk of tokens at a time: [batch, length, vocab] never exists."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from partitioning import sharding
+from partitioning.sharding import Layout
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over weighted tokens; divide by `weight` for means. Scalars in float32.
+
+    loss: cross-entropy in nats, plus z_loss times the z term. cross_entropy: without it.
+    """
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    num_correct: jax.Array
+    weight: jax.Array
+
+
+jax.tree_util.register_dataclass(LossSums, ["loss", "cross_entropy", "num_correct", "weight"], [])
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+    layout: Layout | None = None,
+) -> LossSums:
+    """sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
+
+    The z term is PaLM's (arXiv 2204.02311, section 5). `chunk` tokens of every sequence have
+    logits at one time. Gradients are those of `loss`; they are computed in the forward pass, where
+    the logits are at hand, so that no logits are computed twice.
+    """
+    T = targets_BT.shape[1]
+    chunk = min(chunk, T)
+    padding = -T % chunk
+    if padding:
+        widen = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+        hidden_BTD, targets_BT, weights_BT = map(widen, (hidden_BTD, targets_BT, weights_BT))
+    loss, parts = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout)
+    return LossSums(loss, *parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
+    def step(sums, inputs):
+        hidden_BCD, targets_BC, weights_BC = inputs
+        logits_BCV = _logits(hidden_BCD, kernel_DV, layout)
+        terms, _ = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss)
+        return jax.tree.map(jnp.add, sums, terms), None
+
+    inputs = [_split(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)]
+    (loss, *parts), _ = jax.lax.scan(step, _zero_sums(), inputs)
+    return loss, tuple(parts)
+
+
+def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
+    def step(carry, inputs):
+        sums, gradient_DV = carry
+        hidden_BCD, targets_BC, weights_BC = inputs
+        logits_BCV = _logits(hidden_BCD, kernel_DV, layout)
+        terms, log_z_BC = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss)
+        # d loss / d logits = w (softmax (1 + 2 z_loss log Z) - one hot)
+        scale_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC)
+        slope_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) * scale_BC[..., None]
+        columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BCV.shape[-1]), 2)
+        hit_BCV = columns == targets_BC[..., None]
+        slope_BCV = slope_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
+        slope_BCV = slope_BCV.astype(hidden_BTD.dtype)
+        slope_BCD = jnp.einsum("bcv,dv->bcd", slope_BCV, kernel_DV.astype(hidden_BTD.dtype))
+        gradient_DV += jnp.einsum(
+            "bcd,bcv->dv", hidden_BCD, slope_BCV, preferred_element_type=jnp.float32
+        )
+        return (jax.tree.map(jnp.add, sums, terms), gradient_DV), slope_BCD
+
+    inputs = [_split(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)]
+    gradient_DV = jnp.zeros(kernel_DV.shape, jnp.float32)  # summed over chunks in float32
+    (sums, gradient_DV), slopes = jax.lax.scan(step, (_zero_sums(), gradient_DV), inputs)
+    loss, *parts = sums
+    gradient_BTD = jnp.moveaxis(slopes, 0, 1).reshape(hidden_BTD.shape)
+    # The kernel rides along for its dtype alone.
+    return (loss, tuple(parts)), (gradient_BTD, gradient_DV, jnp.zeros((), kernel_DV.dtype))
+
+
+def _sums_backward(z_loss, chunk, layout, residuals, cotangents):
+    del z_loss, chunk, layout
+    gradient_BTD, gradient_DV, kernel_like = residuals
+    cotangent, _ = cotangents  # the other sums are for reading: no gradient runs through them
+    return (
+        gradient_BTD * cotangent.astype(gradient_BTD.dtype),
+        (gradient_DV * cotangent).astype(kernel_like.dtype),
+        None,
+        None,
+    )
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _logits(hidden_BCD: jax.Array, kernel_DV: jax.Array, layout: Layout | None) -> jax.Array:
+    kernel_DV = kernel_DV.astype(hidden_BCD.dtype)
+    # float32 island: the log-sum-exp over 152k terms.
+    logits_BCV = jnp.einsum(
+        "bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=jnp.float32
+    )
+    return sharding.constrain(logits_BCV, ("batch", None, "act_vocab"), layout)
+
+
+def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss):
+    """(loss, cross-entropy, number right, weight) of a chunk, and log Z [B, C]."""
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BCV.shape[-1]), 2)
+    # A masked sum, not a gather: it stays local where the vocabulary is sharded.
+    hit_BCV = columns == targets_BC[..., None]
+    target_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
+    entropy_BC = log_z_BC - target_BC
+    loss = jnp.sum(weights_BC * (entropy_BC + z_loss * log_z_BC**2))
+    right_BC = target_BC >= jnp.max(logits_BCV, axis=-1)
+    sums = (
+        loss,
+        jnp.sum(weights_BC * entropy_BC),
+        jnp.sum(weights_BC * right_BC),
+        jnp.sum(weights_BC),
+    )
+    return sums, log_z_BC
+
+
+def _zero_sums() -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((), jnp.float32) for _ in range(4))
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...], to scan over."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
