@@ -78,7 +78,9 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
         """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row."""
-        rows = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)
+        rows = self.weight[...].at[tokens_BT].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
         return rows.astype(dtype)
 
 
