@@ -158,8 +158,9 @@ def test_the_comparison_sees_a_parameter_that_is_ignored(name):
     assert min(norm, largest) > 1e-3
 
 
-def _logits(cfg, params, tokens_BT, **options):
-    hidden_BTD = model.apply(cfg, params, jnp.asarray(tokens_BT), **options).hidden_BTD
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(cfg, params, tokens_BT):
+    hidden_BTD = model.apply(cfg, params, tokens_BT).hidden_BTD
     return model.unembed(cfg, params, hidden_BTD)
 
 
