@@ -36,8 +36,17 @@ def pair(request):
     return _pair(request.param)
 
 
-@pytest.fixture(params=["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-14b",
-                        "qwen2.5-72b"])  # fmt: skip
+@pytest.fixture(
+    params=[
+        "qwen2.5-0.5b",
+        "qwen2.5-1.5b",
+        "qwen2.5-7b",
+        "qwen2.5-14b",
+        # Eight heads a key-value head; the default run sees them in `test_logits`.
+        pytest.param("qwen2.5-3b", marks=pytest.mark.slow),
+        pytest.param("qwen2.5-72b", marks=pytest.mark.slow),
+    ]
+)
 def shape(request):
     """One family for each (head size, heads per key-value head, tied or not): the slower tests."""
     return _pair(request.param)
