@@ -20,6 +20,7 @@ LOGICAL_AXES = (
     "batch",  # sequences
     "length",  # tokens of a sequence
     "cache_length",  # positions of a key-value cache
+    "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
     "act_embed",  # the residual stream's width in an activation
     "act_heads",
     "act_kv_heads",
@@ -62,7 +63,9 @@ TRAIN = Rules(
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
-        ("batch", ("data", "fsdp", "expert")),
+        # fsdp comes last, so that between outer_batch and batch it is split or gathered alone.
+        ("batch", ("data", "expert", "fsdp")),
+        ("outer_batch", ("data", "expert")),
         ("length", ("context",)),
         ("act_heads", ("tensor",)),
         ("act_kv_heads", ("tensor",)),
@@ -73,7 +76,13 @@ TRAIN = Rules(
 
 # Decoding reads every weight at every token: weights stay whole along `embed`, so that no step
 # gathers them, and `fsdp` serves as one more axis of data parallelism.
-DECODE = Rules("decode", tuple(pair for pair in TRAIN.table if pair[0] != "embed"))
+DECODE = Rules(
+    "decode",
+    (
+        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_batch")),
+        ("outer_batch", TRAIN.mesh_axes("batch")),
+    ),
+)
 
 
 def replicate_kv_heads(rules: Rules) -> Rules:

@@ -76,12 +76,23 @@ class Embed(nnx.Module):
     def __init__(self, key: jax.Array, *, num_rows: int, size: int, init: module.Initializer):
         self.weight = module.param(key, (num_rows, size), axes=("vocab", "embed"), init=init)
 
-    def __call__(self, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row."""
-        rows = self.weight[...].at[tokens_BT].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    def __call__(
+        self, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None
+    ) -> jax.Array:
+        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
+
+        With the table's columns over X = fsdp, each device reads its columns for every sequence of
+        its group: [B, T] -> all-to-all of [B, T, D_X] -> [B_X, T, D]. The table itself, larger than
+        a batch, is never gathered, and neither is its gradient.
+        """
+        tokens_BT = sharding.constrain(tokens_BT, ("outer_batch", "length"), layout)
+        rows = (
+            self.weight[...]
+            .at[tokens_BT]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
-        return rows.astype(dtype)
+        rows = sharding.constrain(rows, ("outer_batch", "length", "embed"), layout).astype(dtype)
+        return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
 
 
 class SwiGLU(nnx.Module):

@@ -202,8 +202,7 @@ def embed(
     layout: Layout | None = None,
 ) -> jax.Array:
     """[B, T] ids -> [B, T, D]."""
-    x_BTD = parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype)
-    return sharding.constrain(x_BTD, ("batch", "length", "act_embed"), layout)
+    return parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
 
 
 def output_kernel(cfg: schema.Model, params: dict) -> jax.Array:
