@@ -12,7 +12,8 @@ from typing import Literal
 LOGICAL_AXES = (
     "layers",  # stacked layers, scanned over
     "vocab",  # rows of the embedding, columns of the output projection
-    "embed",  # the residual stream's width in a parameter
+    "embed",  # the residual stream's width in a matrix
+    "norm",  # the same width in a norm's scale: too small to be worth gathering, so on every device
     "heads",  # query heads
     "kv_heads",  # key-value heads
     "head_dim",

@@ -31,7 +31,7 @@ class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467, equation 4)."""
 
     def __init__(self, key: jax.Array, *, size: int, eps: float):
-        self.scale = module.param(key, (size,), axes=("embed",), init=_ones)
+        self.scale = module.param(key, (size,), axes=("norm",), init=_ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
