@@ -129,7 +129,9 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 def _gathered(kernel_DV: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
     """The kernel in the arithmetic's dtype, whole along D: gathered once, not once a chunk."""
-    return sharding.constrain(kernel_DV.astype(dtype), ("act_embed", "act_vocab"), layout)
+    # Held in place while it is cast: otherwise XLA gathers first, twice the bytes.
+    kernel_DV = sharding.constrain(kernel_DV.astype(dtype), ("embed", "vocab"), layout)
+    return sharding.constrain(kernel_DV, ("act_embed", "act_vocab"), layout)
 
 
 def _meet(gradient_ZDV: jax.Array, layout: Layout | None) -> jax.Array:
