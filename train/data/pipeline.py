@@ -16,6 +16,10 @@ at slightly different speeds.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,7 +67,7 @@ def train_iterator(
             f"of a batch would repeat each other; lower batch_size or add documents"
         )
     tokens = _Tokens(
-        mixture.training_order(splits.train, config, batch_size=batch_size),
+        mixture.training_order(splits.train, config),
         tokenizer=tokenizer,
         end_of_document_id=end_of_document_id,
         limit=None,
@@ -109,9 +113,7 @@ class TrainIterator(Iterator[Batch]):
             self._stop()
             raise
         # asarray: a worker's arrays live in shared memory, which goes when they do.
-        batch = {
-            key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]
-        }
+        batch = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
         self._places = batch.pop(_PLACE)
         self._step += 1
         return batch
@@ -186,7 +188,8 @@ class TrainIterator(Iterator[Batch]):
                 # One worker for each dataset: with more Grain would split the documents itself,
                 # and the number of workers would change the rows.
                 dataset = dataset.mp_prefetch(
-                    grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=batches)
+                    grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=batches),
+                    worker_init_fn=_start_worker,
                 )
             else:
                 dataset = grain.experimental.ThreadPrefetchIterDataset(
@@ -377,6 +380,19 @@ class _RowStreamsIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError("make _RowStreams anew with other places")
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leave it to the training process when a worker ends; but end if that was killed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # these often go to the whole process group
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _stack(rows: Sequence[packing.Row]) -> Batch:

@@ -268,9 +268,9 @@ def _read_text(file: str, start: int, stop: int) -> str:
 
 
 def _read_json(file: str, start: int, stop: int, text_field: str) -> str:
-    line = _read_bytes(file, start, stop)
+    line = _read_bytes(file, start, stop).rstrip(b"\r\n")
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _parse(line.decode("utf-8"))
         if not isinstance(row, dict):
             raise ValueError(f"expected an object, found {type(row).__name__}")
         if text_field not in row:
@@ -279,11 +279,18 @@ def _read_json(file: str, start: int, stop: int, text_field: str) -> str:
         if not isinstance(text, str):
             raise ValueError(f"field {text_field!r} is {type(text).__name__}, not a string")
         text.encode("utf-8")  # "\ud800" is valid JSON and no character
-    except RecursionError as error:
-        raise ValueError(f"{file}:{_line_number(file, start)}: nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeError are ValueErrors too
+    except ValueError as error:  # UnicodeError is one
         raise ValueError(f"{file}:{_line_number(file, start)}: {error}") from error
     return text
+
+
+def _parse(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
 
 
 def _line_number(file: str, offset: int) -> int:
