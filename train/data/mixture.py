@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import grain
 import grain.experimental
@@ -61,45 +61,39 @@ def open_splits(config: schema.Data) -> Splits:
 
 def held_out(corpus: sources.Corpus, *, fraction: float) -> np.ndarray:
     """A mask of the documents held out: true for about `fraction` of them, always the same."""
-    salts = np.array(
-        [
-            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-            for name in corpus.names
-        ],
-        np.uint64,
-    )
-    # SplitMix64 (Steele et al., 2014, "Fast splittable pseudorandom number generators"): the
-    # n-th output of the generator seeded by the file's name, for document n. Wraps on purpose.
-    z = salts[corpus.file] + (corpus.ordinal.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)) * 2.0**-53 < fraction
+    salts = np.array([_salt(name) for name in corpus.names], np.uint64)
+    values = _hash(salts[corpus.file], corpus.ordinal.astype(np.uint64))
+    return (values >> np.uint64(11)) * 2.0**-53 < fraction
 
 
-def training_order(corpora: Sequence[sources.Corpus], config: schema.Data) -> grain.MapDataset:
-    """Training documents by position, 0, 1, 2, ... without end; any position is found at once.
+def training_streams(
+    corpora: Sequence[sources.Corpus], config: schema.Data, *, rows: Iterable[int], batch_size: int
+) -> list[grain.MapDataset]:
+    """For each of `rows`, the documents that feed this row of every batch, without end.
 
-    Without weights each epoch, `sum(map(len, corpora))` positions, is a permutation of all
-    documents, another one every time (the order on disk, if `shuffle` is off). With weights each
-    path goes through its own epochs, and every window of `_MIXING_WINDOW` positions has each
-    path's share of documents. Grain takes shares in hundredths of the smallest weight.
+    Any number of a stream is found at once. Without weights there is one global order; each epoch
+    of it is a permutation of all documents, another one every time (the order on disk, if
+    `shuffle` is off), and row r takes its numbers r, r + batch_size, r + 2 batch_size, ...
+    With weights every path has such an order of its own, and each row mixes its parts of them:
+    every `_MIXING_WINDOW` documents have each path's share. Grain takes shares in hundredths of
+    the smallest weight.
     """
-    parents = [grain.MapDataset.source(corpus) for corpus in corpora]
     if not config.weights:
-        order = grain.MapDataset.concatenate(parents)
-        return _shuffle(order, config, name="all").repeat()
-    paths = [
-        _shuffle(parent, config, name=f"path {number}").repeat()
-        for number, parent in enumerate(parents)
+        order = _order(corpora, config, name="all", batch_size=batch_size)
+        return [order[row::batch_size] for row in rows]
+    orders = [
+        _order([corpus], config, name=f"path {number}", batch_size=batch_size)
+        for number, corpus in enumerate(corpora)
     ]
-    # Grain mixes with a fixed rhythm, and row r of a batch reads every `batch_size`-th position:
-    # where the two beat in time a row would see only some of the paths.
-    return grain.experimental.WindowShuffleMapDataset(
-        grain.MapDataset.mix(paths, config.weights),
-        window_size=_MIXING_WINDOW,
-        seed=_seed(config, "rows"),
-    )
+    # Grain mixes with a fixed rhythm; shuffled, the rows do not all change paths at one time.
+    return [
+        grain.experimental.WindowShuffleMapDataset(
+            grain.MapDataset.mix([order[row::batch_size] for order in orders], config.weights),
+            window_size=_MIXING_WINDOW,
+            seed=_seed(config, f"row {row}"),
+        )
+        for row in rows
+    ]
 
 
 def evaluation_order(corpora: Sequence[sources.Corpus]) -> grain.MapDataset:
@@ -113,8 +107,103 @@ def evaluation_order(corpora: Sequence[sources.Corpus]) -> grain.MapDataset:
     ).shuffle(seed=0)
 
 
-def _shuffle(dataset: grain.MapDataset, config: schema.Data, *, name: str) -> grain.MapDataset:
-    return dataset.shuffle(seed=_seed(config, name)) if config.shuffle else dataset
+def _order(
+    corpora: Sequence[sources.Corpus], config: schema.Data, *, name: str, batch_size: int
+) -> grain.MapDataset:
+    order = grain.MapDataset.concatenate([grain.MapDataset.source(corpus) for corpus in corpora])
+    if config.shuffle:
+        seed = _seed(config, name)
+        if any(any(corpus.row_groups) for corpus in corpora):
+            order = _GroupShuffle(
+                order,
+                sizes=np.concatenate([sources.group_sizes(corpus) for corpus in corpora]),
+                seed=seed,
+                num_parts=batch_size,
+            )
+        else:
+            order = order.shuffle(seed=seed)
+    return order.repeat()
+
+
+class _GroupShuffle(grain.MapDataset):
+    """A shuffle for documents that are read in groups, where a group is dear and a row is not.
+
+    The groups are shuffled, and taken `num_parts` at a time. The documents of these are laid end
+    to end and cut into `num_parts` equal parts; each part is shuffled; then the parts take turns.
+    So every `num_parts`-th document is of one part, which lies in one group or two, and a stream
+    of them decodes each group once. Every epoch is a permutation, and has another one.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, *, sizes: np.ndarray, seed: int, num_parts: int
+    ) -> None:
+        super().__init__(parent)
+        self._sizes = sizes
+        self._starts = np.cumsum(sizes) - sizes
+        self._seed = seed
+        self._num_parts = num_parts
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._parts: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self))
+        groups, bounds = self._epoch(epoch)
+        window = int(np.searchsorted(bounds[:: self._num_parts], place, side="right")) - 1
+        turn, part = divmod(place - int(bounds[window * self._num_parts]), self._num_parts)
+        place = int(self._part(epoch, window, part)[turn])
+        group = int(np.searchsorted(bounds, place, side="right")) - 1
+        return self._parent[int(self._starts[groups[group]]) + place - int(bounds[group])]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The groups in their order, and where each starts in it, then the number of documents."""
+        if epoch not in self._epochs:
+            numbers = np.arange(len(self._sizes), dtype=np.uint64)
+            groups = np.argsort(_hash(_salt(f"{self._seed}/{epoch}"), numbers), kind="stable")
+            bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._sizes[groups])])
+            _put(self._epochs, epoch, (groups, bounds), size=4)
+        return self._epochs[epoch]
+
+    def _part(self, epoch: int, window: int, part: int) -> np.ndarray:
+        """The places of one part in their shuffled order."""
+        key = epoch, window, part
+        if key not in self._parts:
+            _, bounds = self._epoch(epoch)
+            first = int(bounds[window * self._num_parts])
+            last = int(bounds[min((window + 1) * self._num_parts, len(bounds) - 1)])
+            size, larger = divmod(last - first, self._num_parts)  # the first `larger` have one more
+            start = first + part * size + min(part, larger)
+            numbers = np.arange(size + (part < larger), dtype=np.uint64)
+            salt = _salt(f"{self._seed}/{epoch}/{window}/{part}")
+            order = start + np.argsort(_hash(salt, numbers), kind="stable")
+            _put(self._parts, key, order, size=2 * self._num_parts)
+        return self._parts[key]
+
+
+def _put(cache: dict, key: object, value: object, *, size: int) -> None:
+    cache[key] = value
+    while len(cache) > size:
+        del cache[next(iter(cache))]
+
+
+def _salt(name: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+
+def _hash(salts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64: the n-th output of the generator seeded with a salt; uint64, wraps on purpose.
+
+    Steele et al., "Fast splittable pseudorandom number generators", 2014. Written out because the
+    order of the data may not change with a version of NumPy, whose generators make no promise.
+    """
+    z = salts + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _seed(config: schema.Data, name: str) -> int:

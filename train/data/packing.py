@@ -31,9 +31,9 @@ def padding_row(*, sequence_length: int, padding_id: int) -> Row:
 
 
 class RowPacker:
-    """Packs the documents at positions `document`, `document + stride`, ... from `token` on.
+    """Packs documents from number `document` on, and that one from its token number `token` on.
 
-    `read(position)` gives a document's tokens, int32 [length], or None behind the last one. The
+    `read(document)` gives a document's tokens, int32 [length], or None behind the last one. The
     state is the pair (`document`, `token`): the place of the first token of the next row. A
     packer made with it goes on exactly there, and reads no earlier document to do so.
     """
@@ -44,14 +44,12 @@ class RowPacker:
         *,
         sequence_length: int,
         padding_id: int,
-        document: int,
+        document: int = 0,
         token: int = 0,
-        stride: int = 1,
     ) -> None:
         self._read = read
         self._sequence_length = sequence_length
         self._padding_id = padding_id
-        self._stride = stride
         self._tokens: np.ndarray | None = None  # of the document at `document`, if already read
         self.document = document
         self.token = token
@@ -79,6 +77,6 @@ class RowPacker:
                 filled = end
             self.token = start + len(taken)
             if self.token >= len(self._tokens):
-                self.document += self._stride
+                self.document += 1
                 self.token, self._tokens = 0, None
         return row if filled else None

@@ -1,12 +1,11 @@
 """Text on disk to batches for one host, the same on any number of hosts, resumable at any step.
 
-The global batch is the unit of order. Its row r is always fed by *packing stream* r, which reads
-the documents at positions r, r + batch_size, r + 2 batch_size, ... of the one global training
-order (`mixture.training_order`) and packs them one behind the other. A host owns an equal,
+The global batch is the unit of order. Its row r is always fed by *packing stream* r, which packs
+the documents of `mixture.training_streams` for that row one behind the other. A host owns an equal,
 contiguous share of the streams, a worker process a share of the host's; neither number enters
 into what a stream holds, so that global batch n is the same whatever they are.
 
-All that a stream has to remember is the position of a document and a token within it. A saved
+All that a stream has to remember is the number of a document and of a token within it. A saved
 state is one such pair per row, of the batch handed out last: every batch carries the state behind
 it through the prefetch queues, and what has been read ahead does not count. To resume is to start
 new streams at these places, whatever host then owns them; nothing is replayed.
@@ -66,12 +65,12 @@ def train_iterator(
             f"the data holds {count} training documents, fewer than batch_size={batch_size}: rows "
             f"of a batch would repeat each other; lower batch_size or add documents"
         )
-    tokens = _Tokens(
-        mixture.training_order(splits.train, config),
-        tokenizer=tokenizer,
-        end_of_document_id=end_of_document_id,
-        limit=None,
-    )
+    streams = [
+        _Tokens(order, tokenizer=tokenizer, end_of_document_id=end_of_document_id, limit=None)
+        for order in mixture.training_streams(
+            splits.train, config, rows=rows, batch_size=batch_size
+        )
+    ]
     identity = {
         "batch_size": batch_size,
         "sequence_length": config.sequence_length,
@@ -83,22 +82,26 @@ def train_iterator(
         "vocab_size": tokenizer.vocab_size,
         "end_of_document_id": end_of_document_id,
     }
-    return TrainIterator(config, tokens=tokens, rows=rows, identity=identity)
+    return TrainIterator(config, streams=streams, rows=rows, identity=identity)
 
 
 class TrainIterator(Iterator[Batch]):
     """Host-local training batches; made by `train_iterator`. Close it, or use it in `with`."""
 
     def __init__(
-        self, config: schema.Data, *, tokens: "_Tokens", rows: range, identity: dict[str, Any]
+        self,
+        config: schema.Data,
+        *,
+        streams: Sequence["_Tokens"],
+        rows: range,
+        identity: dict[str, Any],
     ) -> None:
         self._config = config
-        self._tokens = tokens
+        self._streams = streams
         self._rows = rows
         self._identity = identity
         self._step = 0
-        # A stream starts with the document at its own number.
-        self._places = np.stack([np.array(rows), np.zeros(len(rows))], axis=1).astype(np.int64)
+        self._places = np.zeros((len(rows), 2), np.int64)  # document and token, a row
         self._parts: list[grain.DatasetIterator] | None = None
         self._closed = False
 
@@ -177,11 +180,10 @@ class TrainIterator(Iterator[Batch]):
             flags.FLAGS.mark_as_parsed()
         batches = -(-self._config.prefetch // len(self._rows))
         parts = []
-        for places in np.array_split(self._places, max(1, self._config.worker_count)):
+        for share in np.array_split(np.arange(len(self._rows)), max(1, self._config.worker_count)):
             dataset = _RowStreams(
-                self._tokens,
-                places=places,
-                stride=self._identity["batch_size"],
+                [self._streams[row] for row in share],
+                places=self._places[share],
                 sequence_length=self._config.sequence_length,
             )
             if self._config.worker_count:
@@ -283,7 +285,6 @@ def _eval_batches(
         tokens,
         sequence_length=config.sequence_length,
         padding_id=tokens.padding_id,
-        document=0,
     )
     filler = packing.padding_row(
         sequence_length=config.sequence_length, padding_id=tokens.padding_id
@@ -317,7 +318,7 @@ def local_rows(batch_size: int, *, process_index: int, process_count: int) -> ra
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """The token ids of the document at a position of `order`; None from position `limit` on."""
+    """The token ids of the document of a number in `order`; None from number `limit` on."""
 
     order: grain.MapDataset
     tokenizer: transforms.Tokenizer = dataclasses.field(kw_only=True)
@@ -329,11 +330,11 @@ class _Tokens:
         pad_id = self.tokenizer.pad_id
         return self.end_of_document_id if pad_id is None else pad_id
 
-    def __call__(self, position: int) -> np.ndarray | None:
-        if self.limit is not None and position >= self.limit:
+    def __call__(self, number: int) -> np.ndarray | None:
+        if self.limit is not None and number >= self.limit:
             return None
         return transforms.encode_document(
-            self.order[position],
+            self.order[number],
             tokenizer=self.tokenizer,
             end_of_document_id=self.end_of_document_id,
         )
@@ -343,10 +344,10 @@ class _RowStreams(grain.IterDataset):
     """Some rows of every batch, each from its own packing stream, with the streams' places."""
 
     def __init__(
-        self, tokens: _Tokens, *, places: np.ndarray, stride: int, sequence_length: int
+        self, streams: Sequence[_Tokens], *, places: np.ndarray, sequence_length: int
     ) -> None:
         super().__init__()
-        self._make = (tokens, places, stride, sequence_length)
+        self._make = (streams, places, sequence_length)
 
     def __iter__(self) -> grain.DatasetIterator:
         return _RowStreamsIterator(*self._make)
@@ -354,7 +355,7 @@ class _RowStreams(grain.IterDataset):
 
 class _RowStreamsIterator(grain.DatasetIterator):
     def __init__(
-        self, tokens: _Tokens, places: np.ndarray, stride: int, sequence_length: int
+        self, streams: Sequence[_Tokens], places: np.ndarray, sequence_length: int
     ) -> None:
         super().__init__()
         self._packers = [
@@ -364,9 +365,8 @@ class _RowStreamsIterator(grain.DatasetIterator):
                 padding_id=tokens.padding_id,
                 document=document,
                 token=token,
-                stride=stride,
             )
-            for document, token in places.tolist()
+            for tokens, (document, token) in zip(streams, places.tolist(), strict=True)
         ]
 
     def __next__(self) -> Batch:

@@ -9,7 +9,7 @@ from train.data import packing
 PADDING = -1
 
 
-def make_packer(documents, length, *, document=0, token=0, stride=1):
+def make_packer(documents, length, *, document=0, token=0):
     def read(position):
         return documents[position] if position < len(documents) else None
 
@@ -19,7 +19,6 @@ def make_packer(documents, length, *, document=0, token=0, stride=1):
         padding_id=PADDING,
         document=document,
         token=token,
-        stride=stride,
     )
 
 
@@ -85,9 +84,9 @@ def test_segments_are_single_documents_with_positions_from_zero(documents, lengt
 
 
 @settings(max_examples=200, deadline=None)
-@given(documents=corpora(), length=st.integers(1, 17), stride=st.integers(1, 3), data=st.data())
-def test_a_packer_made_with_a_saved_place_goes_on_exactly(documents, length, stride, data):
-    packer = make_packer(documents, length, stride=stride)
+@given(documents=corpora(), length=st.integers(1, 17), data=st.data())
+def test_a_packer_made_with_a_saved_place_goes_on_exactly(documents, length, data):
+    packer = make_packer(documents, length)
     places, rows = [], []
     while True:
         places.append((packer.document, packer.token))
@@ -96,9 +95,7 @@ def test_a_packer_made_with_a_saved_place_goes_on_exactly(documents, length, str
         rows.append(row)
     at = data.draw(st.integers(0, len(rows)))
     document, token = places[at]
-    resumed = all_rows(
-        make_packer(documents, length, document=document, token=token, stride=stride)
-    )
+    resumed = all_rows(make_packer(documents, length, document=document, token=token))
     assert len(resumed) == len(rows) - at
     for before, after in zip(rows[at:], resumed, strict=True):
         for key in before:

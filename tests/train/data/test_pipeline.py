@@ -80,11 +80,11 @@ def test_rows_are_the_documents_of_their_streams(make, config, tokenizer):
     iterator = make(config)
     rows = [next(iterator)["tokens"] for _ in range(6)]
     splits = mixture.open_splits(config)
-    order = mixture.training_order(splits.train, config)
-    for row in range(BATCH):
+    streams = mixture.training_streams(splits.train, config, rows=range(BATCH), batch_size=BATCH)
+    for row, stream in enumerate(streams):
         expected = []
-        for position in range(row, 100 * BATCH, BATCH):
-            expected += [*tokenizer.encode(order[position].text), END]
+        for number in range(100):
+            expected += [*tokenizer.encode(stream[number].text), END]
         np.testing.assert_array_equal(np.concatenate([r[row] for r in rows]), expected[: 6 * 48])
 
 
@@ -124,9 +124,9 @@ def test_resume_reads_only_the_documents_it_needs(make, config, monkeypatch):
     read = []
     original = pipeline._Tokens.__call__
 
-    def spy(self, position):
-        read.append(position)
-        return original(self, position)
+    def spy(self, number):
+        read.append(number)
+        return original(self, number)
 
     monkeypatch.setattr(pipeline._Tokens, "__call__", spy)
     second = make(config)
