@@ -14,11 +14,6 @@ A row of the batch moves on by tokens, not by documents, so that streams pass th
 at slightly different speeds.
 """
 
-import dataclasses
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,10 +23,9 @@ import numpy as np
 from absl import flags
 
 from configs import schema
-from train.data import mixture, packing, transforms
+from train.data import mixture, packing, streams, transforms
 
-Batch = dict[str, np.ndarray]
-_PLACE = "place"  # key under which a batch carries the places of its streams: int64 [rows, 2]
+Batch = streams.Batch
 _STATE_FORMAT = 1
 
 
@@ -65,8 +59,10 @@ def train_iterator(
             f"the data holds {count} training documents, fewer than batch_size={batch_size}: rows "
             f"of a batch would repeat each other; lower batch_size or add documents"
         )
-    streams = [
-        _Tokens(order, tokenizer=tokenizer, end_of_document_id=end_of_document_id, limit=None)
+    row_streams = [
+        streams.Tokens(
+            order, tokenizer=tokenizer, end_of_document_id=end_of_document_id, limit=None
+        )
         for order in mixture.training_streams(
             splits.train, config, rows=rows, batch_size=batch_size
         )
@@ -82,7 +78,7 @@ def train_iterator(
         "vocab_size": tokenizer.vocab_size,
         "end_of_document_id": end_of_document_id,
     }
-    return TrainIterator(config, streams=streams, rows=rows, identity=identity)
+    return TrainIterator(config, row_streams=row_streams, rows=rows, identity=identity)
 
 
 class TrainIterator(Iterator[Batch]):
@@ -92,12 +88,12 @@ class TrainIterator(Iterator[Batch]):
         self,
         config: schema.Data,
         *,
-        streams: Sequence["_Tokens"],
+        row_streams: Sequence[streams.Tokens],
         rows: range,
         identity: dict[str, Any],
     ) -> None:
         self._config = config
-        self._streams = streams
+        self._streams = row_streams
         self._rows = rows
         self._identity = identity
         self._step = 0
@@ -117,7 +113,7 @@ class TrainIterator(Iterator[Batch]):
             raise
         # asarray: a worker's arrays live in shared memory, which goes when they do.
         batch = {key: np.concatenate([np.asarray(part[key]) for part in parts]) for key in parts[0]}
-        self._places = batch.pop(_PLACE)
+        self._places = batch.pop(streams.PLACE)
         self._step += 1
         return batch
 
@@ -181,7 +177,7 @@ class TrainIterator(Iterator[Batch]):
         batches = -(-self._config.prefetch // len(self._rows))
         parts = []
         for share in np.array_split(np.arange(len(self._rows)), max(1, self._config.worker_count)):
-            dataset = _RowStreams(
+            dataset = streams.RowStreams(
                 [self._streams[row] for row in share],
                 places=self._places[share],
                 sequence_length=self._config.sequence_length,
@@ -191,7 +187,7 @@ class TrainIterator(Iterator[Batch]):
                 # and the number of workers would change the rows.
                 dataset = dataset.mp_prefetch(
                     grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=batches),
-                    worker_init_fn=_start_worker,
+                    worker_init_fn=streams.start_worker,
                 )
             else:
                 dataset = grain.experimental.ThreadPrefetchIterDataset(
@@ -272,14 +268,14 @@ def eval_batches(
             f"raise it, or give data.eval_paths"
         )
     order = mixture.evaluation_order(splits.evaluation)
-    tokens = _Tokens(
+    tokens = streams.Tokens(
         order, tokenizer=tokenizer, end_of_document_id=end_of_document_id, limit=len(order)
     )
     return _eval_batches(tokens, config, batch_size=batch_size, rows=rows, limit=limit)
 
 
 def _eval_batches(
-    tokens: "_Tokens", config: schema.Data, *, batch_size: int, rows: range, limit: int | None
+    tokens: streams.Tokens, config: schema.Data, *, batch_size: int, rows: range, limit: int | None
 ) -> Iterator[Batch]:
     packer = packing.RowPacker(
         tokens,
@@ -297,7 +293,7 @@ def _eval_batches(
         if not batch:
             return
         batch += [filler] * (batch_size - len(batch))
-        yield _stack(batch[rows.start : rows.stop])
+        yield streams.stack(batch[rows.start : rows.stop])
         done += 1
 
 
@@ -314,89 +310,6 @@ def local_rows(batch_size: int, *, process_index: int, process_count: int) -> ra
         raise ValueError(f"process_index={process_index} is not among {process_count} processes")
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokens:
-    """The token ids of the document of a number in `order`; None from number `limit` on."""
-
-    order: grain.MapDataset
-    tokenizer: transforms.Tokenizer = dataclasses.field(kw_only=True)
-    end_of_document_id: int = dataclasses.field(kw_only=True)
-    limit: int | None = dataclasses.field(kw_only=True)
-
-    @property
-    def padding_id(self) -> int:
-        pad_id = self.tokenizer.pad_id
-        return self.end_of_document_id if pad_id is None else pad_id
-
-    def __call__(self, number: int) -> np.ndarray | None:
-        if self.limit is not None and number >= self.limit:
-            return None
-        return transforms.encode_document(
-            self.order[number],
-            tokenizer=self.tokenizer,
-            end_of_document_id=self.end_of_document_id,
-        )
-
-
-class _RowStreams(grain.IterDataset):
-    """Some rows of every batch, each from its own packing stream, with the streams' places."""
-
-    def __init__(
-        self, streams: Sequence[_Tokens], *, places: np.ndarray, sequence_length: int
-    ) -> None:
-        super().__init__()
-        self._make = (streams, places, sequence_length)
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _RowStreamsIterator(*self._make)
-
-
-class _RowStreamsIterator(grain.DatasetIterator):
-    def __init__(
-        self, streams: Sequence[_Tokens], places: np.ndarray, sequence_length: int
-    ) -> None:
-        super().__init__()
-        self._packers = [
-            packing.RowPacker(
-                tokens,
-                sequence_length=sequence_length,
-                padding_id=tokens.padding_id,
-                document=document,
-                token=token,
-            )
-            for tokens, (document, token) in zip(streams, places.tolist(), strict=True)
-        ]
-
-    def __next__(self) -> Batch:
-        batch = _stack([packer.next_row() for packer in self._packers])
-        batch[_PLACE] = np.array([(packer.document, packer.token) for packer in self._packers])
-        return batch
-
-    # Grain asks every iterator for its state with each element. Ours travels in the element.
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("make _RowStreams anew with other places")
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Leave it to the training process when a worker ends; but end if that was killed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # these often go to the whole process group
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _stack(rows: Sequence[packing.Row]) -> Batch:
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _check_format(state: dict[str, Any]) -> None:

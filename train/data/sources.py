@@ -83,7 +83,7 @@ class Corpus:
 
     def digest(self) -> str:
         """A hash of the names and places of all documents: equal where the data order is."""
-        value = hashlib.sha256("\0".join(self.names).encode())
+        value = hashlib.sha256(repr((self.names, self.row_groups)).encode())
         for array in (self.file, self.start, self.stop):
             value.update(np.ascontiguousarray(array).view(np.uint8))
         return value.hexdigest()[:16]

@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import pathlib
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import schema
-from train.data import mixture, pipeline
+from train.data import mixture, pipeline, streams
 
 END = 256
 BATCH = 8
@@ -80,8 +84,8 @@ def test_rows_are_the_documents_of_their_streams(make, config, tokenizer):
     iterator = make(config)
     rows = [next(iterator)["tokens"] for _ in range(6)]
     splits = mixture.open_splits(config)
-    streams = mixture.training_streams(splits.train, config, rows=range(BATCH), batch_size=BATCH)
-    for row, stream in enumerate(streams):
+    orders = mixture.training_streams(splits.train, config, rows=range(BATCH), batch_size=BATCH)
+    for row, stream in enumerate(orders):
         expected = []
         for number in range(100):
             expected += [*tokenizer.encode(stream[number].text), END]
@@ -122,13 +126,13 @@ def test_resume_reads_only_the_documents_it_needs(make, config, monkeypatch):
     state = first.get_state()
     first.close()
     read = []
-    original = pipeline._Tokens.__call__
+    original = streams.Tokens.__call__
 
     def spy(self, number):
         read.append(number)
         return original(self, number)
 
-    monkeypatch.setattr(pipeline._Tokens, "__call__", spy)
+    monkeypatch.setattr(streams.Tokens, "__call__", spy)
     second = make(config)
     second.set_state(state)
     next(second)
@@ -176,12 +180,53 @@ def test_worker_processes_give_the_same_batches_resume_exactly_and_end(make, con
     workers.set_state(state)
     for batch in expected[8:]:
         assert_same(next(workers), batch)
-    assert len(multiprocessing.active_children()) == 2
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:  # as a signal to the process group would: they leave it to the trainer
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    next(workers)
+    assert all(child.is_alive() for child in children)
     # The number of workers is no part of the state.
     reference.set_state(state)
     assert_same(next(reference), expected[8])
     workers.close()
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import multiprocessing, sys, time
+sys.path[:0] = {folders!r}
+from configs import schema
+from train.data import pipeline
+from conftest import END, ByteTokenizer
+
+if __name__ == "__main__":
+    config = schema.Data(paths=({path!r},), sequence_length=32, worker_count=2)
+    iterator = pipeline.train_iterator(
+        config, tokenizer=ByteTokenizer(), end_of_document_id=END, batch_size=4
+    )
+    next(iterator)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="looks processes up in /proc")
+def test_workers_end_when_the_trainer_is_killed(numbered, tmp_path):
+    folders = [str(pathlib.Path(__file__).parents[3]), str(pathlib.Path(__file__).parent)]
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(folders=folders, path=numbered("a.jsonl", 50)))
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    with trainer:
+        workers = [pathlib.Path("/proc") / pid for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(worker.exists() for worker in workers)
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.exists() for worker in workers)
 
 
 def test_close_leaves_no_thread(make, config):
@@ -262,6 +307,8 @@ def test_numbers_that_do_not_fit_are_refused(make, config, numbered):
         make(config, process_index=4, process_count=4)
     with pytest.raises(ValueError, match="worker_count=5 exceeds the 4 rows"):
         make(dataclasses.replace(config, worker_count=5), process_count=2)
+    with pytest.raises(ValueError, match="data.worker_count=-1 must not be negative"):
+        dataclasses.replace(config, worker_count=-1)
     few = schema.Data(paths=(numbered("few.jsonl", 7),), eval_fraction=0.0)
     with pytest.raises(ValueError, match="7 training documents, fewer than batch_size=8"):
         make(few)
