@@ -164,6 +164,9 @@ class Data:
     def __post_init__(self) -> None:
         _check_positive(self, "sequence_length", "prefetch")
         _check(
+            self.worker_count >= 0, f"data.worker_count={self.worker_count} must not be negative"
+        )
+        _check(
             not self.weights or len(self.weights) == len(self.paths),
             f"data.weights has {len(self.weights)} entries for {len(self.paths)} paths; "
             f"give one per path, or none",
