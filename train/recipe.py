@@ -12,12 +12,12 @@ FILE = "recipe.json"
 # What may change between two starts of one run, because it leaves every number of a step as it is
 # up to rounding, or only says when to stop, to look or to save.
 HARMLESS = frozenset(
-    """
-    output accumulate_steps remat attention loss_chunk log_every_steps eval_every_steps
-    eval_batches profile_steps spike_factor spike_patience mesh checkpoint data.worker_count
-    data.prefetch
-    """.split()
-)
+    (
+        "output", "accumulate_steps", "remat", "attention", "loss_chunk", "mesh", "checkpoint",
+        "log_every_steps", "eval_every_steps", "eval_batches", "profile_steps", "spike_factor",
+        "spike_patience", "data.worker_count", "data.prefetch",
+    )
+)  # fmt: skip
 # With these schedules the length is no part of the curve before the decay.
 _OPEN_ENDED = {"constant": {"num_steps"}, "wsd": {"num_steps", "optimizer.decay_steps"}}
 
