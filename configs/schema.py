@@ -258,6 +258,10 @@ class Train:
         )
         _check(self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1")
         _check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
+        _check(
+            self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
+            f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",
+        )
 
 
 def to_dict(config: object) -> dict:
