@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +40,8 @@ def models() -> int:
 
     grid = table.Table(title="Qwen2.5 presets", caption=_MODELS_CAPTION)
     for heading in ("model", "parameters", "bf16 weights", "training state", "positions", "tensor"):
-        grid.add_column(heading, justify="left" if heading == "model" else "right")
+        first = heading == "model"
+        grid.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for name in qwen2_5.PRESETS:
         cfg = qwen2_5.preset(name)
         count = flops.parameters(cfg)
@@ -391,15 +393,22 @@ def _conversion_progress() -> Iterator[tuple[Callable, Callable]]:
 
 for _name in recipes.RECIPES:
     _train_command(_name)
-app.command(train_app, name="train", description="Train a recipe; any field: --data.paths ...")
-app.command(convert_app, name="convert", description="Hugging Face folders to and fro.")
-app.command(tokenizer_app, name="tokenizer", description="Train tokenizers.")
+app.command(train_app, name="train", help="Train a recipe; any field: --data.paths ...")
+app.command(convert_app, name="convert", help="Hugging Face folders to and fro.")
+app.command(tokenizer_app, name="tokenizer", help="Train tokenizers.")
 
 
 def main() -> None:
     """Entry point of the console script."""
     try:
-        code = app.cli(prog="qwen-jax", description="Qwen2.5 in JAX: train, convert, infer.")
+        code = app.cli(
+            prog="qwen-jax",
+            description="Qwen2.5 in JAX: train, convert, infer.",
+            config=(tyro.conf.AvoidSubcommands,),  # train's `model` is a plain flag
+        )
+    except BrokenPipeError:  # the reader of our output left; nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (ValueError, OSError) as error:  # a user's error is one readable message
         print(f"qwen-jax: {error}", file=sys.stderr)
         code = 2
