@@ -52,9 +52,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
-        q_BTNH = rope.rotate(self.q(x_BTD, "btd,dnh->btnh"), turn)
-        k_BTKH = rope.rotate(self.k(x_BTD, "btd,dkh->btkh"), turn)
-        v_BTKH = self.v(x_BTD, "btd,dkh->btkh")
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, turn), rope.rotate(k_BTKH, turn)
         heads = ("batch", "length", "act_heads", None)
         kv_heads = ("batch", "length", "act_kv_heads", None)
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, heads, layout), "q")
@@ -63,6 +62,11 @@ class Attention(nnx.Module):
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
         o_BTNH = sharding.constrain(o_BTNH, heads, layout)
         return self.o(o_BTNH, "btnh,nhd->btd"), kept
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
+        q_BTNH = self.q(x_BTD, "btd,dnh->btnh")
+        return q_BTNH, self.k(x_BTD, "btd,dkh->btkh"), self.v(x_BTD, "btd,dkh->btkh")
 
 
 class Block(nnx.Module):
@@ -164,14 +168,32 @@ def apply(
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention), None
 
-    def body(x_BTD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
-        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)
+    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int) -> jax.Array:
+        del index
+        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)[0]
 
     turn = rope.rotation(cfg, positions_BT)
     block = parts(cfg)["layers"].bind
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
-    x_BTD, _ = jax.lax.scan(remat.wrap(body, remat_policy), x_BTD, params["layers"])
+    x_BTD = over_layers(remat.wrap(body, remat_policy), x_BTD, params["layers"])
     return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD))
+
+
+def over_layers(
+    body: Callable[[Any, dict, jax.Array | int], Any], carry: Any, layers: dict | tuple[dict, ...]
+) -> Any:
+    """`body(carry, layer, index) -> carry` for each layer in turn.
+
+    Stacked parameters are scanned over, and the index is traced. A tuple with one dict a layer is
+    unrolled, and the index is an int: the way to decode on GPUs, where a scan copies each slice.
+    """
+    if isinstance(layers, tuple):
+        for index, layer in enumerate(layers):
+            carry = body(carry, layer, index)
+        return carry
+    indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    carry, _ = jax.lax.scan(lambda c, pair: (body(c, *pair), None), carry, (layers, indices))
+    return carry
 
 
 def embed(
