@@ -33,19 +33,20 @@ def prepare(
     dtype: jnp.dtype,
     form: Literal["stacked", "unstacked", "fused"] = "fused",
 ) -> dict:
-    """Parameters cast, and in the form asked for. Consumes `params`: its arrays are deleted.
+    """Stacked or unstacked parameters, cast and in the form asked for. Deletes their old arrays.
 
     stacked: as the model makes them. unstacked: a tuple of layers. fused: that, with q, k, v in one
     kernel and gate, up in another. Peak memory is the parameters and a copy of the largest leaf.
     """
+    if form not in ("stacked", "unstacked", "fused"):
+        raise ValueError(f"unknown form {form!r}; known: stacked, unstacked, fused")
     params = jax.tree.map(functools.partial(_cast, dtype=jnp.dtype(dtype)), params)
     if form == "stacked":
         return params
-    params = unstack(params)
+    if not isinstance(params["layers"], tuple):
+        params = unstack(params)
     if form == "unstacked":
         return params
-    if form != "fused":
-        raise ValueError(f"unknown form {form!r}; known: stacked, unstacked, fused")
     fuse = jax.jit(functools.partial(fused.fuse, cfg))
     layers = []
     for layer in params["layers"]:
