@@ -310,6 +310,20 @@ def advance(
     return jax.lax.while_loop(unfinished, next_step, (jnp.int32(0), carry))[1]
 
 
+def _placed(state: State, layout: Layout | None) -> State:
+    """`state` where it always lies between dispatches, so that none recompiles for the next."""
+
+    def batch(x: jax.Array) -> jax.Array:
+        return sharding.constrain(x, ("batch", None)[: x.ndim], layout)
+
+    return State(
+        kv_cache.constrain(state.cache, layout),
+        batch(state.tokens_B),
+        batch(state.remaining_B),
+        None if state.seen_BV is None else batch(state.seen_BV),
+    )
+
+
 def _draw(
     logits_BV: jax.Array,
     state: State,
@@ -338,4 +352,4 @@ def _draw(
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), drawn_B].set(True)
     state = State(state.cache, jnp.where(active_B, drawn_B, 0), remaining_B, seen_BV)
-    return state, jnp.where(active_B, drawn_B, PAD)
+    return _placed(state, layout), jnp.where(active_B, drawn_B, PAD)

@@ -76,13 +76,22 @@ def _create(
 ) -> Cache:
     def side() -> Side:
         if stacked:
-            return sharding.constrain(jnp.zeros((L, *shape), dtype), AXES, layout)
-        return tuple(
-            sharding.constrain(jnp.zeros(shape, dtype), AXES[1:], layout) for _ in range(L)
-        )
+            return jnp.zeros((L, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(L))
 
-    lengths_B = sharding.constrain(jnp.zeros(shape[:1], jnp.int32), ("batch",), layout)
-    return Cache(side(), side(), lengths_B)
+    return constrain(Cache(side(), side(), jnp.zeros(shape[:1], jnp.int32)), layout)
+
+
+def constrain(cache: Cache, layout: Layout | None) -> Cache:
+    """`cache` with its sharding fixed; unchanged where there is no layout."""
+
+    def side(value: Side) -> Side:
+        if isinstance(value, tuple):
+            return tuple(sharding.constrain(x, AXES[1:], layout) for x in value)
+        return sharding.constrain(value, AXES, layout)
+
+    lengths_B = sharding.constrain(cache.lengths_B, ("batch",), layout)
+    return Cache(side(cache.k_LBKSH), side(cache.v_LBKSH), lengths_B)
 
 
 def num_bytes(cfg: schema.Model, *, num_slots: int, length: int, dtype: jnp.dtype) -> int:
