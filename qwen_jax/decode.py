@@ -188,7 +188,7 @@ def _run(
 
     x_BTD = model.embed(cfg, params, tokens_BT, dtype=cache.dtype, layout=layout)
     carry = x_BTD, (cache.k_LBKSH, cache.v_LBKSH)
-    x_BTD, (k, v) = model.over_layers(body, carry, layers)
+    x_BTD, (k, v) = model.run_layers(body, carry, layers)
     x_BTD = model.parts(cfg)["norm"].bind(params["norm"])(x_BTD)
     return x_BTD, kv_cache.Cache(k, v, cache.lengths_B)
 

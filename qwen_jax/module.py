@@ -8,6 +8,7 @@ heads, K kv heads, G = N / K, H head dim, F ffn, E experts, V vocabulary, L laye
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +69,22 @@ class Part:
 
     def _values(self, key: jax.Array) -> dict:
         return nnx.to_pure_dict(nnx.state(self.make(key)))
+
+
+@jax.custom_vjp
+def unstack(stacked: dict) -> list[dict]:
+    """One tree a layer from a tree of [L, ...] arrays.
+
+    The gradient is one concatenation; differentiating the slices would add up L padded arrays.
+    """
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(operator.itemgetter(index), stacked) for index in range(count)]
+
+
+unstack.defvjp(
+    lambda stacked: (unstack(stacked), None),
+    lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),),
+)
 
 
 @functools.lru_cache(maxsize=256)

@@ -118,15 +118,19 @@ def _logits(hidden_BCD: jax.Array, kernel_DV: jax.Array, layout: Layout | None) 
 
 
 def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss):
-    """(loss, cross-entropy, number right, weight) of a chunk, and log Z [B, C]."""
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    """(loss, cross-entropy, number right, weight) of a chunk, and log Z [B, C].
+
+    Two passes over the logits: the maximum and the target's logit, then the sum of exponentials.
+    """
     columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BCV.shape[-1]), 2)
-    # A masked sum, not a gather: it stays local where the vocabulary is sharded.
+    # A masked maximum, not a gather: it stays local where the vocabulary is sharded.
     hit_BCV = columns == targets_BC[..., None]
-    target_BC = jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
+    target_BC = jnp.max(jnp.where(hit_BCV, logits_BCV, -jnp.inf), axis=-1)
+    peak_BC = jnp.max(logits_BCV, axis=-1)
+    log_z_BC = peak_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - peak_BC[..., None]), axis=-1))
     entropy_BC = log_z_BC - target_BC
     loss = jnp.sum(weights_BC * (entropy_BC + z_loss * log_z_BC**2))
-    right_BC = target_BC >= jnp.max(logits_BCV, axis=-1)
+    right_BC = target_BC >= peak_BC
     sums = (
         loss,
         jnp.sum(weights_BC * entropy_BC),
