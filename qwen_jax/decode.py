@@ -20,10 +20,25 @@ from partitioning.sharding import Layout
 from qwen_jax import fused, kv_cache, model, rope, sampling
 from qwen_jax.attention import api, cached
 
+Form = Literal["stacked", "unstacked", "fused"]
+
 PAD = -1  # in token outputs: the row had ended
 
 # Programs traced so far, by name and shape: a bucket that is used again adds nothing.
 compilations: collections.Counter[str] = collections.Counter()
+
+
+def best_form(layout: Layout | None = None) -> Form:
+    """The form that decodes fastest on this platform and mesh.
+
+    TPUs read slices of stacked layers in place. Where kv heads are on every device while query heads
+    are spread, a fused kernel would have to be on every device too.
+    """
+    if jax.default_backend() == "tpu":
+        return "stacked"
+    if layout is not None and layout.size("kv_heads") != layout.size("heads"):
+        return "unstacked"
+    return "fused"
 
 
 def prepare(
@@ -31,7 +46,8 @@ def prepare(
     params: dict,
     *,
     dtype: jnp.dtype,
-    form: Literal["stacked", "unstacked", "fused"] = "fused",
+    form: Form = "fused",
+    layout: Layout | None = None,
 ) -> dict:
     """Stacked or unstacked parameters, cast and in the form asked for. Deletes their old arrays.
 
@@ -47,7 +63,11 @@ def prepare(
         params = unstack(params)
     if form == "unstacked":
         return params
-    fuse = jax.jit(functools.partial(fused.fuse, cfg))
+    placed = None
+    if layout is not None:
+        axes = jax.tree.map(lambda axes: axes[1:], fused.part(cfg).axes(), is_leaf=sharding.is_axes)
+        placed = sharding.shardings(axes, layout)
+    fuse = jax.jit(functools.partial(fused.fuse, cfg), out_shardings=placed)
     layers = []
     for layer in params["layers"]:
         layers.append(jax.block_until_ready(fuse(layer)))
