@@ -9,7 +9,6 @@ served gives `custom_id` and `error`. A job started again answers only what is m
 import collections
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,7 +87,8 @@ def run(
                 jobs.append(_job(generator, line, settings=settings, special=special))
             except ValueError as error:
                 failed += 1
-                _write(out, {"custom_id": line.custom_id, "error": {"message": f"{error}"}})
+                message = f"{error}".encode("utf-8", "backslashreplace").decode("utf-8")
+                _write(out, {"custom_id": line.custom_id, "error": {"message": message}})
                 bar.advance(task)
         batches = _batches(generator, jobs, max_rows=max_rows, memory=memory)
         for batch in batches:
@@ -131,9 +131,14 @@ def _parse(raw: bytes, number: int, *, where: str) -> _Line:
     if not isinstance(record, dict):
         return _Line(default, where, None, f"a JSON object is needed, not {type(record).__name__}")
     custom_id = record.get("custom_id", default)
-    if not isinstance(custom_id, str):
-        return _Line(default, where, None, f"custom_id={custom_id!r} must be a string")
+    if not isinstance(custom_id, str) or not _is_unicode(custom_id):
+        return _Line(default, where, None, f"custom_id={custom_id!a} must be a Unicode string")
     return _Line(custom_id, where, record)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _job(
@@ -202,7 +207,7 @@ def _repair_output(path: Path, *, known: set[str]) -> set[str]:
     if b"".join(kept) != content:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        temporary.replace(path)
     return finished
 
 

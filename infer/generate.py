@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from configs import schema
 from partitioning.sharding import Layout
+from qwen_jax import chat as chat_lib
 from qwen_jax import generation, tokenizer
 
 Messages = Sequence[dict[str, Any]]
@@ -21,7 +22,6 @@ class Generator:
     cfg: schema.Model
     params: dict  # in a form that `qwen_jax.decode.prepare` makes
     tokenizer: tokenizer.Tokenizer
-    encode_chat: Callable[[Messages], list[int]]  # up to where the assistant's turn begins
     defaults: schema.Sampling  # what a request that says nothing gets
     eos_ids: tuple[int, ...]
     dtype: jnp.dtype
@@ -69,7 +69,10 @@ def prompt_request(
     if isinstance(prompt, str):
         tokens = generator.tokenizer.encode(prompt, special=special)
     else:
-        tokens = generator.encode_chat(prompt)
+        encoded = chat_lib.encode(
+            prompt, tokenizer=generator.tokenizer, add_generation_prompt=True, mask="none"
+        )
+        tokens = encoded.token_ids
     return generation.request(generator.cfg, tokens, settings=settings)
 
 

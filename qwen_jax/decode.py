@@ -31,8 +31,8 @@ compilations: collections.Counter[str] = collections.Counter()
 def best_form(layout: Layout | None = None) -> Form:
     """The form that decodes fastest on this platform and mesh.
 
-    TPUs read slices of stacked layers in place. Where kv heads are on every device while query heads
-    are spread, a fused kernel would have to be on every device too.
+    TPUs read slices of stacked layers in place. Where query heads are spread over devices and kv
+    heads are not, a fused kernel would have to be on every device too.
     """
     if jax.default_backend() == "tpu":
         return "stacked"
