@@ -165,6 +165,9 @@ class Data:
     def __post_init__(self) -> None:
         _check_positive(self, "sequence_length", "prefetch")
         _check(
+            self.worker_count >= 0, f"data.worker_count={self.worker_count} must not be negative"
+        )
+        _check(
             not self.weights or len(self.weights) == len(self.paths),
             f"data.weights has {len(self.weights)} entries for {len(self.paths)} paths; "
             f"give one per path, or none",
@@ -256,6 +259,10 @@ class Train:
         )
         _check(self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1")
         _check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
+        _check(
+            self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
+            f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
