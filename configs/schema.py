@@ -5,6 +5,7 @@ names or in the comments: lengths are tokens, sizes are elements, times are seco
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -262,6 +263,44 @@ class Train:
             self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
             f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request's tokens are drawn. The defaults sample from the model's own distribution.
+
+    Applied in this order, as transformers does: penalty, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int = 512  # most tokens to generate, the closing one included
+    temperature: float = 1.0  # 0 is greedy: the likeliest token, always
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # divides the scores of tokens seen in prompt and answer
+    seed: int = 0  # same seed, same request: same tokens, whatever else is in the batch
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kinds = int if f.type is int else (int, float)
+            _check(
+                isinstance(value, kinds) and not isinstance(value, bool),
+                f"{f.name}={value!r} must be {'a whole' if kinds is int else 'a'} number",
+            )
+        _check_positive(self, "max_tokens")
+        _check(
+            0 <= self.temperature < math.inf,
+            f"temperature={self.temperature} must be 0 (greedy) or greater, and finite",
+        )
+        _check(self.top_k >= 0, f"top_k={self.top_k} must be 0 (all tokens) or greater")
+        _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        _check(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
+        _check(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
+        )
+        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
 
 
 def to_dict(config: object) -> dict:
