@@ -160,7 +160,7 @@ def _render_guarded(
     """Render with a guard inside every control token that the messages or tools spell.
 
     A string that begins with the end of a control token, or ends with the beginning of one, gets a
-    guard at that edge, so that its neighbour cannot complete it. Not guarded: the role, which is one
+    guard at that edge, so that its neighbour cannot complete it. Not guarded: the role, one
     of four words, and a string that the template itself sets between the two ends of a token.
     """
     run = functools.partial(
