@@ -13,6 +13,7 @@ from partitioning.sharding import Layout
 from qwen_jax import checkpoint, tokenizer
 from qwen_jax.tokenizer import Tokenizer
 from train import batches, loop, recipe
+from train import state as state_lib
 from train import step as step_lib
 from train.data import mixture, pipeline
 from train.step import Program, State
@@ -49,9 +50,10 @@ def run(config: schema.Train) -> loop.Result:
         return pipeline.eval_batches(config.data, **reading, limit=config.eval_batches)
 
     output = Path(config.output)
-    recipe.claim(output, config, cfg)
-    if jax.process_index() == 0:
-        _keep_assets(output / ASSETS, config, words)
+    with state_lib.explain_full_disk(output):
+        recipe.claim(output, config, cfg)
+        if jax.process_index() == 0:
+            _keep_assets(output / ASSETS, config, words)
     inputs = loop.Inputs(
         source=source,
         start=lambda: _start(config, program),
