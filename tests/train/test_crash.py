@@ -97,12 +97,17 @@ def kill_at(step: int, wait: float, config: schema.Train, cache: Path) -> None:
     assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
 
 
-def check(config: schema.Train, tmp_path: Path, *, kills: int, seed: int) -> None:
+def half_written(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("*tmp*"))
+
+
+def check(config: schema.Train, tmp_path: Path, *, kills: int, seed: int) -> int:
+    """Kill and restart; compare with the run that was left alone. How many kills hit a save?"""
     cache, moments = tmp_path / "cache", random.Random(seed)
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     killed = dataclasses.replace(config, output=str(tmp_path / "killed"))
     expected = finish(whole, cache)
-    folder = Path(killed.output)
+    folder, hits = Path(killed.output), 0
     for n in range(kills):
         kill_at(
             max(last_step(folder), n * config.num_steps // (kills + 1)) + moments.randrange(1, 5),
@@ -110,11 +115,14 @@ def check(config: schema.Train, tmp_path: Path, *, kills: int, seed: int) -> Non
             killed,
             cache,
         )
+        hits += half_written(folder)
         # One checkpoint may be in the making while the next steps run, and they wait for it.
         assert last_step(folder) - last_checkpoint(folder) <= 2 * EVERY
     assert finish(killed, cache) == expected
     steps = [row["step"] for row in expected if row["kind"] == "train"]
     assert steps == list(range(1, config.num_steps + 1))
+    assert not half_written(folder)
+    return hits
 
 
 def test_killed_twice(config, tmp_path):
@@ -124,4 +132,4 @@ def test_killed_twice(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_killed_ten_times(config, tmp_path, seed):
-    check(dataclasses.replace(config, num_steps=200), tmp_path, kills=10, seed=seed)
+    assert check(dataclasses.replace(config, num_steps=200), tmp_path, kills=10, seed=seed) >= 1
