@@ -5,6 +5,7 @@ names or in the comments: lengths are tokens, sizes are elements, times are seco
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,6 +115,35 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Sampling defaults that come with a checkpoint (generation_config.json); None: not said."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, None), ("top_k", 0, None), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("repetition_penalty", 0, None), ("max_new_tokens", 1, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _check(
+                value is None or (value >= low and (high is None or value <= high)),
+                f"{name}={value} must be at least {low}" + (f", at most {high}" if high else ""),
+            )
+        _check(self.top_p != 0, "top_p=0 would leave no token; use 1 to keep all")
+        _check(self.repetition_penalty != 0, "repetition_penalty=0 divides by zero; use 1 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
     """Devices per mesh axis inside a slice (ICI) and across slices (DCN); -1 takes what is left."""
 
@@ -163,6 +193,9 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_positive(self, "sequence_length", "prefetch")
+        _check(
+            self.worker_count >= 0, f"data.worker_count={self.worker_count} must not be negative"
+        )
         _check(
             not self.weights or len(self.weights) == len(self.paths),
             f"data.weights has {len(self.weights)} entries for {len(self.paths)} paths; "
@@ -228,6 +261,7 @@ class Train:
     seed: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
+    layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn"] = "auto"
     z_loss: float = 0.0
     loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
@@ -258,6 +292,44 @@ class Train:
             self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
             f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request's tokens are drawn. The defaults sample from the model's own distribution.
+
+    Applied in this order, as transformers does: penalty, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int = 512  # most tokens to generate, the closing one included
+    temperature: float = 1.0  # 0 is greedy: the likeliest token, always
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # divides the scores of tokens seen in prompt and answer
+    seed: int = 0  # same seed, same request: same tokens, whatever else is in the batch
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kinds = int if f.type is int else (int, float)
+            _check(
+                isinstance(value, kinds) and not isinstance(value, bool),
+                f"{f.name}={value!r} must be {'a whole' if kinds is int else 'a'} number",
+            )
+        _check_positive(self, "max_tokens")
+        _check(
+            0 <= self.temperature < math.inf,
+            f"temperature={self.temperature} must be 0 (greedy) or greater, and finite",
+        )
+        _check(self.top_k >= 0, f"top_k={self.top_k} must be 0 (all tokens) or greater")
+        _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        _check(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
+        _check(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
+        )
+        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
 
 
 def to_dict(config: object) -> dict:

@@ -55,6 +55,19 @@ def make(config: schema.Mesh, *, devices: Sequence[jax.Device] | None = None) ->
     return jax.sharding.Mesh(np.asarray(array), schema.MESH_AXES)
 
 
+def abstract(config: schema.Mesh) -> jax.sharding.AbstractMesh:
+    """The mesh's shape without devices, for plans; every axis needs a size.
+
+    Raises `ValueError` if an axis is -1: there are no devices to take.
+    """
+    sizes = [getattr(config, axis) for axis in schema.MESH_AXES]
+    if -1 in sizes:
+        axis = schema.MESH_AXES[sizes.index(-1)]
+        raise ValueError(f"mesh axis {axis}=-1 takes what is left of the devices; name its size")
+    sizes[0] *= config.dcn_data
+    return jax.sharding.AbstractMesh(tuple(sizes), schema.MESH_AXES)
+
+
 def parse(text: str) -> schema.Mesh:
     """`fsdp=4,tensor=2` as a mesh config; unnamed axes are 1.
 

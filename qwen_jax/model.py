@@ -52,9 +52,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
-        q_BTNH = rope.rotate(self.q(x_BTD, "btd,dnh->btnh"), turn)
-        k_BTKH = rope.rotate(self.k(x_BTD, "btd,dkh->btkh"), turn)
-        v_BTKH = self.v(x_BTD, "btd,dkh->btkh")
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, turn), rope.rotate(k_BTKH, turn)
         heads = ("batch", "length", "act_heads", None)
         kv_heads = ("batch", "length", "act_kv_heads", None)
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, heads, layout), "q")
@@ -63,6 +62,11 @@ class Attention(nnx.Module):
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
         o_BTNH = sharding.constrain(o_BTNH, heads, layout)
         return self.o(o_BTNH, "btnh,nhd->btd"), kept
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
+        q_BTNH = self.q(x_BTD, "btd,dnh->btnh")
+        return q_BTNH, self.k(x_BTD, "btd,dkh->btkh"), self.v(x_BTD, "btd,dkh->btkh")
 
 
 class Block(nnx.Module):
@@ -146,13 +150,15 @@ def apply(
     dtype: jnp.dtype = jnp.float32,
     attention: str | None = None,
     remat_policy: str = "none",
+    layer_loop: str = "scan",
     layout: Layout | None = None,
 ) -> Output:
     """The transformer over whole sequences, causally masked.
 
     positions_BT defaults to 0..T-1; packed rows restart them, and give equal `segment_ids_BT` to
     tokens of one document. `dtype` is that of the arithmetic. `attention` names an implementation,
-    `remat_policy` what the backward pass recomputes (`qwen_jax/remat.py`).
+    `remat_policy` what the backward pass recomputes (`qwen_jax/remat.py`), `layer_loop` how layers
+    are run (`run_layers`).
     Raises `ValueError` for lengths beyond a dual-chunk model's chunk.
     """
     B, T = tokens_BT.shape
@@ -164,14 +170,40 @@ def apply(
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention), None
 
-    def body(x_BTD: jax.Array, layer: dict) -> tuple[jax.Array, None]:
-        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)
+    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int) -> jax.Array:
+        del index
+        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)[0]
 
     turn = rope.rotation(cfg, positions_BT)
     block = parts(cfg)["layers"].bind
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
-    x_BTD, _ = jax.lax.scan(remat.wrap(body, remat_policy), x_BTD, params["layers"])
+    body = remat.wrap(body, remat_policy)
+    x_BTD = run_layers(body, x_BTD, params["layers"], layer_loop=layer_loop)
     return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD))
+
+
+def run_layers(
+    body: Callable[[Any, dict, jax.Array | int], Any],
+    carry: Any,
+    layers: dict | tuple[dict, ...],
+    *,
+    layer_loop: str = "scan",
+) -> Any:
+    """`carry = body(carry, layer, index)` for every layer: of stacked parameters, or of a tuple.
+
+    scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
+    code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
+    arrays (on one H100, 1.5B: 488 TFLOP/s against 453; docs/experiments.md). A tuple of layers is
+    always unrolled. Raises `ValueError` for another name.
+    """
+    if layer_loop not in ("scan", "unrolled"):
+        raise ValueError(f"unknown layer_loop {layer_loop!r}; known: scan, unrolled")
+    if layer_loop == "scan" and isinstance(layers, dict):
+        indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+        return jax.lax.scan(lambda c, xs: (body(c, *xs), None), carry, (layers, indices))[0]
+    for index, layer in enumerate(layers if isinstance(layers, tuple) else module.unstack(layers)):
+        carry = body(carry, layer, index)
+    return carry
 
 
 def embed(
@@ -183,8 +215,7 @@ def embed(
     layout: Layout | None = None,
 ) -> jax.Array:
     """[B, T] ids -> [B, T, D]."""
-    x_BTD = parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype)
-    return sharding.constrain(x_BTD, ("batch", "length", "act_embed"), layout)
+    return parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
 
 
 def output_kernel(cfg: schema.Model, params: dict) -> jax.Array:
@@ -207,8 +238,15 @@ def check_length(cfg: schema.Model, length: int) -> None:
             f"{cfg.name}: up to there it equals plain RoPE, beyond it is not implemented; use "
             f"sequences of at most {dual.chunk_size} tokens"
         )
-    if length > cfg.max_position_embeddings:
+    limit, origin = cfg.max_position_embeddings, "max_position_embeddings"
+    if cfg.rope_scaling is not None:
+        # The released configs keep max_position_embeddings at the unextended 32,768.
+        yarn = cfg.rope_scaling
+        extended = int(yarn.factor * yarn.original_max_position_embeddings)
+        if extended > limit:
+            limit, origin = extended, "rope_scaling's factor * original_max_position_embeddings"
+    if length > limit:
         raise ValueError(
-            f"length {length} exceeds max_position_embeddings={cfg.max_position_embeddings} of "
-            f"{cfg.name}; use shorter sequences, or extend the context with rope_scaling"
+            f"length {length} exceeds {origin}={limit} of {cfg.name}; use shorter sequences, or "
+            f"extend the context with rope_scaling"
         )

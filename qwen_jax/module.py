@@ -8,6 +8,7 @@ heads, K kv heads, G = N / K, H head dim, F ffn, E experts, V vocabulary, L laye
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,13 +27,13 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 def param(
     key: jax.Array, shape: tuple[int, ...], *, axes: Axes, init: Initializer
 ) -> nnx.Param[jax.Array]:
-    """A float32 parameter with one logical axis name per dimension.
+    """A float32 parameter with one logical axis name per dimension (None: never sharded).
 
     Raises `ValueError` if a name is not in the closed set or their number is not the rank.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for a parameter of shape {shape}")
-    for axis in axes:
+    for axis in filter(None, axes):
         rules.check_axis(axis)
     return nnx.Param(init(key, shape, jnp.float32), **{_AXES: axes})
 
@@ -68,6 +69,22 @@ class Part:
 
     def _values(self, key: jax.Array) -> dict:
         return nnx.to_pure_dict(nnx.state(self.make(key)))
+
+
+@jax.custom_vjp
+def unstack(stacked: dict) -> list[dict]:
+    """One tree a layer from a tree of [L, ...] arrays.
+
+    The gradient is one concatenation; differentiating the slices would add up L padded arrays.
+    """
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(operator.itemgetter(index), stacked) for index in range(count)]
+
+
+unstack.defvjp(
+    lambda stacked: (unstack(stacked), None),
+    lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),),
+)
 
 
 @functools.lru_cache(maxsize=256)

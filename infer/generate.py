@@ -1,0 +1,147 @@
+"""Text in, text out: a loaded model with its tokenizer, one prompt streamed, and a chat."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning.sharding import Layout
+from qwen_jax import chat as chat_lib
+from qwen_jax import generation, tokenizer
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """A model ready to continue text. `load` makes it."""
+
+    cfg: schema.Model
+    params: dict  # in a form that `qwen_jax.decode.prepare` makes
+    tokenizer: tokenizer.Tokenizer
+    defaults: schema.Sampling  # what a request that says nothing gets
+    eos_ids: tuple[int, ...]
+    dtype: jnp.dtype
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished answer. `token_ids` holds the closing end-of-sequence token, `text` does not."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+def sampling_defaults(said: schema.Generation, **overrides: float | None) -> schema.Sampling:
+    """generation_config.json's settings under `overrides`; None leaves a setting alone.
+
+    `do_sample: false` is temperature 0. What neither says is `schema.Sampling`'s default.
+    """
+    values = {
+        "max_tokens": said.max_new_tokens,
+        "temperature": 0.0 if said.do_sample is False else said.temperature,
+        "top_k": said.top_k,
+        "top_p": said.top_p,
+        "min_p": said.min_p,
+        "repetition_penalty": said.repetition_penalty,
+    }
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return schema.Sampling(**{name: value for name, value in values.items() if value is not None})
+
+
+def prompt_request(
+    generator: Generator,
+    prompt: str | Messages,
+    *,
+    settings: schema.Sampling,
+    special: Literal["text", "control"] = "text",
+) -> generation.Request:
+    """A request for a text or a conversation.
+
+    `special="control"` gives control tokens spelled in a text prompt their ids; otherwise they are
+    ordinary text. Raises `ValueError` for a prompt that the model or the template cannot take.
+    """
+    if isinstance(prompt, str):
+        tokens = generator.tokenizer.encode(prompt, special=special)
+    else:
+        encoded = chat_lib.encode(
+            prompt, tokenizer=generator.tokenizer, add_generation_prompt=True, mask="none"
+        )
+        tokens = encoded.token_ids
+    return generation.request(generator.cfg, tokens, settings=settings)
+
+
+def run(generator: Generator, requests: Sequence[generation.Request]) -> Iterator[generation.Piece]:
+    """Tokens of all requests as they come, in one batch."""
+    return generation.generate(
+        generator.cfg,
+        generator.params,
+        requests,
+        eos_ids=generator.eos_ids,
+        dtype=generator.dtype,
+        layout=generator.layout,
+    )
+
+
+def stream(
+    generator: Generator, request: generation.Request, *, write: Callable[[str], None]
+) -> Completion:
+    """Writes the answer's text as it becomes complete characters, and returns the whole."""
+    decoder = tokenizer.StreamDecoder(generator.tokenizer, skip_special=True)
+    token_ids: list[int] = []
+    texts = []
+    reason: Literal["stop", "length"] = "length"
+    for piece in run(generator, [request]):
+        token_ids += piece.tokens
+        reason = piece.finish_reason or reason
+        texts.append(decoder.push(visible(piece)))
+        write(texts[-1])
+    texts.append(decoder.finish())
+    write(texts[-1])
+    return Completion(text="".join(texts), token_ids=tuple(token_ids), finish_reason=reason)
+
+
+def visible(piece: generation.Piece) -> tuple[int, ...]:
+    """The piece's tokens without the one that ended the sequence."""
+    return piece.tokens[:-1] if piece.finish_reason == "stop" else piece.tokens
+
+
+def chat(
+    generator: Generator,
+    *,
+    settings: schema.Sampling | None = None,
+    system: str | None = None,
+    read: Callable[[], str | None],
+    write: Callable[[str], None],
+) -> list[dict[str, str]]:
+    """Turns until `read` gives None; returns the conversation.
+
+    A turn that does not fit is refused in writing, and the conversation stays as it was.
+    """
+    settings = settings or generator.defaults
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while (line := read()) is not None:
+        turn = {"role": "user", "content": line}
+        try:
+            request = prompt_request(generator, [*messages, turn], settings=settings)
+        except ValueError as error:
+            write(f"{error}\n")
+            continue
+        answer = stream(generator, request, write=write)
+        write("\n")
+        messages += [turn, {"role": "assistant", "content": answer.text}]
+    return messages
+
+
+def with_overrides(settings: schema.Sampling, values: dict[str, Any]) -> schema.Sampling:
+    """`settings` with some fields replaced. Raises `ValueError` for unknown names or bad values."""
+    known = [f.name for f in dataclasses.fields(schema.Sampling)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown sampling parameters {unknown}; known: {', '.join(known)}")
+    return dataclasses.replace(settings, **values)
