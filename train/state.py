@@ -26,7 +26,7 @@ FORMAT = 1
 _CHUNK_BYTES = 256 * 2**20
 
 
-class DiskFull(RuntimeError):
+class DiskFull(OSError):
     """Something of a run could not be written; the checkpoints there are whole."""
 
 
