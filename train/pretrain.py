@@ -106,9 +106,7 @@ def _start(config: schema.Train, program: Program) -> State:
     if not config.init_from:
         return program.init(jax.random.key(config.seed))
     where = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    return program.adopt(
-        checkpoint.load_params(config.init_from, shardings=where, dtype="float32")
-    )
+    return program.adopt(checkpoint.load_params(config.init_from, shardings=where, dtype="float32"))
 
 
 def _keep_assets(folder: Path, config: schema.Train, words: Tokenizer) -> None:

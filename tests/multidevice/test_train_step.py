@@ -87,7 +87,9 @@ def test_a_checkpoint_goes_on_on_another_mesh(folder, one_device, text):
     with state.Store(folder, CONFIG.checkpoint, CFG) as store:
         saved = store.restore(program.state)
     assert (saved.step, saved.data) == (2, {"rows": 2})
-    for leaf, like in zip(jax.tree.leaves(saved.state), jax.tree.leaves(program.state), strict=True):
+    for leaf, like in zip(
+        jax.tree.leaves(saved.state), jax.tree.leaves(program.state), strict=True
+    ):
         assert leaf.sharding == like.sharding
     at, history = train(program, saved.state, range(2, 4))
     check_same(at.params, history, one_device, first=2)

@@ -111,12 +111,13 @@ def program(config: schema.Train, cfg: schema.Model | None = None) -> step.Progr
     plain = {
         f.name: f.default
         for f in dataclasses.fields(schema.Train)
-        if f.name in ("output", "log_every_steps", "eval_every_steps", "profile_steps")
+        if f.name in ("init_from", "output", "log_every_steps", "eval_every_steps", "profile_steps")
         or f.name.startswith("spike")
     }
     if config.optimizer.schedule == "constant":
         plain["num_steps"] = 1
-    plain["checkpoint"] = schema.Checkpoint()
+    plain |= {"model": "", "checkpoint": schema.Checkpoint()}
+    plain["data"] = schema.Data(sequence_length=config.data.sequence_length)
     return _program(dataclasses.replace(config, **plain), cfg or tiny_model())
 
 

@@ -10,7 +10,11 @@ from train import pretrain
 
 
 @pytest.fixture
-def config(tmp_path, helpers):
+def config(tmp_path, helpers, monkeypatch):
+    # Compiled once for all tests here.
+    monkeypatch.setattr(
+        pretrain.step_lib, "make", lambda cfg, config, layout: helpers.program(config, cfg)
+    )
     helpers.write_text(tmp_path / "text", documents=60)
     helpers.write_tokenizer(tmp_path / "tokenizer")
     return helpers.tiny_config(
@@ -35,6 +39,15 @@ def test_a_run_what_it_leaves_and_with_what_it_goes_on(config, tmp_path, helpers
     assert (run / "assets" / "tokenizer.json").is_file()
     assert json.loads((run / "recipe.json").read_text())["model"]["name"] == "test"
 
+    # Its weights can start another run, which holds out the same documents.
+    heir = dataclasses.replace(
+        config, init_from=str(run), model="tiny", output=str(tmp_path / "heir"), num_steps=1
+    )
+    pretrain.run(heir)
+    with (tmp_path / "heir" / "metrics.jsonl").open() as lines:
+        born = json.loads(lines.readline())
+    assert born["step"] == 0 and born["loss"] == result.evaluation["loss"]
+
     longer = dataclasses.replace(config, num_steps=9)
     with pytest.raises(ValueError, match="batch_size: 4 -> 8"):
         pretrain.run(dataclasses.replace(longer, batch_size=8))
@@ -52,7 +65,7 @@ def test_a_run_what_it_leaves_and_with_what_it_goes_on(config, tmp_path, helpers
         ({"data": {"paths": ()}}, "data.paths is empty"),
         ({"data": {"tokenizer": ""}}, "data.tokenizer is empty"),
         ({"model": {"vocab_size": 100, "eos_token_ids": (0,)}}, "vocab_size=100 .* too small"),
-        ({"batch_size": 3, "mesh": {"tensor": 7}}, "mesh"),
+        ({"mesh": {"tensor": 7}}, "mesh"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, tmp_path, changes, said):
