@@ -1,0 +1,37 @@
+"""A tiny random model with a byte tokenizer, ready to continue text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import qwen2_5, schema
+from infer import generate
+from qwen_jax import decode, model, tokenizer_train
+
+CFG = dataclasses.replace(
+    qwen2_5.tiny(),
+    vocab_size=288,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture(scope="session")
+def generator() -> generate.Generator:
+    leaves, tree = jax.tree.flatten(model.shapes(CFG))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    return generate.Generator(
+        cfg=CFG,
+        params=decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32),
+        tokenizer=words,
+        defaults=schema.Sampling(max_tokens=12, temperature=0.0),
+        eos_ids=(5, *words.eos_ids),
+        dtype=jnp.float32,
+    )

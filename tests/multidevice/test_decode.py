@@ -1,0 +1,96 @@
+"""Decoding on 8 fake CPU devices gives one device's tokens; in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import dataclasses, sys
+import jax, jax.numpy as jnp, numpy as np
+from configs import qwen2_5, schema
+from partitioning import mesh as mesh_lib, rules, sharding
+from qwen_jax import decode, generation, model
+
+jax.config.update("jax_default_matmul_precision", "highest")
+text, form, num_steps = sys.argv[1], sys.argv[2], 4
+cfg = dataclasses.replace(
+    qwen2_5.tiny(), vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=8, tie_word_embeddings=False,
+)
+config = mesh_lib.parse(text)
+layout = sharding.Layout(
+    mesh_lib.make(config), rules.rule_set("decode", kv_heads=config.kv_heads)
+)
+
+def params():
+    leaves, tree = jax.tree.flatten(model.shapes(cfg))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return tree.unflatten(
+        [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+rng = np.random.default_rng(0)
+settings = [
+    schema.Sampling(temperature=0.0, max_tokens=9),
+    schema.Sampling(temperature=1.0, top_k=10, top_p=0.9, seed=3, max_tokens=14),
+    schema.Sampling(temperature=0.8, repetition_penalty=1.2, seed=4, max_tokens=3),
+]
+requests = [
+    generation.request(cfg, rng.integers(1, 256, n), settings=s)
+    for n, s in zip((4, 19, 11), settings)
+]
+
+def tokens(params, layout):
+    drawn = [[] for _ in requests]
+    pieces = generation.generate(
+        cfg, params, requests, eos_ids=(5,), dtype=jnp.float32, num_steps=num_steps, layout=layout
+    )
+    for piece in pieces:
+        drawn[piece.row] += piece.tokens
+    return drawn
+
+one = tokens(decode.prepare(cfg, params(), dtype=jnp.float32), None)
+placed = jax.device_put(params(), sharding.shardings(model.axes(cfg), layout))
+form = decode.best_form(layout) if form == "best" else form
+placed = decode.prepare(cfg, placed, dtype=jnp.float32, form=form, layout=layout)
+many = tokens(placed, layout)
+assert many == one, (many, one)
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else 0
+)
+assert tokens(placed, layout) == one
+assert not compiled, "a bucket was compiled again"
+
+if layout.size("heads") > 1 and form == "fused":
+    (qkv,) = {x.sharding.spec for x in [placed["layers"][0]["attention"]["qkv"]["kernel"]]}
+    assert qkv == jax.sharding.PartitionSpec(None, "tensor"), qkv
+print("form", form)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form", "used"),
+    [
+        ("tensor=4,data=2", "best", "fused"),
+        ("fsdp=8", "stacked", "stacked"),
+        ("tensor=8,kv_heads=replicated", "best", "unstacked"),
+    ],
+)
+def test_sharded_decoding_equals_one_device(mesh, form, used):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, mesh, form],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"form {used}"
