@@ -115,6 +115,35 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Sampling defaults that come with a checkpoint (generation_config.json); None: not said."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, None), ("top_k", 0, None), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("repetition_penalty", 0, None), ("max_new_tokens", 1, None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _check(
+                value is None or (value >= low and (high is None or value <= high)),
+                f"{name}={value} must be at least {low}" + (f", at most {high}" if high else ""),
+            )
+        _check(self.top_p != 0, "top_p=0 would leave no token; use 1 to keep all")
+        _check(self.repetition_penalty != 0, "repetition_penalty=0 divides by zero; use 1 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
     """Devices per mesh axis inside a slice (ICI) and across slices (DCN); -1 takes what is left."""
 

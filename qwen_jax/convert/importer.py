@@ -1,0 +1,300 @@
+"""Imports a Hugging Face folder as a native checkpoint.
+
+    OUT/params/         the parameters, an Orbax PyTree checkpoint
+    OUT/model/metadata  {"format": 1, "model": ..., "source": ...}
+    OUT/assets/         config.json, generation_config.json and tokenizer files as they were
+
+Everything is written into OUT.partial, which becomes OUT when it is whole. The array database
+itself is the journal: what it names was written completely, so a later run goes on from there.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from configs import huggingface, schema
+from qwen_jax.convert import plan, source, store, table
+
+_JOURNAL = "import.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+
+def import_checkpoint(
+    hf_dir: Path | str,
+    out: Path | str,
+    *,
+    max_memory: int | None = None,
+    on_plan: Callable[[plan.Plan], None] | None = None,
+    on_progress: Progress | None = None,
+) -> plan.Plan:
+    """Writes the native checkpoint `out` from the Hugging Face folder `hf_dir`.
+
+    Tensors keep their dtype. `max_memory` bounds the resident bytes of the process. `on_plan` is
+    called before anything is written. A run that was killed goes on when called again.
+
+    Raises `ValueError` for a folder that is not a sound Qwen2.5 checkpoint, too small a
+    `max_memory`, or an `out` in the way; `OSError` when the disk is full: run again after.
+    """
+    out = Path(out)
+    opened = source.open_source(hf_dir)
+    _check_assets(opened)
+    partial = out.with_name(out.name + ".partial")
+    with _lock(partial):
+        journal = {"format": 1, "source": _fingerprint(opened)}
+        if _finished(out, journal):
+            return _plan(opened, out, [], block_bytes=0, max_memory=max_memory, done=set())
+        block_bytes = _begin(partial, journal, max_memory=max_memory)
+        arrays = [
+            plan.array(row, opened.model, source.row_dtype(opened, row), block_bytes=block_bytes)
+            for row in table.rows(opened.model)
+        ]
+        params = partial / "params"
+        store.remove_leftovers(params)
+        done = store.written_chunks(params)
+        planned = _plan(
+            opened, out, arrays, block_bytes=block_bytes, max_memory=max_memory, done=done
+        )
+        _check_space(partial, planned)
+        if on_plan:
+            on_plan(planned)
+        _check_tied(opened, block_bytes=block_bytes)
+        try:
+            _write_arrays(opened, params, arrays, planned, done=done, on_progress=on_progress)
+            _commit(opened, partial, out, arrays)
+        except OSError as error:
+            raise OSError(
+                f"cannot write {partial}: {error}; make room and run the import again, "
+                f"it goes on where it stopped"
+            ) from error
+    return planned
+
+
+@contextlib.contextmanager
+def _lock(partial: Path) -> Iterator[None]:
+    """Keeps two imports out of one place; the system drops the lock of a killed process."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    path = partial.with_name(partial.name + ".lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another import is writing {partial}; wait for it to end") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _fingerprint(opened: source.Source) -> dict:
+    """What tells one set of source files from another without reading them."""
+    config = json.dumps(opened.config, sort_keys=True).encode()
+    stats = {path.name: path.stat() for path in opened.files}
+    return {
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+
+
+def _finished(out: Path, journal: dict) -> bool:
+    """Whether `out` is this very import, killed between its commit and its end."""
+    if not out.exists():
+        return False
+    path = out / _JOURNAL
+    if path.exists():
+        written = source.read_json(path)
+        if written.get("source") == journal["source"]:
+            path.unlink()
+            return True
+    raise ValueError(f"{out} exists already; delete it, or choose another place")
+
+
+def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
+    """Starts the journal, or checks that an earlier one fits. Returns the block size in bytes."""
+    path = partial / _JOURNAL
+    if not path.exists():
+        if partial.exists() and any(not p.name.startswith(_JOURNAL) for p in partial.iterdir()):
+            raise ValueError(f"{partial} is in the way and no unfinished import; delete it")
+        block_bytes = plan.choose_block_bytes(max_memory)
+        store.write_json(path, {**journal, "block_bytes": block_bytes})
+        return block_bytes
+    earlier = source.read_json(path)
+    if earlier.get("source") != journal["source"] or earlier.get("format") != journal["format"]:
+        raise ValueError(
+            f"{partial} is an unfinished import of other files; delete it to start again"
+        )
+    block_bytes = earlier["block_bytes"]
+    if max_memory is not None and plan.choose_block_bytes(max_memory) < block_bytes:
+        needed = plan.peak_bytes(block_bytes) / plan.MIB
+        raise ValueError(
+            f"{partial} was begun with more memory than max_memory={max_memory / plan.MIB:.0f} "
+            f"MiB; go on with at least {needed:.0f} MiB, or delete it to start again"
+        )
+    return block_bytes
+
+
+def _plan(
+    opened: source.Source,
+    out: Path,
+    arrays: list[plan.Array],
+    *,
+    block_bytes: int,
+    max_memory: int | None,
+    done: set[str],
+) -> plan.Plan:
+    done_bytes = sum(
+        plan.block_bytes(stored, block)
+        for stored in arrays
+        for block in plan.blocks(stored, opened.model)
+        if _is_done(stored, block, done)
+    )
+    return plan.Plan(
+        source=opened.folder,
+        target=out,
+        model=opened.model,
+        num_tensors=len(opened.tensors),
+        total_bytes=sum(stored.nbytes for stored in arrays),
+        done_bytes=done_bytes,
+        block_bytes=block_bytes,
+        peak_bytes=plan.peak_bytes(block_bytes),
+        max_memory=max_memory,
+    )
+
+
+def _is_done(stored: plan.Array, block: plan.Block, done: set[str]) -> bool:
+    return all(f"{stored.row.path}/{key}" in done for key in plan.chunk_keys(stored, block))
+
+
+def _check_space(partial: Path, planned: plan.Plan) -> None:
+    free = shutil.disk_usage(partial).free
+    needed = planned.total_bytes - planned.done_bytes
+    if free < needed:
+        raise OSError(
+            f"{partial} needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB "
+            f"free; make room and run the import again, it goes on where it stopped"
+        )
+
+
+def _check_assets(opened: source.Source) -> None:
+    path = opened.folder / "generation_config.json"
+    if path.exists():
+        huggingface.read_generation(source.read_json(path))
+
+
+def _check_tied(opened: source.Source, *, block_bytes: int) -> None:
+    """A stored copy of the tied projection must equal the embedding, for it is not kept."""
+    name, embed = table.LM_HEAD.hf, table.EMBED.hf
+    if not opened.model.tie_word_embeddings or name not in opened.tensors:
+        return
+    row_bytes = opened.model.hidden_size * source.DTYPES[opened.tensors[embed].dtype].itemsize
+    step = max(1, block_bytes // row_bytes)
+    for start in range(0, opened.model.vocab_size, step):
+        slices = (slice(start, min(start + step, opened.model.vocab_size)), slice(None))
+        tied, kept = source.read(opened, name, slices), source.read(opened, embed, slices)
+        if tied.dtype != kept.dtype or not np.array_equal(tied.view("u1"), kept.view("u1")):
+            raise ValueError(
+                f"{name} differs from {embed} near row {start}, but tie_word_embeddings is true; "
+                f"set it to false in config.json to keep both"
+            )
+
+
+def _write_arrays(
+    opened: source.Source,
+    params: Path,
+    arrays: list[plan.Array],
+    planned: plan.Plan,
+    *,
+    done: set[str],
+    on_progress: Progress | None,
+) -> None:
+    """Writes every block that is not done, with a bounded number of blocks under way."""
+    context = store.context()
+    written = planned.done_bytes
+    under_way: deque[futures.Future[tuple[ts.WriteFutures, plan.Array, int]]] = deque()
+
+    def convert(stored: plan.Array, array: ts.TensorStore, block: plan.Block):
+        data = _read_block(opened, stored, block)
+        write = array[block.index(stored.row)].write(
+            data, can_reference_source_data_indefinitely=True
+        )
+        return write, stored, data.nbytes
+
+    def finish_oldest() -> None:
+        nonlocal written
+        write, stored, nbytes = under_way.popleft().result()
+        with store.write_errors():
+            write.result()
+        written += nbytes
+        if on_progress:
+            on_progress(written, planned.total_bytes, stored.row.path)
+
+    with futures.ThreadPoolExecutor(plan.CONVERTING) as pool:
+        try:
+            for stored in arrays:
+                with store.write_errors():
+                    array = store.open_for_writing(params, stored, context)
+                for block in plan.blocks(stored, opened.model):
+                    if not _is_done(stored, block, done):
+                        under_way.append(pool.submit(convert, stored, array, block))
+                    while len(under_way) > plan.UNDER_WAY:
+                        finish_oldest()
+            while under_way:
+                finish_oldest()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for future in under_way:
+                if not future.cancelled() and not future.exception():
+                    future.result()[0].exception()
+
+
+def _read_block(opened: source.Source, stored: plan.Array, block: plan.Block) -> np.ndarray:
+    """The block of every layer in it, in our layout."""
+    row, size = stored.row, table.sizes(opened.model)
+    shape = [part.stop - part.start for part in block.index(row)]
+    data = np.empty(shape, stored.dtype)
+    for position, layer in enumerate(block.layers or [None]):
+        name = row.hf.format(layer)
+        view = table.read_region(
+            row, block.region, size, lambda slices, name=name: source.read(opened, name, slices)
+        )
+        table.copy_blocked(view, data if block.layers is None else data[position])
+    return data
+
+
+def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.Array]) -> None:
+    """Writes what makes the checkpoint whole, and moves it into place."""
+    store.write_json(partial / "params" / "_METADATA", store.tree_metadata(arrays))
+    assets = partial / "assets"
+    assets.mkdir(exist_ok=True)
+    for path in sorted(opened.folder.iterdir()):
+        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and not path.name.startswith("."):
+            shutil.copyfile(path, assets / path.name)
+    store.write_json(partial / "model" / "metadata", metadata(opened))
+    for folder in (assets, partial):
+        store.sync_folder(folder)
+    partial.rename(out)
+    store.sync_folder(out.parent)
+    (out / _JOURNAL).unlink()
+
+
+def metadata(opened: source.Source) -> dict:
+    """What the checkpoint says about itself; `source` is what export needs to be faithful."""
+    return {
+        "format": 1,
+        "model": schema.to_dict(opened.model),
+        "source": {
+            "kind": opened.kind,
+            "stores_tied_lm_head": opened.model.tie_word_embeddings
+            and table.LM_HEAD.hf in opened.tensors,
+        },
+    }

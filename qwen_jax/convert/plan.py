@@ -1,0 +1,178 @@
+"""Cuts parameters into blocks, so that the memory of a conversion is known before it starts.
+
+A block is what is read, transposed and written at one time: contiguous rows of one Hugging Face
+tensor, or the same small tensor of several layers. Stored arrays are chunked along the same
+borders, and each block's other large dimension in up to eight, so that a device that holds an
+eighth of the array reads an eighth of the bytes.
+"""
+
+import itertools
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs import schema
+from qwen_jax.convert import table
+
+MIB = 1 << 20
+BLOCK_BYTES = 32 * MIB
+_SMALLEST_BLOCK_BYTES = MIB
+_SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped over layers; chunks are not cut below it
+CONVERTING = 2  # blocks that are read and transposed at one time, a thread each
+UNDER_WAY = 4  # blocks that are converted or written at one time
+# Copies of a block that live at one time while importing, found by measuring: of each block the
+# source's pages and its transpose, or its transpose, its encoding and the file's buffer.
+_BLOCKS_HELD = 4 * (UNDER_WAY + 1)
+_FIXED_BYTES = 48 * MIB  # buffers and code pages that do not depend on the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """One parameter as it is stored: `chunks` has the rank of `shape`."""
+
+    row: table.Row
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+    layers_per_block: int
+    lead_per_block: int  # rows of the Hugging Face tensor's first dimension letter
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Layers and region of one array; `layers` is None where the array is not stacked."""
+
+    layers: range | None
+    region: dict[str, slice]
+
+    def index(self, row: table.Row) -> tuple[slice, ...]:
+        """Where the block lies in the stored array."""
+        layers = () if self.layers is None else (slice(self.layers.start, self.layers.stop),)
+        return (*layers, *(self.region[dim] for dim in row.dims))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a conversion will do and use."""
+
+    source: Path
+    target: Path
+    model: schema.Model
+    num_tensors: int
+    total_bytes: int  # of the parameters written
+    done_bytes: int  # of these, written by an earlier run
+    block_bytes: int
+    peak_bytes: int  # resident memory, what the process holds already included
+    max_memory: int | None
+
+    def __str__(self) -> str:
+        bound = f" (bound {self.max_memory / MIB:.0f} MiB)" if self.max_memory else ""
+        done = f", {self.done_bytes / 1e9:.2f} GB of them done before" if self.done_bytes else ""
+        return (
+            f"{self.source} -> {self.target}: {self.num_tensors} tensors, "
+            f"{self.total_bytes / 1e9:.2f} GB{done}; planned peak memory "
+            f"{self.peak_bytes / MIB:.0f} MiB{bound}"
+        )
+
+
+def array(
+    row: table.Row, model: schema.Model, dtype: np.dtype, *, block_bytes: int = BLOCK_BYTES
+) -> Array:
+    """How a parameter is cut into chunks and blocks of at most `block_bytes`, one row at least."""
+    size = table.sizes(model)
+    lead, *others = row.hf_dims.split()
+    tensor_bytes = math.prod(size[dim] for dim in row.dims) * dtype.itemsize
+    pieces = min(math.ceil(tensor_bytes / block_bytes), size[lead[0]])
+    lead_per_block = math.ceil(size[lead[0]] / pieces)
+    small = min(_SMALL_TENSOR_BYTES, block_bytes)
+    layers_per_block = max(1, min(size["L"], small // tensor_bytes)) if row.stacked else 1
+    chunk = {**{dim: size[dim] for dim in row.dims}, lead[0]: lead_per_block}
+    if others:
+        split = others[0][0]
+        chunk_bytes = math.prod(chunk.values()) * dtype.itemsize
+        parts = next(
+            n
+            for n in (8, 4, 2, 1)
+            if n == 1 or (size[split] % n == 0 and chunk_bytes // n >= small)
+        )
+        chunk[split] = size[split] // parts
+    return Array(
+        row=row,
+        shape=table.shape(row, model),
+        chunks=((layers_per_block,) if row.stacked else ()) + tuple(chunk[d] for d in row.dims),
+        dtype=dtype,
+        layers_per_block=layers_per_block,
+        lead_per_block=lead_per_block,
+    )
+
+
+def blocks(stored: Array, model: schema.Model) -> Iterator[Block]:
+    """The blocks of an array, in the order in which they are converted."""
+    row, size = stored.row, table.sizes(model)
+    lead = row.hf_dims[0]
+    step = stored.layers_per_block
+    layers = (
+        [range(i, min(i + step, size["L"])) for i in range(0, size["L"], step)]
+        if row.stacked
+        else [None]
+    )
+    starts = range(0, size[lead], stored.lead_per_block)
+    for layer_range, start in itertools.product(layers, starts):
+        rows = slice(start, min(start + stored.lead_per_block, size[lead]))
+        yield Block(layers=layer_range, region={**table.whole(row, size), lead: rows})
+
+
+def block_bytes(stored: Array, block: Block) -> int:
+    """The bytes of a block's elements."""
+    elements = math.prod(part.stop - part.start for part in block.index(stored.row))
+    return elements * stored.dtype.itemsize
+
+
+def chunk_keys(stored: Array, block: Block) -> Iterator[str]:
+    """Names under which the chunks of a block are stored in a zarr array."""
+    spans = [
+        range(part.start // chunk, -(-part.stop // chunk))
+        for part, chunk in zip(block.index(stored.row), stored.chunks, strict=True)
+    ]
+    for position in itertools.product(*spans):
+        yield ".".join(map(str, position))
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now (its peak so far, where the system does not say)."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_bytes(block_bytes: int) -> int:
+    """Resident memory that importing with such blocks reaches."""
+    return resident_bytes() + _FIXED_BYTES + _BLOCKS_HELD * block_bytes
+
+
+def choose_block_bytes(max_memory: int | None) -> int:
+    """The largest block with which importing stays within `max_memory` bytes.
+
+    Raises `ValueError` naming the least memory that would do.
+    """
+    block = BLOCK_BYTES
+    while max_memory is not None and peak_bytes(block) > max_memory:
+        block //= 2
+        if block < _SMALLEST_BLOCK_BYTES:
+            least = math.ceil(peak_bytes(_SMALLEST_BLOCK_BYTES) / MIB)
+            raise ValueError(
+                f"max_memory={max_memory / MIB:.0f} MiB is too little; "
+                f"this import needs at least {least} MiB"
+            )
+    return block

@@ -1,0 +1,178 @@
+"""The array database inside a native checkpoint: zarr arrays in one OCDBT key-value store.
+
+This is the layout that Orbax reads and writes. Conversion writes it through tensorstore and without
+jax, because taking hold of an accelerator to rearrange files would disturb whoever uses it.
+The database only ever names data that is complete: a chunk that is listed was written whole.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tensorstore as ts
+
+from qwen_jax.convert import plan
+
+_MANIFEST = "manifest.ocdbt"
+_DICT_KEY = 2  # Orbax's number for a dictionary key
+# Data files this large; a file is also ended by each commit, which follows the writes.
+_DATA_FILE_BYTES = 64 << 20
+
+
+def context() -> ts.Context:
+    """No cache, and few threads: their buffers are part of the planned memory."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "data_copy_concurrency": {"limit": 2},
+            "file_io_concurrency": {"limit": 4},
+        }
+    )
+
+
+def _kvstore(folder: Path, path: str = "") -> dict:
+    return {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{folder.resolve()}/"},
+        "path": path,
+    }
+
+
+def open_for_writing(folder: Path, stored: plan.Array, ctx: ts.Context) -> ts.TensorStore:
+    """The zarr array of one parameter, made where it is not there yet."""
+    kvstore = _kvstore(folder, f"{stored.row.path}/")
+    kvstore["config"] = {
+        "max_inline_value_bytes": 1024,
+        "max_decoded_node_bytes": 1 << 20,
+        "manifest_kind": "single",
+    }
+    kvstore["target_data_file_size"] = _DATA_FILE_BYTES
+    spec = {
+        "driver": "zarr",
+        "kvstore": kvstore,
+        "metadata": {
+            "shape": stored.shape,
+            "chunks": stored.chunks,
+            "dtype": _zarr_dtype(stored.dtype.name),
+            "compressor": None,
+            "order": "C",
+        },
+        # Orbax takes a chunk that is not stored for damage, so one of zeros is stored as well.
+        "store_data_equal_to_fill_value": True,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+    return ts.open(spec, open=True, create=True, context=ctx).result()
+
+
+def _zarr_dtype(name: str) -> str:
+    return {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}[name]
+
+
+def open_for_reading(
+    folder: Path, path: str, ctx: ts.Context, *, ocdbt: bool, zarr3: bool
+) -> ts.TensorStore:
+    """The stored array of one parameter, as `tree` describes the checkpoint."""
+    if ocdbt:
+        kvstore = _kvstore(folder, f"{path}/")
+    else:
+        kvstore = {"driver": "file", "path": f"{folder.resolve()}/{path}/"}
+    spec = {
+        "driver": "zarr3" if zarr3 else "zarr",
+        "kvstore": kvstore,
+        "fill_missing_data_reads": False,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+    return ts.open(spec, open=True, read=True, context=ctx).result()
+
+
+@contextlib.contextmanager
+def write_errors() -> Iterator[None]:
+    """Turns the `ValueError` with which tensorstore reports a failed write into `OSError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error).splitlines()[0]) from None
+
+
+def written_chunks(folder: Path) -> set[str]:
+    """`array/chunk` names of everything in the database; empty where there is none."""
+    if not (folder / _MANIFEST).exists():
+        return set()
+    keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
+    return {key.decode() for key in keys}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes files that a killed writer left and the database does not name."""
+    if not (folder / _MANIFEST).exists():
+        keep = set()
+    else:
+        base = ts.KvStore.open(_kvstore(folder)["base"]).result()
+        manifest = ts.ocdbt.dump(base).result()
+        keep = {_MANIFEST} | {_file(n["location"]) for n in manifest["version_tree_nodes"]}
+        root = manifest["versions"][-1]["root"]
+        pending = [root["location"]] if "location" in root else []
+        while pending:
+            location = pending.pop()
+            keep.add(_file(location))
+            if location.startswith("btreenode:"):
+                entries = ts.ocdbt.dump(base, location).result()["entries"]
+                pending += [entry["location"] for entry in entries if "location" in entry]
+    for path in folder.rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in keep:
+            path.unlink()
+
+
+def _file(location: str) -> str:
+    """The file in `<kind>:<base>:<file>:<offset>:<length>`."""
+    return location.split(":", 2)[2].rsplit(":", 2)[0]
+
+
+def tree_metadata(arrays: Iterable[plan.Array]) -> dict:
+    """Orbax's `_METADATA`: the tree of parameters and where they lie.
+
+    Values are declared numpy arrays, which belong to no device: Orbax puts them where it is told.
+    """
+    tree = {}
+    for stored in arrays:
+        keys = stored.row.keys
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": list(stored.chunks),
+            },
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file that is either whole and on disk, or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
