@@ -29,7 +29,7 @@ def generator() -> generate.Generator:
     words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
     return generate.Generator(
         cfg=CFG,
-        params=decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32),
+        params=decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32, form="stacked"),
         tokenizer=words,
         defaults=schema.Sampling(max_tokens=12, temperature=0.0),
         eos_ids=(5, *words.eos_ids),

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = """
 import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -14,14 +12,9 @@ from partitioning import mesh as mesh_lib, rules, sharding
 from qwen_jax import decode, generation, model
 
 jax.config.update("jax_default_matmul_precision", "highest")
-text, form, num_steps = sys.argv[1], sys.argv[2], 4
 cfg = dataclasses.replace(
     qwen2_5.tiny(), vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=8, num_key_value_heads=4, head_dim=8, tie_word_embeddings=False,
-)
-config = mesh_lib.parse(text)
-layout = sharding.Layout(
-    mesh_lib.make(config), rules.rule_set("decode", kv_heads=config.kv_heads)
 )
 
 def params():
@@ -45,52 +38,58 @@ requests = [
 def tokens(params, layout):
     drawn = [[] for _ in requests]
     pieces = generation.generate(
-        cfg, params, requests, eos_ids=(5,), dtype=jnp.float32, num_steps=num_steps, layout=layout
+        cfg, params, requests, eos_ids=(5,), dtype=jnp.float32, num_steps=4, layout=layout
     )
     for piece in pieces:
         drawn[piece.row] += piece.tokens
     return drawn
 
-one = tokens(decode.prepare(cfg, params(), dtype=jnp.float32), None)
-placed = jax.device_put(params(), sharding.shardings(model.axes(cfg), layout))
-form = decode.best_form(layout) if form == "best" else form
-placed = decode.prepare(cfg, placed, dtype=jnp.float32, form=form, layout=layout)
-many = tokens(placed, layout)
-assert many == one, (many, one)
-
 compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else 0
-)
-assert tokens(placed, layout) == one
-assert not compiled, "a bucket was compiled again"
 
-if layout.size("heads") > 1 and form == "fused":
-    (qkv,) = {x.sharding.spec for x in [placed["layers"][0]["attention"]["qkv"]["kernel"]]}
-    assert qkv == jax.sharding.PartitionSpec(None, "tensor"), qkv
-print("form", form)
+def listen(event, duration, **_):
+    if event.endswith("backend_compile_duration"):
+        compiled.append(event)
+
+jax.monitoring.register_event_duration_secs_listener(listen)
+one = tokens(decode.prepare(cfg, params(), dtype=jnp.float32, form="stacked"), None)
+for text, form in (pair.split(":") for pair in sys.argv[1:]):
+    config = mesh_lib.parse(text)
+    layout = sharding.Layout(
+        mesh_lib.make(config), rules.rule_set("decode", kv_heads=config.kv_heads)
+    )
+    placed = jax.device_put(params(), sharding.shardings(model.axes(cfg), layout))
+    best = decode.best_form(layout)
+    placed = decode.prepare(
+        cfg, placed, dtype=jnp.float32, form=best if form == "best" else form, layout=layout
+    )
+    many = tokens(placed, layout)
+    assert many == one, (text, many, one)
+    compiled.clear()
+    assert tokens(placed, layout) == one
+    assert not compiled, f"{text}: a bucket was compiled again"
+    if best == "fused" and form == "best":
+        spec = placed["layers"][0]["attention"]["qkv"]["kernel"].sharding.spec
+        assert spec == jax.sharding.PartitionSpec(None, "tensor"), spec
+    print(text, best)
 """
 
 
-@pytest.mark.parametrize(
-    ("mesh", "form", "used"),
-    [
-        ("tensor=4,data=2", "best", "fused"),
-        ("fsdp=8", "stacked", "stacked"),
-        ("tensor=8,kv_heads=replicated", "best", "unstacked"),
-    ],
-)
-def test_sharded_decoding_equals_one_device(mesh, form, used):
+def test_sharded_decoding_equals_one_device():
+    cases = ("tensor=4,data=2:best", "fsdp=8:stacked", "tensor=8,kv_heads=replicated:best")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, mesh, form],
+        [sys.executable, "-W", "error", "-c", PROGRAM, *cases],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == f"form {used}"
+    assert done.stdout.splitlines() == [
+        "tensor=4,data=2 fused",
+        "fsdp=8 fused",
+        "tensor=8,kv_heads=replicated unstacked",
+    ]

@@ -28,7 +28,7 @@ def params():
     leaves, tree = jax.tree.flatten(model.shapes(CFG))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32)
+    return decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32, form="stacked")
 
 
 def requests_of(*specs: tuple[int, dict]) -> list[generation.Request]:
@@ -76,7 +76,7 @@ def test_every_eos_stops_and_max_tokens_ends(params):
     assert (len(free), reason) == (50, "length")
     for eos in (free[0], free[20], free[49]):
         first = free.index(eos)
-        for eos_ids in ((eos,), (250, eos)):
+        for eos_ids in ((eos,), (eos, 250)):
             if 250 in free[:first]:
                 continue
             got = complete(params, [request], eos_ids=eos_ids)[0]
