@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import qwen2_5, schema
@@ -24,8 +25,8 @@ CFG = dataclasses.replace(
 @pytest.fixture(scope="session")
 def generator() -> generate.Generator:
     leaves, tree = jax.tree.flatten(model.shapes(CFG))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    rng = np.random.default_rng(0)
+    drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
     words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
     return generate.Generator(
         cfg=CFG,

@@ -19,10 +19,9 @@ cfg = dataclasses.replace(
 
 def params():
     leaves, tree = jax.tree.flatten(model.shapes(cfg))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten(
-        [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(0)
+    drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
+    return tree.unflatten(drawn)
 
 rng = np.random.default_rng(0)
 settings = [
