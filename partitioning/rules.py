@@ -12,7 +12,8 @@ from typing import Literal
 LOGICAL_AXES = (
     "layers",  # stacked layers, scanned over
     "vocab",  # rows of the embedding, columns of the output projection
-    "embed",  # the residual stream's width in a parameter
+    "embed",  # the residual stream's width in a matrix
+    "norm",  # the same width in a norm's scale: too small to be worth gathering, so on every device
     "heads",  # query heads
     "kv_heads",  # key-value heads
     "head_dim",
@@ -20,6 +21,7 @@ LOGICAL_AXES = (
     "batch",  # sequences
     "length",  # tokens of a sequence
     "cache_length",  # positions of a key-value cache
+    "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
     "act_embed",  # the residual stream's width in an activation
     "act_heads",
     "act_kv_heads",
@@ -62,7 +64,9 @@ TRAIN = Rules(
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
-        ("batch", ("data", "fsdp", "expert")),
+        # fsdp comes last, so that between outer_batch and batch it is split or gathered alone.
+        ("batch", ("data", "expert", "fsdp")),
+        ("outer_batch", ("data", "expert")),
         ("length", ("context",)),
         ("act_heads", ("tensor",)),
         ("act_kv_heads", ("tensor",)),
@@ -73,7 +77,13 @@ TRAIN = Rules(
 
 # Decoding reads every weight at every token: weights stay whole along `embed`, so that no step
 # gathers them, and `fsdp` serves as one more axis of data parallelism.
-DECODE = Rules("decode", tuple(pair for pair in TRAIN.table if pair[0] != "embed"))
+DECODE = Rules(
+    "decode",
+    (
+        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_batch")),
+        ("outer_batch", TRAIN.mesh_axes("batch")),
+    ),
+)
 
 
 def replicate_kv_heads(rules: Rules) -> Rules:

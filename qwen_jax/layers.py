@@ -31,7 +31,7 @@ class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467, equation 4)."""
 
     def __init__(self, key: jax.Array, *, size: int, eps: float):
-        self.scale = module.param(key, (size,), axes=("embed",), init=_ones)
+        self.scale = module.param(key, (size,), axes=("norm",), init=_ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,10 +76,24 @@ class Embed(nnx.Module):
     def __init__(self, key: jax.Array, *, num_rows: int, size: int, init: module.Initializer):
         self.weight = module.param(key, (num_rows, size), axes=("vocab", "embed"), init=init)
 
-    def __call__(self, tokens_BT: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row."""
-        rows = jnp.take(self.weight[...], tokens_BT, axis=0, mode="fill", fill_value=jnp.nan)
-        return rows.astype(dtype)
+    def __call__(
+        self, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None
+    ) -> jax.Array:
+        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
+
+        With the table's columns over X = fsdp, each device reads its columns for every sequence of
+        its group: [B, T] -> all-to-all of [B, T, D_X] -> [B_X, T, D]. The table itself, larger than
+        a batch, is never gathered, and neither is its gradient.
+        """
+        tokens_BT = sharding.constrain(tokens_BT, ("outer_batch", "length"), layout)
+        rows = (
+            self.weight[...]
+            .at[tokens_BT]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
+        # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
+        rows = sharding.constrain(rows.astype(dtype), ("outer_batch", "length", "embed"), layout)
+        return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
 
 
 class SwiGLU(nnx.Module):

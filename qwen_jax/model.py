@@ -215,8 +215,7 @@ def embed(
     layout: Layout | None = None,
 ) -> jax.Array:
     """[B, T] ids -> [B, T, D]."""
-    x_BTD = parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype)
-    return sharding.constrain(x_BTD, ("batch", "length", "act_embed"), layout)
+    return parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
 
 
 def output_kernel(cfg: schema.Model, params: dict) -> jax.Array:
@@ -239,8 +238,15 @@ def check_length(cfg: schema.Model, length: int) -> None:
             f"{cfg.name}: up to there it equals plain RoPE, beyond it is not implemented; use "
             f"sequences of at most {dual.chunk_size} tokens"
         )
-    if length > cfg.max_position_embeddings:
+    limit, origin = cfg.max_position_embeddings, "max_position_embeddings"
+    if cfg.rope_scaling is not None:
+        # The released configs keep max_position_embeddings at the unextended 32,768.
+        yarn = cfg.rope_scaling
+        extended = int(yarn.factor * yarn.original_max_position_embeddings)
+        if extended > limit:
+            limit, origin = extended, "rope_scaling's factor * original_max_position_embeddings"
+    if length > limit:
         raise ValueError(
-            f"length {length} exceeds max_position_embeddings={cfg.max_position_embeddings} of "
-            f"{cfg.name}; use shorter sequences, or extend the context with rope_scaling"
+            f"length {length} exceeds {origin}={limit} of {cfg.name}; use shorter sequences, or "
+            f"extend the context with rope_scaling"
         )

@@ -31,7 +31,8 @@ def frequencies(cfg: schema.Model) -> tuple[np.ndarray, float]:
     """
     d = cfg.head_dim
     exponent = np.arange(0, d, 2, dtype=np.int64).astype(np.float32) / np.float32(d)
-    power = np.power(np.float32(cfg.rope_theta), exponent, dtype=np.float32)
+    # float64 island: rounded once, so correctly; numpy's own float32 power is an ulp off in places.
+    power = np.power(np.float64(cfg.rope_theta), exponent.astype(np.float64)).astype(np.float32)
     base = np.float32(1.0) / power
     yarn = cfg.rope_scaling
     if yarn is None:

@@ -76,7 +76,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that ids depend on: vocabulary, merges, splitting, control tokens.
+        """SHA-256, in hex, of all that ids depend on: vocabulary, merges, splits, control tokens.
 
         The same vocabulary has one fingerprint from whichever file format it was read.
         """
@@ -269,7 +269,7 @@ def check_vocabulary(tokenizer: Tokenizer, *, num_rows: int) -> None:
     if num_rows < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={num_rows} of the model is too small for the tokenizer, whose ids go up "
-            f"to {tokenizer.vocab_size - 1}; use a model with at least {tokenizer.vocab_size} rows, "
+            f"to {tokenizer.vocab_size - 1}; use a model of at least {tokenizer.vocab_size} rows, "
             "or the tokenizer that the model was trained with"
         )
 
