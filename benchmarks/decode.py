@@ -136,7 +136,8 @@ def measure(case: Case, cfg: schema.Model, params: dict, args) -> tuple[float, f
     settings = sampling.settings(greedy, num_rows=rows)
     plan = sampling.plan(greedy)
     steps = 8 if args.tiny else args.steps
-    common = {"plan": plan, "eos_ids": cfg.eos_token_ids[:0]}
+    eos_E = jnp.zeros((0,), jnp.int32)
+    common = {"plan": plan, "eos_E": eos_E}
     tokens_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, args.prompt))
     begin = time.perf_counter()
     state, _ = decode.start(
@@ -158,13 +159,13 @@ def measure(case: Case, cfg: schema.Model, params: dict, args) -> tuple[float, f
     times = []
     for _ in range(2 + args.repeats):
         begin = time.perf_counter()
-        state, tokens = program(params, state, settings)
+        state, tokens = program(params, state, settings, eos_E=eos_E)
         tokens.block_until_ready()
         times.append((time.perf_counter() - begin) / steps)
     if args.profile:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, tokens = program(params, state, settings)
+                state, tokens = program(params, state, settings, eos_E=eos_E)
                 tokens.block_until_ready()
             print_kernels(pathlib.Path(folder), steps=steps)
     return 1e3 * statistics.median(times[2:]), compiled

@@ -236,7 +236,7 @@ jax.tree_util.register_dataclass(State, _STATE, [])
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "eos_ids", "length", "dtype", "attention", "layout"),
+    static_argnames=("cfg", "plan", "length", "dtype", "attention", "layout"),
 )
 def start(
     cfg: schema.Model,
@@ -247,7 +247,7 @@ def start(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     length: int,
     dtype: jnp.dtype,
     attention: str | None = None,
@@ -255,6 +255,7 @@ def start(
 ) -> tuple[State, jax.Array]:
     """Makes a cache of `length` positions, prefills it and draws each row's first token, [B].
 
+    eos_E holds the ids that end a row, whichever of them comes.
     Rows with max_tokens 0 are padding of the batch: they end at once.
     """
     B, T = tokens_BT.shape
@@ -274,12 +275,12 @@ def start(
     if plan.penalty:
         seen_BV = sampling.mark_seen(tokens_BT, lengths_B, vocab_size=cfg.vocab_size)
     state = State(cache, jnp.zeros_like(cache.lengths_B), max_tokens_B, seen_BV)
-    return _draw(logits_BV, state, settings, plan=plan, eos_ids=eos_ids, layout=layout)
+    return _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "eos_ids", "num_steps", "stop", "layout"),
+    static_argnames=("cfg", "plan", "num_steps", "stop", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -289,7 +290,7 @@ def advance(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     num_steps: int,
     stop: Literal["step", "dispatch"] = "step",
     layout: Layout | None = None,
@@ -310,9 +311,7 @@ def advance(
             cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
         )
         state = State(cache, state.tokens_B, state.remaining_B, state.seen_BV)
-        state, tokens_B = _draw(
-            logits_BV, state, settings, plan=plan, eos_ids=eos_ids, layout=layout
-        )
+        state, tokens_B = _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
         return state, tokens_BC.at[:, step].set(tokens_B)
 
     carry = state, jnp.full((B, num_steps), PAD, jnp.int32)
@@ -350,7 +349,7 @@ def _draw(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     layout: Layout | None,
 ) -> tuple[State, jax.Array]:
     """Draws a token for every active row -> the state with it, and tokens [B], PAD elsewhere."""
@@ -364,9 +363,7 @@ def _draw(
         positions_B=state.cache.lengths_B,
         seen_BV=state.seen_BV,
     )
-    ended_B = jnp.zeros_like(active_B)
-    for eos in eos_ids:
-        ended_B |= drawn_B == eos
+    ended_B = jnp.any(drawn_B[:, None] == eos_E[None, :], axis=1)
     remaining_B = jnp.where(ended_B | ~active_B, 0, state.remaining_B - 1)
     seen_BV = state.seen_BV
     if seen_BV is not None:
