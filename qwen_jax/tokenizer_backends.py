@@ -161,10 +161,32 @@ class ByteLevelBPE(_PickledAsSource):
             QWEN_PRE_TOKENIZER,
         )
 
+    @functools.cached_property
+    def _missing(self) -> frozenset[int]:
+        """Bytes without a token: none in Qwen's vocabulary, some in vocabularies trained without
+        the whole alphabet. The library drops them from a text and says nothing."""
+        return frozenset(b for b, char in _CHAR_OF_BYTE.items() if char not in self.vocabulary)
+
+    def _check_bytes(self, text: str) -> None:
+        """Raises `ValueError` for a text with a byte that the vocabulary cannot spell."""
+        if not self._missing:
+            return
+        normalizer = self._impl.normalizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        for char in text:
+            if lost := self._missing.intersection(char.encode()):
+                raise ValueError(
+                    f"the vocabulary has no token for byte 0x{min(lost):02X} of {char!r}; remove "
+                    f"this character from the text, or use a tokenizer with all 256 byte tokens"
+                )
+
     def encode(self, text: str, *, at_start: bool = True) -> list[int]:
+        self._check_bytes(text)
         return self._impl.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._check_bytes(text)
         encoded = self._impl.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 

@@ -240,8 +240,8 @@ def _looks_byte_level(path: Path) -> bool:
 def _check_byte_level(content: dict, *, name: str) -> dict:
     """Return a tokenizer.json's contents in one spelling, without its control tokens.
 
-    Raises `ValueError` for anything that is not deterministic byte-level BPE over all 256 bytes,
-    and for a post-processor that adds tokens, which `Tokenizer.encode` never does.
+    Raises `ValueError` for anything that is not deterministic byte-level BPE, and for a
+    post-processor that adds tokens, which `Tokenizer.encode` never does.
     """
     model = content.get("model") or {}
     pre_tokenizer = content.get("pre_tokenizer") or {}
@@ -260,12 +260,6 @@ def _check_byte_level(content: dict, *, name: str) -> dict:
         raise ValueError(
             f"{name}: post-processor {post_processor['type']!r} adds tokens to every text, which "
             "is not supported; remove it and add the tokens where they are wanted"
-        )
-    missing = [char for char in tokenizer_backends.byte_alphabet() if char not in model["vocab"]]
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing)} of the 256 byte tokens are missing, the first is "
-            f"{missing[0]!r}; text with such bytes could not be encoded"
         )
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return content | {
@@ -329,6 +323,12 @@ def _read_tiktoken(path: Path, named: _Named) -> _Read:
     if len(set(ranks.values())) != len(ranks):
         raise ValueError(f"{path}: two tokens share one rank")
     vocabulary = {tokenizer_backends.bytes_to_token(token): rank for token, rank in ranks.items()}
+    missing = [char for char in tokenizer_backends.byte_alphabet() if char not in vocabulary]
+    if missing:  # every rank file begins with them
+        raise ValueError(
+            f"{path}: {len(missing)} of the 256 byte tokens are missing, the first is "
+            f"{missing[0]!r}; this is not a whole rank file"
+        )
     merges = merges_from_ranks(ranks, name=str(path))
     content = tokenizer_backends.byte_level_json(vocabulary=vocabulary, merges=merges)
     backend = _byte_level(content, name=str(path))

@@ -246,6 +246,23 @@ def test_merges_of_a_rank_file_follow_the_ranks(tmp_path):
         tokenizer.load(tmp_path)
 
 
+def test_bytes_without_a_token_are_refused_where_they_occur(bpe, tmp_path):
+    """Vocabularies trained without the whole alphabet load; the library would drop such bytes."""
+    content = bpe.backend.tokenizer_json()
+    lost = {tokenizer_backends.bytes_to_token(bytes([b])) for b in (0x04, 0xE2, 0xFF)}
+    model = content["model"]
+    kept = [m for m in model["merges"] if not any(char in part for part in m for char in lost)]
+    vocabulary = {t: i for t, i in model["vocab"].items() if not lost.intersection(t)}
+    content["model"] = model | {"vocab": vocabulary, "merges": kept}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    loaded = tokenizer.load(tmp_path)
+    assert loaded.decode(loaded.encode("plain text, ünicode")) == "plain text, ünicode"
+    for text, byte in (("a\x04b", "0x04"), ("5 €", "0xE2")):
+        for encode in (loaded.encode, lambda t: loaded.encode_batch(["fine", t])):
+            with pytest.raises(ValueError, match=f"no token for byte {byte}"):
+                encode(text)
+
+
 def test_roles_come_from_the_config_files(bpe, tmp_path):
     config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|fim_pad|>", "bos_token": None}
     chat = dataclasses.replace(bpe, chat_template="from the config")
@@ -357,7 +374,7 @@ def test_bad_files_are_refused(bpe, tmp_path):
         "expected a JSON object": "[]",
         "not byte-level BPE": broken(good, pre_tokenizer={"type": "Whitespace"}),
         "dropout=0.1": broken(good, model=model | {"dropout": 0.1}),
-        "the first is 'a'": broken(good, model=model | {"vocab": without_a}),
+        "Token .a. out of vocabulary": broken(good, model=model | {"vocab": without_a}),
         "post-processor 'TemplateProcessing'": broken(
             good, post_processor={"type": "TemplateProcessing"}
         ),
