@@ -1,6 +1,9 @@
 """Speed by a clock that the test turns, what is written, and what a resumed run cuts off."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -9,6 +12,7 @@ from configs import qwen2_5, schema
 from qwen_jax import flops
 from train import metrics
 
+ROOT = Path(__file__).parents[2]
 CFG = qwen2_5.preset("tiny")
 CONFIG = schema.Train(batch_size=4, data=schema.Data(sequence_length=100))
 
@@ -72,6 +76,16 @@ def test_lines_tensorboard_and_words(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("step 2/4  loss 4.0000  lr 1.00e-03  eta")
     assert said[-1] == "step 4  held-out loss 2.5000  accuracy 25.00%"
+
+
+def test_writing_metrics_imports_no_torch_and_does_not_hide_it():
+    program = """
+import sys
+from train import metrics
+assert "torch" not in sys.modules
+import torch
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_rewind_gives_the_last_losses_and_cuts_the_rest(tmp_path):
