@@ -253,7 +253,9 @@ class Train:
     """One training run. `output` is its home: run again with the same one, it goes on."""
 
     model: str | Model = "qwen2.5-0.5b"  # a preset's name, or a whole config
-    init_from: str = ""  # Hugging Face folder or native checkpoint; empty: random weights
+    # Hugging Face folder or native checkpoint; empty: random weights. Its own config then wins over
+    # a preset named by `model`; a whole config there must have its shapes.
+    init_from: str = ""
     output: str = ""
     num_steps: int = 1000  # optimizer steps
     batch_size: int = 8  # sequences a step, over all devices, accumulation included

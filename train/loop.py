@@ -59,11 +59,12 @@ def run(cfg: schema.Model, config: schema.Train, program: Program, inputs: Input
     """Train from the newest checkpoint in `config.output`, or from the start, to `num_steps`.
 
     SIGTERM or SIGINT saves at the next step's end and returns. Raises `guard.Diverged` where the
-    loss is no longer finite or has left its level (nothing is saved then), `state.SaveError` where
+    loss is no longer finite or has left its level (nothing is saved then), `state.DiskFull` where
     the disk is full, and `ValueError` for a checkpoint of another model.
     """
     output = Path(config.output)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(state_lib.explain_full_disk(output))
         stack.callback(inputs.source.close)
         asked = stack.enter_context(interrupt.catch())
         store = stack.enter_context(state_lib.Store(output, config.checkpoint, cfg))

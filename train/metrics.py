@@ -6,17 +6,20 @@ there once.
 """
 
 import collections
+import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import rich.progress
-import tensorboardX
 from rich.console import Console
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from configs import schema
 from qwen_jax import flops
@@ -83,7 +86,7 @@ class Meter:
         else:
             self._steps += 1
 
-    @contextmanager
+    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent inside is not training."""
         begin = time.perf_counter()
@@ -121,8 +124,7 @@ class Log:
         if not self._enabled:
             return
         self._file = (output / FILE).open("a", encoding="utf-8")
-        # purge_step: viewers drop what an earlier run wrote behind the step it goes on from.
-        self._board = tensorboardX.SummaryWriter(str(output / TENSORBOARD), purge_step=step + 1)
+        self._board = _open_board(output / TENSORBOARD, first=step + 1)
         console = Console()
         if console.is_terminal:
             self._progress = _progress_bar(console)
@@ -168,8 +170,10 @@ class Log:
             return
         if self._progress is not None:
             self._progress.stop()
-        self._board.close()
-        self._file.close()
+        # When something has failed already, a disk that is full say, that is the one to report.
+        with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():
+            self._board.close()
+            self._file.close()
 
     def _write(self, kind: str, step: int, values: Values) -> None:
         # One write a line, handed to the system at once: a killed run loses no finished step.
@@ -177,13 +181,28 @@ class Log:
         self._file.flush()
 
     def _scalars(self, prefix: str, step: int, values: Values) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"{prefix}/{name}", value, step)
+        scalars = [summary.scalar(f"{prefix}/{name}", value) for name, value in values.items()]
+        for scalar in scalars:
+            event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar)
+            self._board.write_event(event)
+        self._board.flush()
 
     def _eta(self, step: int) -> str:
         rate = (time.perf_counter() - self._begin) / max(step - self._first, 1)
         seconds = round(rate * (self._num_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _open_board(folder: Path, *, first: int) -> EventsWriter:
+    """TensorBoard's file for steps from `first`; viewers drop what earlier files have from there.
+
+    This writer works in the caller's thread, so that a write that fails is heard of.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    board.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=start))
+    return board
 
 
 def _progress_bar(console: Console) -> rich.progress.Progress:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from configs import qwen2_5, schema
 from partitioning import mesh, rules
@@ -13,6 +12,7 @@ from partitioning.sharding import Layout
 from qwen_jax import checkpoint, tokenizer
 from qwen_jax.tokenizer import Tokenizer
 from train import batches, loop, recipe
+from train import state as state_lib
 from train import step as step_lib
 from train.data import mixture, pipeline
 from train.step import Program, State
@@ -49,9 +49,10 @@ def run(config: schema.Train) -> loop.Result:
         return pipeline.eval_batches(config.data, **reading, limit=config.eval_batches)
 
     output = Path(config.output)
-    recipe.claim(output, config, cfg)
-    if jax.process_index() == 0:
-        _keep_assets(output / ASSETS, config, words)
+    with state_lib.explain_full_disk(output):
+        recipe.claim(output, config, cfg)
+        if jax.process_index() == 0:
+            _keep_assets(output / ASSETS, config, words)
     inputs = loop.Inputs(
         source=source,
         start=lambda: _start(config, program),
@@ -62,13 +63,18 @@ def run(config: schema.Train) -> loop.Result:
 
 
 def model_of(config: schema.Train) -> schema.Model:
-    """The model that a run trains: that of `init_from`, where given, or else `config.model`.
+    """The model that a run trains.
 
-    A checkpoint's own config wins over a preset, since presets and checkpoints differ.
+    A checkpoint's own config wins over a preset's name, since presets and checkpoints differ; a
+    whole config in `config.model` (a longer context, say) wins over both, if the shapes are equal.
     """
+    if isinstance(config.model, schema.Model):
+        if config.init_from:
+            checkpoint.check_same_model(checkpoint.resolve(config.init_from), config.model)
+        return config.model
     if config.init_from:
         return checkpoint.resolve(config.init_from).model
-    return qwen2_5.preset(config.model) if isinstance(config.model, str) else config.model
+    return qwen2_5.preset(config.model)
 
 
 def end_of_document_id(words: Tokenizer) -> int:
@@ -100,9 +106,7 @@ def _start(config: schema.Train, program: Program) -> State:
     if not config.init_from:
         return program.init(jax.random.key(config.seed))
     where = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    return program.adopt(
-        checkpoint.load_params(config.init_from, shardings=where, dtype=jnp.float32)
-    )
+    return program.adopt(checkpoint.load_params(config.init_from, shardings=where, dtype="float32"))
 
 
 def _keep_assets(folder: Path, config: schema.Train, words: Tokenizer) -> None:
@@ -122,8 +126,8 @@ def _keep_assets(folder: Path, config: schema.Train, words: Tokenizer) -> None:
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
     words.save(written)
+    assets = checkpoint.resolve(config.init_from).assets if config.init_from else None
     for name in ("config.json", "generation_config.json"):
-        given = Path(config.init_from) / name
-        if config.init_from and given.is_file():
-            shutil.copy(given, written / name)
+        if assets is not None and (assets / name).is_file():
+            shutil.copy(assets / name, written / name)
     written.rename(folder)

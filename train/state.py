@@ -11,6 +11,7 @@ behind has another name, is not looked at, and is removed at the next start.
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ FORMAT = 1
 _CHUNK_BYTES = 256 * 2**20
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+class DiskFull(OSError):
+    """Something of a run could not be written; the checkpoints there are whole."""
 
 
 @dataclass(frozen=True)
@@ -93,33 +94,30 @@ class Store:
     def save(self, step: int, state: State, data: dict) -> None:
         """Start to save; returns when `state` may be donated. A step already saved is left alone.
 
-        Raises `SaveError` if this save, or the one before it, found the disk full.
+        Raises what stopped this save, or the one before it.
         """
         if step == self.latest():
             return
         optimizer = {"step": state.step, "state": state.optimizer}
         model = {"format": FORMAT, "model": self._model, "step": step}
-        with self._explain(step):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(state.params, save_args=_chunks(state.params)),
-                    optimizer=ocp.args.PyTreeSave(optimizer),
-                    data=ocp.args.JsonSave(data),
-                    model=ocp.args.JsonSave(model),
-                ),
-                force=True,
-            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(state.params, save_args=_chunks(state.params)),
+                optimizer=ocp.args.PyTreeSave(optimizer),
+                data=ocp.args.JsonSave(data),
+                model=ocp.args.JsonSave(model),
+            ),
+            force=True,
+        )
 
     def check(self) -> None:
-        """Raises `SaveError` if a save in the background has failed."""
-        with self._explain(None):
-            self._manager.check_for_errors()
+        """Raises what has stopped a save in the background, if anything has."""
+        self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Wait until what was saved is whole. Raises `SaveError` if it could not be."""
-        with self._explain(None):
-            self._manager.wait_until_finished()
+        """Wait until what was saved is whole. Raises what stopped it."""
+        self._manager.wait_until_finished()
 
     def __enter__(self) -> "Store":
         return self
@@ -149,20 +147,25 @@ class Store:
             f"choose another output, or the model it was trained with"
         )
 
-    @contextlib.contextmanager
-    def _explain(self, step: int | None) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not _is_disk_full(error):
-                raise
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            good = self.latest()
-            raise SaveError(
-                f"disk full: {what} could not be written to {self.folder}; "
-                + ("no checkpoint exists yet" if good is None else f"step {good} is whole")
-                + ". Free space there, or lower checkpoint.keep, and run again to go on"
-            ) from error
+
+@contextlib.contextmanager
+def explain_full_disk(output: Path) -> Iterator[None]:
+    """Turns whatever a full disk raises, in Orbax, in tensorstore or here, into one `DiskFull`."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+    # Raised out here, and so without the first error, which holds on to tensorstore's unfinished
+    # writes: they would complain one by one when the interpreter ends.
+    folder = output / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    whole = f"the checkpoint of step {max(steps)} is whole" if steps else "no checkpoint exists"
+    raise DiskFull(
+        f"no space left (or a limit on the size of files) in {output}; {whole}. Free space there, "
+        f"or lower checkpoint.keep, and run again to go on"
+    )
 
 
 def _restore_args(like) -> ocp.args.PyTreeRestore:
@@ -181,12 +184,13 @@ def _chunks(params: dict):
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, or one it stems from, is ENOSPC or a quota; tensorstore gives text alone."""
-    seen = error
+    """Whether `error`, or one it stems from, says so; tensorstore says it in its text alone."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    seen: BaseException | None = error
     while seen is not None:
-        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(seen) for text in ("No space left on device", "quota exceeded")):
+        if getattr(seen, "errno", None) in codes or any(
+            os.strerror(code) in str(seen) for code in codes
+        ):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from configs import schema
 from partitioning import mesh, rules
@@ -108,12 +111,13 @@ def program(config: schema.Train, cfg: schema.Model | None = None) -> step.Progr
     plain = {
         f.name: f.default
         for f in dataclasses.fields(schema.Train)
-        if f.name in ("output", "log_every_steps", "eval_every_steps", "profile_steps")
+        if f.name in ("init_from", "output", "log_every_steps", "eval_every_steps", "profile_steps")
         or f.name.startswith("spike")
     }
     if config.optimizer.schedule == "constant":
         plain["num_steps"] = 1
-    plain["checkpoint"] = schema.Checkpoint()
+    plain |= {"model": "", "checkpoint": schema.Checkpoint()}
+    plain["data"] = schema.Data(sequence_length=config.data.sequence_length)
     return _program(dataclasses.replace(config, **plain), cfg or tiny_model())
 
 
@@ -127,10 +131,33 @@ def run(config: schema.Train, *, cfg: schema.Model | None = None, **source) -> l
     return loop.run(cfg or tiny_model(), config, built, inputs)
 
 
+def write_text(folder: Path, *, documents: int) -> None:
+    """Documents of counting words, of different lengths."""
+    folder.mkdir()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for n in range(documents):
+        counted = [words[(n + i) % 10] for i in range(4 + 7 * n % 23)]
+        (folder / f"{n:04}.txt").write_text(" ".join(counted) + "\n")
+
+
+def write_tokenizer(folder: Path, *, first_byte_last: bool = False) -> None:
+    """A byte a token, and <|endoftext|>, number 256."""
+    folder.mkdir(exist_ok=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    if first_byte_last:
+        alphabet = [*alphabet[1:], alphabet[0]]
+    vocabulary = {letter: n for n, letter in enumerate(alphabet)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+
+
 @pytest.fixture
 def helpers():
     """The functions above, for test modules: they cannot import a conftest by name."""
-    import types
-
-    names = (tiny_model, tiny_config, random_batch, Numbers, program, run)
+    names = (
+        tiny_model, tiny_config, random_batch, Numbers, program, run, write_text, write_tokenizer
+    )  # fmt: skip
     return types.SimpleNamespace(**{f.__name__: f for f in names})

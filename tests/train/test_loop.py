@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import schema
-from train import guard, loop
+from train import guard, loop, state
 
 MEASURED = ("tokens_per_second", "tflops_causal", "tflops_full")
 
@@ -162,6 +164,25 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, helpers):
     config = helpers.tiny_config(output=str(undisturbed), num_steps=14)
     with pytest.raises(ValueError, match=r"another model \(rope_theta: 1000000.0 -> 10000.0\)"):
         helpers.run(config, cfg=cfg)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_checkpoints_before_stay(tmp_path, helpers):
+    config = helpers.tiny_config(output=str(tmp_path), num_steps=9)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(count):
+        if count == 8:  # read ahead, before step 6 is due to be saved
+            while not (tmp_path / "checkpoints" / "3").exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(state.DiskFull, match="no space left.*step 3 is whole.*run again"):
+            helpers.run(config, before=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert helpers.run(config).status == "finished"
+    assert steps(tmp_path) == [6, 9]
 
 
 def test_a_profile_is_taken_where_asked(tmp_path, helpers):
