@@ -71,14 +71,16 @@ def abstract(config: schema.Mesh) -> jax.sharding.AbstractMesh:
 def parse(text: str) -> schema.Mesh:
     """`fsdp=4,tensor=2` as a mesh config; unnamed axes are 1.
 
-    Raises `ValueError` on an unknown axis or a size that is not a whole number.
+    Raises `ValueError` on an unknown or repeated axis or a size that is not a whole number.
     """
     known = (*schema.MESH_AXES, "dcn_data", "kv_heads")
-    values: dict[str, int | str] = {"fsdp": 1}
+    values: dict[str, int | str] = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in known:
             raise ValueError(f"unknown mesh axis {axis!r} in {text!r}; axes are {', '.join(known)}")
+        if axis in values:
+            raise ValueError(f"mesh axis {axis!r} is given twice in {text!r}; give it once")
         if axis == "kv_heads":
             values[axis] = size
             continue
@@ -88,4 +90,4 @@ def parse(text: str) -> schema.Mesh:
             raise ValueError(
                 f"mesh axis {axis}={size!r} in {text!r} is not a whole number"
             ) from None
-    return schema.Mesh(**values)
+    return schema.Mesh(**{"fsdp": 1, **values})

@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from configs import schema
+
 # The closed set. Parameters first, then activations.
 LOGICAL_AXES = (
     "layers",  # stacked layers, scanned over
@@ -38,8 +40,17 @@ class Rules:
     table: tuple[tuple[str, tuple[str, ...]], ...]
 
     def __post_init__(self) -> None:
-        for logical, _ in self.table:
+        names = [logical for logical, _ in self.table]
+        for logical, mesh_axes in self.table:
             check_axis(logical)
+            if names.count(logical) > 1:
+                raise ValueError(f"rules {self.name!r} map {logical!r} more than once")
+            for axis in mesh_axes:
+                if axis not in schema.MESH_AXES:
+                    raise ValueError(
+                        f"rules {self.name!r} map {logical!r} to unknown mesh axis {axis!r}; "
+                        f"axes are {', '.join(schema.MESH_AXES)}"
+                    )
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
         """The mesh axes that shard `logical`; `None` is a dimension without a name."""

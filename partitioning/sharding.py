@@ -100,7 +100,9 @@ def check_model(cfg: schema.Model, layout: Layout) -> None:
         if size % parts == 0:
             continue
         mesh_axes = "*".join(layout.rules.mesh_axes(logical))
-        remedy = f"use {_divisors(size, limit=parts)}"
+        # What divides this size alone may not divide what else lies on the same mesh axes.
+        beside = [n for other, (_, n) in sizes.items() if _same_axes(other, logical, layout)]
+        remedy = f"use {_divisors(math.gcd(*beside), limit=parts)}"
         if logical == "kv_heads":
             remedy += ", or mesh.kv_heads=replicated to hold every key-value head on each device"
         if logical == "vocab":
@@ -117,6 +119,10 @@ def legal_tensor_sizes(cfg: schema.Model, *, limit: int = 64) -> tuple[int, ...]
         cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size, cfg.vocab_size
     )
     return tuple(n for n in range(1, min(common, limit) + 1) if common % n == 0)
+
+
+def _same_axes(one: str, other: str, layout: Layout) -> bool:
+    return layout.rules.mesh_axes(one) == layout.rules.mesh_axes(other)
 
 
 def _divisors(size: int, *, limit: int) -> str:

@@ -159,8 +159,9 @@ def _render_guarded(
 ) -> str:
     """Render with a guard inside every control token that the messages or tools spell.
 
-    A string that begins or ends with part of a control token gets a guard at that edge, so that it
-    cannot be completed by its neighbour.
+    A string that begins with the end of a control token, or ends with the beginning of one, gets a
+    guard at that edge, so that its neighbour cannot complete it. Not guarded: the role, one
+    of four words, and a string that the template itself sets between the two ends of a token.
     """
     run = functools.partial(
         chat_template.render,

@@ -135,7 +135,8 @@ def tokenizer_train(
     from train.data import mixture
 
     data = schema.Data(paths=tuple(paths), text_field=text_field, eval_fraction=0.0)
-    texts = mixture.texts(data)
+    corpora = mixture.open_splits(data).train
+    texts = (corpus[number].text for corpus in corpora for number in range(len(corpus)))
     train = {"bpe": training.train_bpe, "sentencepiece": training.train_sentencepiece}[kind]
     tokenizer = train(texts, vocab_size=vocab_size)
     tokenizer.save(output)

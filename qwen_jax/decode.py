@@ -6,6 +6,7 @@ waits for a token nor shows between two steps.
 """
 
 import collections
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ jax.tree_util.register_dataclass(State, _STATE, [])
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "eos_ids", "length", "dtype", "attention", "layout"),
+    static_argnames=("cfg", "plan", "length", "dtype", "attention", "layout"),
 )
 def start(
     cfg: schema.Model,
@@ -247,7 +248,7 @@ def start(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     length: int,
     dtype: jnp.dtype,
     attention: str | None = None,
@@ -255,6 +256,7 @@ def start(
 ) -> tuple[State, jax.Array]:
     """Makes a cache of `length` positions, prefills it and draws each row's first token, [B].
 
+    eos_E holds the ids that end a row, whichever of them comes.
     Rows with max_tokens 0 are padding of the batch: they end at once.
     """
     B, T = tokens_BT.shape
@@ -267,19 +269,20 @@ def start(
         stacked=not isinstance(params["layers"], tuple),
         layout=layout,
     )
-    logits_BV, cache = prefill(
-        cfg, params, tokens_BT, lengths_B, cache, attention=attention, layout=layout
-    )
+    with _precision(cache):
+        logits_BV, cache = prefill(
+            cfg, params, tokens_BT, lengths_B, cache, attention=attention, layout=layout
+        )
     seen_BV = None
     if plan.penalty:
         seen_BV = sampling.mark_seen(tokens_BT, lengths_B, vocab_size=cfg.vocab_size)
     state = State(cache, jnp.zeros_like(cache.lengths_B), max_tokens_B, seen_BV)
-    return _draw(logits_BV, state, settings, plan=plan, eos_ids=eos_ids, layout=layout)
+    return _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "eos_ids", "num_steps", "stop", "layout"),
+    static_argnames=("cfg", "plan", "num_steps", "stop", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -289,7 +292,7 @@ def advance(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     num_steps: int,
     stop: Literal["step", "dispatch"] = "step",
     layout: Layout | None = None,
@@ -306,13 +309,12 @@ def advance(
     def body(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, tokens_BC = carry
         active_B = state.remaining_B > 0
-        logits_BV, cache = decode_step(
-            cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
-        )
+        with _precision(state.cache):
+            logits_BV, cache = decode_step(
+                cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
+            )
         state = State(cache, state.tokens_B, state.remaining_B, state.seen_BV)
-        state, tokens_B = _draw(
-            logits_BV, state, settings, plan=plan, eos_ids=eos_ids, layout=layout
-        )
+        state, tokens_B = _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
         return state, tokens_BC.at[:, step].set(tokens_B)
 
     carry = state, jnp.full((B, num_steps), PAD, jnp.int32)
@@ -328,6 +330,13 @@ def advance(
         return step + 1, body(step, inner)
 
     return jax.lax.while_loop(unfinished, next_step, (jnp.int32(0), carry))[1]
+
+
+def _precision(cache: kv_cache.Cache) -> contextlib.AbstractContextManager:
+    """Who asks for float32 means it: GPUs and TPUs would otherwise multiply in fewer bits."""
+    if cache.dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def _placed(state: State, layout: Layout | None) -> State:
@@ -350,7 +359,7 @@ def _draw(
     settings: sampling.Settings,
     *,
     plan: sampling.Plan,
-    eos_ids: tuple[int, ...],
+    eos_E: jax.Array,
     layout: Layout | None,
 ) -> tuple[State, jax.Array]:
     """Draws a token for every active row -> the state with it, and tokens [B], PAD elsewhere."""
@@ -364,9 +373,7 @@ def _draw(
         positions_B=state.cache.lengths_B,
         seen_BV=state.seen_BV,
     )
-    ended_B = jnp.zeros_like(active_B)
-    for eos in eos_ids:
-        ended_B |= drawn_B == eos
+    ended_B = jnp.any(drawn_B[:, None] == eos_E[None, :], axis=1)
     remaining_B = jnp.where(ended_B | ~active_B, 0, state.remaining_B - 1)
     seen_BV = state.seen_BV
     if seen_BV is not None:

@@ -139,7 +139,7 @@ def generate(
     plan = sampling.plan(settings)
     tokens_BT, lengths_B, max_tokens_B = _arrays(requests, rows=rows, prompt=prompt)
     arrays = sampling.settings(settings, num_rows=rows)
-    common = {"plan": plan, "eos_ids": eos_ids, "layout": layout}
+    common = {"plan": plan, "eos_E": np.asarray(eos_ids, np.int32), "layout": layout}
     state, tokens_B = decode.start(
         cfg,
         params,

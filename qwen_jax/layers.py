@@ -82,15 +82,12 @@ class Embed(nnx.Module):
         """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
 
         With the table's columns over X = fsdp, each device reads its columns for every sequence of
-        its group: [B, T] -> all-to-all of [B, T, D_X] -> [B_X, T, D]. The table itself, larger than
-        a batch, is never gathered, and neither is its gradient.
+        its group: [B, T, D_X] -> all-to-all -> [B_X, T, D]. The table, larger than a batch, is
+        never gathered, and neither is its gradient.
         """
         tokens_BT = sharding.constrain(tokens_BT, ("outer_batch", "length"), layout)
-        rows = (
-            self.weight[...]
-            .at[tokens_BT]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
+        table = jnp.asarray(self.weight[...])
+        rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
         rows = sharding.constrain(rows.astype(dtype), ("outer_batch", "length", "embed"), layout)
         return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)

@@ -76,7 +76,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that ids depend on: vocabulary, merges, splitting, control tokens.
+        """SHA-256, in hex, of all that ids depend on: vocabulary, merges, rules, control tokens.
 
         The same vocabulary has one fingerprint from whichever file format it was read.
         """
@@ -269,7 +269,7 @@ def check_vocabulary(tokenizer: Tokenizer, *, num_rows: int) -> None:
     if num_rows < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size={num_rows} of the model is too small for the tokenizer, whose ids go up "
-            f"to {tokenizer.vocab_size - 1}; use a model with at least {tokenizer.vocab_size} rows, "
+            f"to {tokenizer.vocab_size - 1}; use a model with at least {tokenizer.vocab_size} rows "
             "or the tokenizer that the model was trained with"
         )
 
@@ -325,26 +325,26 @@ def _write(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def _keep_forks_quiet() -> None:
-    """Make forked children encode batches serially.
+def _make_forks_serial() -> None:
+    """Have forked children encode batches without threads.
 
-    A child cannot use the thread pool that its parent left behind. The library turns it off with a
-    warning on stderr; with the variable set before the fork there is nothing to warn of. A value
-    set by the user is left alone, and the parent keeps its threads.
+    A child inherits the thread pool but not its threads: left to itself the library prints
+    a warning, or with TOKENIZERS_PARALLELISM=true waits for ever. The parent keeps its setting.
     """
-    name, set_here = "TOKENIZERS_PARALLELISM", []
+    name, saved = "TOKENIZERS_PARALLELISM", []
 
     def before() -> None:
-        if name not in os.environ:
-            os.environ[name] = "false"
-            set_here.append(True)
+        saved.append(os.environ.get(name))
+        os.environ[name] = "false"
 
     def after_in_parent() -> None:
-        if set_here:
-            set_here.clear()
-            os.environ.pop(name, None)
+        value = saved.pop()
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
     os.register_at_fork(before=before, after_in_parent=after_in_parent)
 
 
-_keep_forks_quiet()
+_make_forks_serial()

@@ -74,13 +74,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-_BYTE_OF_CHAR = {ord(char): byte for byte, char in enumerate(byte_alphabet())}
+_CHAR_OF_BYTE = dict(enumerate(byte_alphabet()))
+_BYTE_OF_CHAR = {ord(char): byte for byte, char in _CHAR_OF_BYTE.items()}
 
 
 def bytes_to_token(data: bytes) -> str:
     """Spell raw bytes in the byte-level alphabet."""
-    alphabet = byte_alphabet()
-    return "".join(alphabet[byte] for byte in data)
+    return data.decode("latin-1").translate(_CHAR_OF_BYTE)
 
 
 def token_to_bytes(token: str) -> bytes:
@@ -167,6 +167,10 @@ class ByteLevelBPE(_PickledAsSource):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._impl.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
+
+    def is_reachable(self, token: str) -> bool:
+        """Say whether merging the bytes of a token yields it whole."""
+        return len(self._impl.model.tokenize(token)) == 1
 
     def canonical(self) -> bytes:
         """Return everything that ids depend on, the same from whichever file format it came."""
@@ -258,11 +262,12 @@ class SentencePiece(_PickledAsSource):
         return json.dumps(parts).encode()
 
     def tokenizer_json(self) -> dict:
-        """Translate the model for the `tokenizers` library.
+        """Translate the model for the `tokenizers` library, as near as that can follow it.
 
-        Where two ways to build the same piece compete at one score, SentencePiece takes the
-        leftmost and `tokenizers` the one of lower rank; ids can differ there, the decoded text
-        cannot. Raises `ValueError` for white-space handling that the library cannot express.
+        BPE: where two ways to build one piece compete, SentencePiece takes the leftmost and
+        `tokenizers` the one of lower rank. Unigram: scores are summed in another precision, so near
+        ties can differ, and `split_special_tokens` does not keep control tokens from being parsed.
+        Raises `ValueError` for white-space handling that the library cannot express.
         """
         proto = self.proto
         normalizer, trainer = proto.normalizer_spec, proto.trainer_spec

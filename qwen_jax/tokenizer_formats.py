@@ -331,29 +331,43 @@ def _read_tiktoken(path: Path, named: _Named) -> _Read:
     vocabulary = {tokenizer_backends.bytes_to_token(token): rank for token, rank in ranks.items()}
     merges = merges_from_ranks(ranks, name=str(path))
     content = tokenizer_backends.byte_level_json(vocabulary=vocabulary, merges=merges)
-    return _byte_level(content, name=str(path)), [] if named else _qwen_control_tokens(vocabulary)
+    backend = _byte_level(content, name=str(path))
+    for token, rank in ranks.items():
+        # The only cut of a token may still be one that merging never reaches.
+        if not backend.is_reachable(tokenizer_backends.bytes_to_token(token)):
+            raise ValueError(_not_ranks(str(path), token, rank))
+    return backend, [] if named else _qwen_control_tokens(vocabulary)
 
 
 def merges_from_ranks(ranks: Mapping[bytes, int], *, name: str) -> list[tuple[str, str]]:
     """Recover the merge that made each token of a tiktoken rank file.
 
     Encoding a token with only the tokens of lower rank leaves exactly the two parts that were
-    merged into it, for a merge is learned after its parts. Raises `ValueError` where more or fewer
-    are left.
+    merged into it, for a merge is learned after its parts. Mostly a token has only one cut into two
+    tokens of lower rank, which then needs no encoding. Raises `ValueError` where there is none.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        parts = _encode_below(token, rank=rank, ranks=ranks)
+        cuts = [
+            (token[:i], token[i:])
+            for i in range(1, len(token))
+            if ranks.get(token[:i], rank) < rank and ranks.get(token[i:], rank) < rank
+        ]
+        parts = cuts[0] if len(cuts) == 1 else _encode_below(token, rank=rank, ranks=ranks)
         if len(parts) != 2:
-            raise ValueError(
-                f"{name}: token {token!r} of rank {rank} is {len(parts)} tokens of lower rank, not "
-                "2; the file is not the ranks of a byte-pair encoding"
-            )
+            raise ValueError(_not_ranks(name, token, rank))
         left, right = map(tokenizer_backends.bytes_to_token, parts)
         merges.append((left, right))
     return merges
+
+
+def _not_ranks(name: str, token: bytes, rank: int) -> str:
+    return (
+        f"{name}: token {token!r} of rank {rank} is not made of two tokens of lower rank; the file "
+        "is damaged, or not the ranks of a byte-pair encoding"
+    )
 
 
 def _encode_below(token: bytes, *, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:

@@ -83,6 +83,7 @@ def next_token_loss(cfg: schema.Model, config: schema.Train, layout: Layout) -> 
             dtype=jnp.dtype(config.compute_dtype),
             attention=None if config.attention == "auto" else config.attention,
             remat_policy=config.remat,
+            layer_loop=config.layer_loop,
             layout=layout,
         )
         sums = language_model.cross_entropy(

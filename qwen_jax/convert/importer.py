@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from configs import huggingface, schema
+from configs import huggingface
 from qwen_jax.convert import plan, source, store, table
 
 _JOURNAL = "import.json"
@@ -151,12 +151,12 @@ def _plan(
     max_memory: int | None,
     done: set[str],
 ) -> plan.Plan:
-    done_bytes = sum(
-        plan.block_bytes(stored, block)
-        for stored in arrays
-        for block in plan.blocks(stored, opened.model)
-        if _is_done(stored, block, done)
-    )
+    done_bytes = largest = 0
+    for stored in arrays:
+        for block in plan.blocks(stored, opened.model):
+            nbytes = plan.block_bytes(stored, block)
+            largest = max(largest, nbytes)
+            done_bytes += nbytes if _is_done(stored, block, done) else 0
     return plan.Plan(
         source=opened.folder,
         target=out,
@@ -165,7 +165,7 @@ def _plan(
         total_bytes=sum(stored.nbytes for stored in arrays),
         done_bytes=done_bytes,
         block_bytes=block_bytes,
-        peak_bytes=plan.peak_bytes(block_bytes),
+        peak_bytes=plan.peak_bytes(min(block_bytes, largest)),
         max_memory=max_memory,
     )
 
@@ -279,22 +279,12 @@ def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.A
         is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not is_weights and not path.name.startswith("."):
             shutil.copyfile(path, assets / path.name)
-    store.write_json(partial / "model" / "metadata", metadata(opened))
+    # Export needs to know what is not in the parameters to give back the files as they were.
+    stored_twice = opened.model.tie_word_embeddings and table.LM_HEAD.hf in opened.tensors
+    origin = {"kind": opened.kind, "stores_tied_lm_head": stored_twice}
+    store.write_json(partial / "model" / "metadata", store.metadata(opened.model, source=origin))
     for folder in (assets, partial):
         store.sync_folder(folder)
     partial.rename(out)
     store.sync_folder(out.parent)
     (out / _JOURNAL).unlink()
-
-
-def metadata(opened: source.Source) -> dict:
-    """What the checkpoint says about itself; `source` is what export needs to be faithful."""
-    return {
-        "format": 1,
-        "model": schema.to_dict(opened.model),
-        "source": {
-            "kind": opened.kind,
-            "stores_tied_lm_head": opened.model.tie_word_embeddings
-            and table.LM_HEAD.hf in opened.tensors,
-        },
-    }

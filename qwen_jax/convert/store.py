@@ -10,11 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
+from configs import schema
 from qwen_jax.convert import plan
 
+FORMAT = 1  # of native checkpoints, in model/metadata
 _MANIFEST = "manifest.ocdbt"
 _DICT_KEY = 2  # Orbax's number for a dictionary key
 # Data files this large; a file is also ended by each commit, which follows the writes.
@@ -71,22 +74,41 @@ def _zarr_dtype(name: str) -> str:
     return {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}[name]
 
 
-def open_for_reading(
-    folder: Path, path: str, ctx: ts.Context, *, ocdbt: bool, zarr3: bool
-) -> ts.TensorStore:
-    """The stored array of one parameter, as `tree` describes the checkpoint."""
-    if ocdbt:
-        kvstore = _kvstore(folder, f"{path}/")
-    else:
-        kvstore = {"driver": "file", "path": f"{folder.resolve()}/{path}/"}
-    spec = {
-        "driver": "zarr3" if zarr3 else "zarr",
-        "kvstore": kvstore,
-        "fill_missing_data_reads": False,
-        "recheck_cached_data": False,
-        "recheck_cached_metadata": False,
-    }
-    return ts.open(spec, open=True, read=True, context=ctx).result()
+def open_all_for_reading(folder: Path, ctx: ts.Context) -> dict[str, ts.TensorStore]:
+    """Every stored array by path, whoever wrote the Orbax checkpoint `folder`.
+
+    Raises `ValueError` if its metadata or an array cannot be read.
+    """
+    path = folder / "_METADATA"
+    try:
+        form = json.loads(path.read_text(encoding="utf-8"))
+        names = [
+            ".".join(key["key"] for key in entry["key_metadata"])
+            for entry in form["tree_metadata"].values()
+        ]
+        driver = "zarr3" if form["use_zarr3"] else "zarr"
+        ocdbt = form["use_ocdbt"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no Orbax metadata: {error!r}") from None
+    opening = {}
+    for name in names:
+        file = {"driver": "file", "path": f"{folder.resolve()}/{name}/"}
+        spec = {
+            "driver": driver,
+            "kvstore": _kvstore(folder, f"{name}/") if ocdbt else file,
+            "fill_missing_data_reads": False,
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+        }
+        opening[name] = ts.open(spec, open=True, read=True, context=ctx)
+    arrays = {}
+    for name, future in opening.items():
+        try:
+            arrays[name] = future.result()
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder}: array {name} cannot be opened: {reason}") from None
+    return arrays
 
 
 @contextlib.contextmanager
@@ -155,6 +177,11 @@ def tree_metadata(arrays: Iterable[plan.Array]) -> dict:
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
+
+
+def metadata(model: schema.Model, **extra: Any) -> dict:
+    """What the `model` item of a native checkpoint holds, as JSON values."""
+    return {"format": FORMAT, "model": schema.to_dict(model), **extra}
 
 
 def write_json(path: Path, values: dict) -> None:

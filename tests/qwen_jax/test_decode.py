@@ -33,14 +33,14 @@ def highest_precision():
 def random_params(cfg: schema.Model, seed: int = 0) -> dict:
     """Unlike the initialiser's: biases count, and layers outweigh embeddings."""
 
-    def leaf(path, shape: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-        noise = jax.random.normal(key, shape.shape)
-        name = path[-1].key
-        return 1 + 0.2 * noise if name == "scale" else (0.02 if name == "weight" else 0.2) * noise
+    rng = np.random.default_rng(seed)
 
-    shapes = model.shapes(cfg)
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-    return jax.tree_util.tree_map_with_path(lambda path, x: leaf(path, x, next(keys)), shapes)
+    def leaf(path, x: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = 0.02 if path[-1].key == "weight" else 0.2
+        noise = rng.normal(0, scale, x.shape).astype(np.float32)
+        return jnp.asarray(1 + noise if path[-1].key == "scale" else noise)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.shapes(cfg))
 
 
 def prepared(cfg: schema.Model, form: str) -> dict:

@@ -104,6 +104,10 @@ def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, 
     carry = (_zero_sums(hidden_BTD, layout), gradient_ZDV)
     (sums_B, gradient_ZDV), slopes = jax.lax.scan(step, carry, inputs)
     loss, *parts = map(jnp.sum, sums_B)
+    if inputs[0].shape[0] == 1:
+        # One chunk is no loop: XLA would fold tied embeddings' transpose into the bfloat16 product,
+        # a form that its CPU backend compiles but cannot run.
+        gradient_ZDV = jax.lax.optimization_barrier(gradient_ZDV)
     gradient_DV = _meet(gradient_ZDV, layout)
     gradient_BTD = jnp.moveaxis(slopes, 0, 1).reshape(hidden_BTD.shape)
     # The kernel rides along for its dtype alone.

@@ -1,0 +1,106 @@
+"""Loads a Hugging Face folder straight onto devices, each of which reads only its own part."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qwen_jax.convert import source, table
+
+
+def load_huggingface(
+    hf_dir: Path | str, *, shardings: dict | None = None, dtype: str | None = None
+) -> dict:
+    """The parameter tree of a Hugging Face folder as sharded arrays.
+
+    `shardings` is a tree like the parameters'; without it everything lies on the first device.
+    `dtype` (`float32`, `bfloat16`, `float16`) defaults to the files'. The host never holds more
+    than one device's part of one parameter, which is one layer-stacked array where unsharded.
+
+    Raises `ValueError` as `source.open_source` does, and for tensors that are not finite.
+    """
+    opened = source.open_source(hf_dir)
+    return load_source(opened, shardings=shardings, dtype=dtype)
+
+
+def load_source(
+    opened: source.Source, *, shardings: dict | None = None, dtype: str | None = None
+) -> dict:
+    """`load_huggingface` of a folder that is open already."""
+    rows = table.rows(opened.model)
+    by_path = per_row(rows, shardings)
+    target = None if dtype is None else np.dtype(source.DTYPES[checked_dtype(dtype)])
+    return table.nest({row.path: _load(opened, row, by_path[row.path], target) for row in rows})
+
+
+def checked_dtype(dtype: str) -> str:
+    """`dtype`, if it is one that weights may have. Raises `ValueError` otherwise."""
+    if dtype not in source.DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(source.DTYPES)}")
+    return dtype
+
+
+def per_row(
+    rows: tuple[table.Row, ...], shardings: dict | None
+) -> dict[str, jax.sharding.Sharding]:
+    """One sharding for each row's path. Raises `ValueError` where the trees differ."""
+    if shardings is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return {row.path: first for row in rows}
+    flat = table.flatten(shardings)
+    paths = {row.path for row in rows}
+    if wrong := sorted(paths ^ set(flat)):
+        raise ValueError(f"shardings and the model's parameters differ in {source.listed(wrong)}")
+    return flat
+
+
+def _load(
+    opened: source.Source,
+    row: table.Row,
+    sharding: jax.sharding.Sharding,
+    dtype: np.dtype | None,
+) -> jax.Array:
+    """One parameter: every distinct part is read once and put on all devices that hold it."""
+    shape = table.shape(row, opened.model)
+    holders: dict[tuple, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in holders.items():
+        part = _read_part(opened, row, [slice(*bound) for bound in bounds], dtype)
+        shards += [jax.device_put(part, device) for device in devices]
+    # device_put may still be reading the host's copy: it must not outlive this parameter.
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
+
+
+def _read_part(
+    opened: source.Source, row: table.Row, index: list[slice], dtype: np.dtype | None
+) -> np.ndarray:
+    size = table.sizes(opened.model)
+    layers, dims = (index[0], index[1:]) if row.stacked else (None, index)
+    region = dict(zip(row.dims, dims, strict=True))
+    stored = source.row_dtype(opened, row)
+    part = np.empty([s.stop - s.start for s in index], dtype or stored)
+    for position, layer in enumerate(range(layers.start, layers.stop) if row.stacked else [None]):
+        name = row.hf.format(layer)
+        view = table.read_region(
+            row, region, size, lambda slices, name=name: source.read(opened, name, slices)
+        )
+        target = part[position] if row.stacked else part
+        if part.dtype == stored:
+            table.copy_blocked(view, target)
+        else:
+            target[...] = convert_dtype(table.copy_blocked(view), part.dtype, name)
+    return part
+
+
+def convert_dtype(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`array` rounded to `dtype`. Raises `ValueError` where a value is too large for it."""
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    try:
+        source.check_finite(converted, name)
+    except ValueError as error:
+        raise ValueError(f"{error} as {dtype.name}; convert to bfloat16 or float32") from None
+    return converted
