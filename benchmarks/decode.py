@@ -4,6 +4,7 @@
     python benchmarks/decode.py --tiny           # rehearsal on a CPU
     python benchmarks/decode.py --only 0.5b,7b   # cases whose name holds one of these
     python benchmarks/decode.py --profile        # and the kernels each step spends its time in
+    python benchmarks/decode.py --peers          # and transformers, where torch has a GPU
 
 Weights are random: only their bytes matter. A step reads every weight but the embedding table
 (one row a token, unless it is tied to the output) and the cache's filled positions; the ratio is
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a CPU")
     parser.add_argument("--only", type=lambda text: text.split(","), help="parts of case names")
     parser.add_argument("--profile", action="store_true", help="print each case's kernels")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--peers", action="store_true", help="measure transformers too (minutes)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache at first")
     parser.add_argument("--cache", type=int, default=1024, help="positions of the cache")
     parser.add_argument("--steps", type=int, default=32, help="steps a dispatch")
@@ -310,7 +311,7 @@ def main() -> None:
     if needed > args.cache:
         parser.error(f"--cache {args.cache} is shorter than the {needed} positions to be filled")
     peers = {}
-    if not args.tiny and not args.no_peer:
+    if args.peers:
         for size, batch in (("0.5b", 1), ("7b", 1)):
             peers[size, batch] = run_peer(size, batch, args)
     device = jax.devices()[0]

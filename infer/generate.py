@@ -1,16 +1,21 @@
 """Text in, text out: a loaded model with its tokenizer, one prompt streamed, and a chat."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from configs import schema
+from configs import huggingface, schema
+from partitioning import mesh as mesh_lib
+from partitioning import rules as rules_lib
+from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import chat as chat_lib
-from qwen_jax import generation, tokenizer
+from qwen_jax import checkpoint, decode, generation, model, tokenizer
 
 Messages = Sequence[dict[str, Any]]
 
@@ -37,10 +42,64 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-def sampling_defaults(said: schema.Generation, **overrides: float | None) -> schema.Sampling:
-    """generation_config.json's settings under `overrides`; None leaves a setting alone.
+def load(
+    path: str | Path, *, dtype: str = "bfloat16", mesh: schema.Mesh | None = None
+) -> Generator:
+    """The model at `path` with its tokenizer, on one device or on a mesh of all.
 
-    `do_sample: false` is temperature 0. What neither says is `schema.Sampling`'s default.
+    `path` is a Hugging Face folder, a native checkpoint or a training run's output. `dtype`
+    (`float32`, `bfloat16`) is that of the weights held and of the arithmetic.
+    Raises `ValueError` for what cannot be loaded, and for a mesh that does not divide the model.
+    """
+    found = checkpoint.resolve(path)
+    cfg = found.model
+    if found.assets is None:
+        raise ValueError(
+            f"{path} has no tokenizer beside it; import it again from a Hugging Face folder that "
+            f"holds one, or put the tokenizer files into {found.path / 'assets'}"
+        )
+    layout = placed = None
+    if mesh is not None:
+        rules = rules_lib.rule_set("decode", kv_heads=mesh.kv_heads)
+        layout = Layout(mesh_lib.make(mesh), rules)
+        sharding.check_model(cfg, layout)
+        placed = sharding.shardings(model.axes(cfg), layout)
+    words = tokenizer.load(found.assets)
+    tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
+    said = _generation_config(found.assets)
+    params = decode.prepare(
+        cfg,
+        checkpoint.load_params(found, shardings=placed, dtype=dtype),
+        dtype=jnp.dtype(dtype),
+        form=decode.best_form(layout),
+        layout=layout,
+    )
+    return Generator(
+        cfg=cfg,
+        params=params,
+        tokenizer=words,
+        defaults=sampling_defaults(said),
+        eos_ids=said.eos_token_ids or cfg.eos_token_ids,
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+    )
+
+
+def _generation_config(folder: Path) -> schema.Generation:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return schema.Generation()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return huggingface.read_generation(values)
+
+
+def sampling_defaults(said: schema.Generation) -> schema.Sampling:
+    """generation_config.json's settings; `schema.Sampling`'s defaults where it says nothing.
+
+    `do_sample: false` is temperature 0.
     """
     values = {
         "max_tokens": said.max_new_tokens,
@@ -50,7 +109,6 @@ def sampling_defaults(said: schema.Generation, **overrides: float | None) -> sch
         "min_p": said.min_p,
         "repetition_penalty": said.repetition_penalty,
     }
-    values.update({name: value for name, value in overrides.items() if value is not None})
     return schema.Sampling(**{name: value for name, value in values.items() if value is not None})
 
 

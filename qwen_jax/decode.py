@@ -6,6 +6,7 @@ waits for a token nor shows between two steps.
 """
 
 import collections
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -268,9 +269,10 @@ def start(
         stacked=not isinstance(params["layers"], tuple),
         layout=layout,
     )
-    logits_BV, cache = prefill(
-        cfg, params, tokens_BT, lengths_B, cache, attention=attention, layout=layout
-    )
+    with _precision(cache):
+        logits_BV, cache = prefill(
+            cfg, params, tokens_BT, lengths_B, cache, attention=attention, layout=layout
+        )
     seen_BV = None
     if plan.penalty:
         seen_BV = sampling.mark_seen(tokens_BT, lengths_B, vocab_size=cfg.vocab_size)
@@ -307,9 +309,10 @@ def advance(
     def body(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         state, tokens_BC = carry
         active_B = state.remaining_B > 0
-        logits_BV, cache = decode_step(
-            cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
-        )
+        with _precision(state.cache):
+            logits_BV, cache = decode_step(
+                cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
+            )
         state = State(cache, state.tokens_B, state.remaining_B, state.seen_BV)
         state, tokens_B = _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
         return state, tokens_BC.at[:, step].set(tokens_B)
@@ -327,6 +330,13 @@ def advance(
         return step + 1, body(step, inner)
 
     return jax.lax.while_loop(unfinished, next_step, (jnp.int32(0), carry))[1]
+
+
+def _precision(cache: kv_cache.Cache) -> contextlib.AbstractContextManager:
+    """Who asks for float32 means it: GPUs and TPUs would otherwise multiply in fewer bits."""
+    if cache.dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def _placed(state: State, layout: Layout | None) -> State:

@@ -8,7 +8,6 @@ there once.
 import collections
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ from pathlib import Path
 import jax
 import rich.progress
 from rich.console import Console
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from configs import schema
 from qwen_jax import flops
+from train import tensorboard
 
 Values = Mapping[str, float]
 FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -124,7 +121,7 @@ class Log:
         if not self._enabled:
             return
         self._file = (output / FILE).open("a", encoding="utf-8")
-        self._board = _open_board(output / TENSORBOARD, first=step + 1)
+        self._board = tensorboard.Board(output / TENSORBOARD, first=step + 1)
         console = Console()
         if console.is_terminal:
             self._progress = _progress_bar(console)
@@ -181,28 +178,14 @@ class Log:
         self._file.flush()
 
     def _scalars(self, prefix: str, step: int, values: Values) -> None:
-        scalars = [summary.scalar(f"{prefix}/{name}", value) for name, value in values.items()]
-        for scalar in scalars:
-            event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar)
-            self._board.write_event(event)
+        for name, value in values.items():
+            self._board.scalar(f"{prefix}/{name}", value, step)
         self._board.flush()
 
     def _eta(self, step: int) -> str:
         rate = (time.perf_counter() - self._begin) / max(step - self._first, 1)
         seconds = round(rate * (self._num_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def _open_board(folder: Path, *, first: int) -> EventsWriter:
-    """TensorBoard's file for steps from `first`; viewers drop what earlier files have from there.
-
-    This writer works in the caller's thread, so that a write that fails is heard of.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    board = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    board.write_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=start))
-    return board
 
 
 def _progress_bar(console: Console) -> rich.progress.Progress:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
@@ -12,9 +13,8 @@ from train import pretrain
 @pytest.fixture
 def config(tmp_path, helpers, monkeypatch):
     # Compiled once for all tests here.
-    monkeypatch.setattr(
-        pretrain.step_lib, "make", lambda cfg, config, layout: helpers.program(config, cfg)
-    )
+    once = types.SimpleNamespace(make=lambda cfg, config, layout: helpers.program(config, cfg))
+    monkeypatch.setattr(pretrain, "step_lib", once)
     helpers.write_text(tmp_path / "text", documents=60)
     helpers.write_tokenizer(tmp_path / "tokenizer")
     return helpers.tiny_config(
