@@ -72,10 +72,7 @@ def request(cfg: schema.Model, tokens: Sequence[int], *, settings: schema.Sampli
 
 def prompt_bucket(cfg: schema.Model, length: int) -> int:
     """The padded length of a prompt: a power of two, or the most that the model reads."""
-    limit = cfg.max_position_embeddings
-    if cfg.dual_chunk_attention is not None:
-        limit = min(limit, cfg.dual_chunk_attention.chunk_size)
-    return min(max(_MIN_PROMPT, _power_of_two(length)), limit)
+    return min(max(_MIN_PROMPT, _power_of_two(length)), model.max_length(cfg))
 
 
 def cache_bucket(length: int) -> int:

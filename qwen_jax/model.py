@@ -238,15 +238,22 @@ def check_length(cfg: schema.Model, length: int) -> None:
             f"{cfg.name}: up to there it equals plain RoPE, beyond it is not implemented; use "
             f"sequences of at most {dual.chunk_size} tokens"
         )
-    limit, origin = cfg.max_position_embeddings, "max_position_embeddings"
+    if length > max_length(cfg):
+        extended = max_length(cfg) > cfg.max_position_embeddings
+        origin = "rope_scaling's extended length" if extended else "max_position_embeddings"
+        raise ValueError(
+            f"length {length} exceeds {origin}={max_length(cfg)} of {cfg.name}; use shorter "
+            f"sequences, or extend the context with rope_scaling"
+        )
+
+
+def max_length(cfg: schema.Model) -> int:
+    """The most tokens that a sequence may have."""
+    limit = cfg.max_position_embeddings
     if cfg.rope_scaling is not None:
         # The released configs keep max_position_embeddings at the unextended 32,768.
         yarn = cfg.rope_scaling
-        extended = int(yarn.factor * yarn.original_max_position_embeddings)
-        if extended > limit:
-            limit, origin = extended, "rope_scaling's factor * original_max_position_embeddings"
-    if length > limit:
-        raise ValueError(
-            f"length {length} exceeds {origin}={limit} of {cfg.name}; use shorter sequences, or "
-            f"extend the context with rope_scaling"
-        )
+        limit = max(limit, int(yarn.factor * yarn.original_max_position_embeddings))
+    if cfg.dual_chunk_attention is not None:
+        limit = min(limit, cfg.dual_chunk_attention.chunk_size)
+    return limit
