@@ -136,7 +136,7 @@ class Log:
         if show:
             self._scalars("train", step, values)
         if self._progress is not None:
-            text = {"text": _describe(values)} if show else {}
+            text = {"text": _describe_briefly(values)} if show else {}
             self._progress.update(self._task, completed=step, **text)
         elif show:
             self.say(f"step {step}/{self._num_steps}  {_describe(values)}  eta {self._eta(step)}")
@@ -190,14 +190,24 @@ class Log:
 
 def _progress_bar(console: Console) -> rich.progress.Progress:
     return rich.progress.Progress(
-        rich.progress.TextColumn("step"),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.completed}/{task.total}"),
+        rich.progress.BarColumn(bar_width=10),
         rich.progress.TextColumn("{task.fields[text]}"),
-        rich.progress.TextColumn("eta"),
         rich.progress.TimeRemainingColumn(),
         console=console,
     )
+
+
+def _describe_briefly(values: Values) -> str:
+    """What fits beside a bar on a terminal of 80 columns."""
+    parts = [f"loss {values['loss']:.3f}"]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        known = "mfu_causal" in values
+        parts.append(
+            f"MFU {values['mfu_causal']:.1%}" if known else f"{values['tflops_causal']:.3g} TFLOP/s"
+        )
+    return "  ".join(parts)
 
 
 def _describe(values: Values) -> str:

@@ -12,6 +12,7 @@ behind has another name, is not looked at, and is removed at the next start.
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,14 @@ class Store:
     def save(self, step: int, state: State, data: dict) -> None:
         """Start to save; returns when `state` may be donated. A step already saved is left alone.
 
-        Raises what stopped this save, or the one before it.
+        Raises what stopped this save, or the one before it, and `OSError` where the disk has no
+        room for the state.
         """
         if step == self.latest():
             return
         optimizer = {"step": state.step, "state": state.optimizer}
         model = {"format": FORMAT, "model": self._model, "step": step}
+        self._check_room(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -127,6 +130,17 @@ class Store:
         # the one to report.
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self._manager.close()
+
+    def _check_room(self, state: State) -> None:
+        # Asked for before, a full disk is one error. Met on the way, it is one of every array.
+        self.wait()
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free",
+            )
 
     def _check_model(self, saved: dict, step: int) -> None:
         if saved.get("format") != FORMAT:
@@ -157,14 +171,16 @@ def explain_full_disk(output: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_full(error):
             raise
+        ours = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+        detail = f" ({error.strerror})" if ours else ""
     # Raised out here, and so without the first error, which holds on to tensorstore's unfinished
     # writes: they would complain one by one when the interpreter ends.
     folder = output / "checkpoints"
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
     whole = f"the checkpoint of step {max(steps)} is whole" if steps else "no checkpoint exists"
     raise DiskFull(
-        f"no space left (or a limit on the size of files) in {output}; {whole}. Free space there, "
-        f"or lower checkpoint.keep, and run again to go on"
+        f"no space left (or a limit on the size of files) in {output}{detail}; {whole}. Free space "
+        f"there, or lower checkpoint.keep, and run again to go on"
     )
 
 

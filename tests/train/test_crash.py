@@ -133,3 +133,19 @@ def test_killed_twice(config, tmp_path):
 @pytest.mark.parametrize("seed", [1])
 def test_killed_ten_times(config, tmp_path, seed):
     assert check(dataclasses.replace(config, num_steps=200), tmp_path, kills=10, seed=seed) >= 1
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_half_way_is_said_and_leaves_nothing_behind(config, tmp_path):
+    # A limit on file sizes stops a save in the middle, as a disk that fills up meanwhile does.
+    config = dataclasses.replace(config, output=str(tmp_path / "run"))
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({50_000}, -1))"
+    done = subprocess.run(
+        [sys.executable, "-c", limit + PROGRAM, json.dumps(schema.to_dict(config))],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "train.state.DiskFull: no space left" in done.stderr
+    assert last_checkpoint(tmp_path / "run") == 0
+    rows = finish(config, tmp_path / "cache")
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
+    assert not half_written(tmp_path / "run")

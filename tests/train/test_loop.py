@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import resource
 import signal
-import time
 from pathlib import Path
 
 import jax
@@ -14,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import schema
+from qwen_jax import flops
 from train import guard, loop, state
 
 MEASURED = ("tokens_per_second", "tflops_causal", "tflops_full")
@@ -166,23 +165,45 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, helpers):
         helpers.run(config, cfg=cfg)
 
 
-def test_a_full_disk_is_one_clear_error_and_the_checkpoints_before_stay(tmp_path, helpers):
+def test_a_full_disk_is_one_clear_error_and_the_checkpoints_before_stay(
+    tmp_path, helpers, monkeypatch
+):
     config = helpers.tiny_config(output=str(tmp_path), num_steps=9)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usage = state.shutil.disk_usage
+    with monkeypatch.context() as patched:
 
-    def fill(count):
-        if count == 8:  # read ahead, before step 6 is due to be saved
-            while not (tmp_path / "checkpoints" / "3").exists():
-                time.sleep(0.01)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        def nearly_full(path):
+            full = (tmp_path / "checkpoints" / "3").exists()
+            return usage(path)._replace(free=1000) if full else usage(path)
 
-    try:
-        with pytest.raises(state.DiskFull, match="no space left.*step 3 is whole.*run again"):
-            helpers.run(config, before=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        patched.setattr(state.shutil, "disk_usage", nearly_full)
+        with pytest.raises(state.DiskFull) as caught:
+            helpers.run(config)
+    size = 3 * 4 * flops.parameters(helpers.tiny_model())  # parameters and two moments, float32
+    assert str(caught.value) == (
+        f"no space left (or a limit on the size of files) in {tmp_path} (a checkpoint takes "
+        f"{size / 1e9:.3g} GB and 1e-06 GB are free); the checkpoint of step 3 is whole. Free space there, "
+        f"or lower checkpoint.keep, and run again to go on"
+    )
     assert helpers.run(config).status == "finished"
     assert steps(tmp_path) == [6, 9]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("OUT_OF_RANGE: Failed to write 72481 bytes to file 32: File too large"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [code='28']"),
+    ],
+)
+def test_a_disk_that_fills_up_meanwhile_is_the_same_error(tmp_path, helpers, monkeypatch, error):
+    def fail(store):
+        raise RuntimeError("a thread has failed") from error
+
+    monkeypatch.setattr(state.Store, "wait", fail)
+    with pytest.raises(state.DiskFull, match="no space left.*no checkpoint exists"):
+        helpers.run(helpers.tiny_config(output=str(tmp_path)))
 
 
 def test_a_profile_is_taken_where_asked(tmp_path, helpers):
