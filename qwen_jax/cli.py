@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 
 """
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -157,10 +158,10 @@ def convert_import(
         output: The checkpoint to write.
         max_memory: Bound on resident memory, for example 2GB or 1500MiB.
     """
-    from qwen_jax import convert
+    from qwen_jax.convert import importer
 
     with _conversion_progress() as (show_plan, show_progress):
-        convert.import_checkpoint(
+        importer.import_checkpoint(
             source,
             output,
             max_memory=_bytes(max_memory),
@@ -189,10 +190,10 @@ def convert_export(
         max_shard: Largest safetensors file.
         max_memory: Bound on resident memory, for example 2GB or 1500MiB.
     """
-    from qwen_jax import convert
+    from qwen_jax.convert import exporter
 
     with _conversion_progress() as (show_plan, show_progress):
-        convert.export_checkpoint(
+        exporter.export_checkpoint(
             source,
             output,
             dtype=dtype,
@@ -358,6 +359,34 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Teaches tyro that a model is written as a preset's name or as a path to a config.json."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def read(arguments: list[str]) -> str | schema.Model:
+        (text,) = arguments
+        if not text.endswith(".json"):
+            return text
+        from configs import huggingface
+
+        values = json.loads(Path(text).read_text(encoding="utf-8"))
+        return huggingface.read_model(values, name=Path(text).parent.name)
+
+    @registry.primitive_rule
+    def model(info: tyro.constructors.PrimitiveTypeInfo):
+        if info.type != str | schema.Model:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PRESET|CONFIG.JSON",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, str | schema.Model),
+            str_from_instance=lambda value: [value if isinstance(value, str) else value.name],
+        )
+
+    return registry
+
+
 def _bytes(text: str | None) -> int | None:
     """`2GB` (10^9), `1500MiB` (2^20) or a plain number of bytes."""
     if text is None:
@@ -405,7 +434,7 @@ def main() -> None:
         code = app.cli(
             prog="qwen-jax",
             description="Qwen2.5 in JAX: train, convert, infer.",
-            config=(tyro.conf.AvoidSubcommands,),  # train's `model` is a plain flag
+            registry=_registry(),
         )
     except BrokenPipeError:  # the reader of our output left; nothing is left to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
