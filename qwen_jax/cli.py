@@ -1,0 +1,452 @@
+"""`qwen-jax`: the composition root. Commands import what they need when they run.
+
+Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error,
+75 interrupted and resumable, 130 stopped from the keyboard.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from configs import recipes, schema
+
+if TYPE_CHECKING:
+    from infer import generate as generate_lib
+
+Positional = tyro.conf.Positional
+Dtype = Literal["float32", "bfloat16"]
+
+app = tyro.extras.SubcommandApp()
+tokenizer_app = tyro.extras.SubcommandApp()
+convert_app = tyro.extras.SubcommandApp()
+train_app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def models() -> int:
+    """List the presets: parameters, memory and legal tensor-parallel sizes."""
+    from rich import console, table
+
+    from configs import qwen2_5
+    from partitioning import sharding
+    from qwen_jax import flops
+
+    grid = table.Table(title="Qwen2.5 presets", caption=_MODELS_CAPTION)
+    for heading in ("model", "parameters", "bf16 weights", "training state", "positions", "tensor"):
+        first = heading == "model"
+        grid.add_column(heading, justify="left" if first else "right", no_wrap=first)
+    for name in qwen2_5.PRESETS:
+        cfg = qwen2_5.preset(name)
+        count = flops.parameters(cfg)
+        grid.add_row(
+            name,
+            f"{count / 1e9:.3f} B" if count > 1e8 else f"{count / 1e6:.3f} M",
+            f"{2 * count / 2**30:.2f} GiB",
+            f"{16 * count / 2**30:.1f} GiB",
+            f"{cfg.max_position_embeddings:,}",
+            ", ".join(map(str, sharding.legal_tensor_sizes(cfg))),
+        )
+    console.Console().print(grid)
+    return 0
+
+
+_MODELS_CAPTION = (
+    "training state: float32 parameters, two Adam moments and gradients, 16 bytes a parameter. "
+    "tensor: sizes of the mesh's tensor axis; mesh.kv_heads=replicated allows more."
+)
+
+
+@app.command
+def shardings(
+    model: Positional[str],
+    *,
+    mesh: str,
+    rules: Literal["train", "decode"] = "train",
+) -> int:
+    """Show where every parameter goes on a mesh, and what one device holds.
+
+    Args:
+        model: A preset's name (`qwen-jax models`).
+        mesh: Axis sizes, for example fsdp=4,tensor=2; kv_heads=replicated is understood too.
+        rules: Whose rules: training's, or decoding's (weights whole along their width).
+    """
+    import math
+
+    import jax
+    from rich import console, table
+
+    from configs import qwen2_5
+    from partitioning import mesh as mesh_lib
+    from partitioning import rules as rules_lib
+    from partitioning import sharding
+    from qwen_jax import model as model_lib
+
+    cfg = qwen2_5.preset(model)
+    layout = sharding.Layout(
+        mesh_lib.abstract(mesh_lib.parse(mesh)),
+        rules_lib.rule_set(rules, kv_heads=mesh_lib.parse(mesh).kv_heads),
+    )
+    sharding.check_model(cfg, layout)
+    shapes = model_lib.shapes(cfg)
+    rows = sharding.describe(model_lib.axes(cfg), shapes, layout)
+    grid = table.Table(title=f"{model} on {mesh}, rules {layout.rules.name!r}")
+    for heading in ("parameter", "shape", "logical axes", "spec", "on one device"):
+        grid.add_column(heading, overflow="fold")
+    held = 0
+    for row in rows:
+        grid.add_row(*row)
+        held += math.prod(map(int, row[-1].split("x")))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    output = console.Console()
+    output.print(grid)
+    output.print(
+        f"one device holds {held / 1e9:.3f} B of {total / 1e9:.3f} B parameters: "
+        f"{4 * held / 2**30:.2f} GiB in float32, {2 * held / 2**30:.2f} GiB in bfloat16"
+    )
+    return 0
+
+
+@tokenizer_app.command(name="train")
+def tokenizer_train(
+    paths: Positional[tuple[str, ...]],
+    *,
+    output: str,
+    kind: Literal["bpe", "sentencepiece"] = "bpe",
+    vocab_size: int = 32768,
+    text_field: str = "text",
+) -> int:
+    """Train a tokenizer with Qwen's 22 control tokens on text files, JSONL or parquet.
+
+    Args:
+        paths: Files and folders of text.
+        output: Folder to write; transformers' AutoTokenizer loads it.
+        kind: Byte-level BPE as Qwen's, or SentencePiece.
+        vocab_size: Tokens in all, control tokens included.
+        text_field: The field of JSONL and parquet rows that holds the text.
+    """
+    from qwen_jax import tokenizer_train as training
+    from train.data import mixture
+
+    data = schema.Data(paths=tuple(paths), text_field=text_field, eval_fraction=0.0)
+    corpora = mixture.open_splits(data).train
+    texts = (corpus[number].text for corpus in corpora for number in range(len(corpus)))
+    train = {"bpe": training.train_bpe, "sentencepiece": training.train_sentencepiece}[kind]
+    tokenizer = train(texts, vocab_size=vocab_size)
+    tokenizer.save(output)
+    print(f"{output}: {kind}, {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+@convert_app.command(name="import")
+def convert_import(
+    source: Positional[str], output: Positional[str], *, max_memory: str | None = None
+) -> int:
+    """Convert a Hugging Face folder into a native checkpoint, a slice of a tensor at a time.
+
+    Run again after an interruption, it goes on where it was.
+
+    Args:
+        source: Folder with config.json and safetensors (or pytorch_model.bin, where torch is).
+        output: The checkpoint to write.
+        max_memory: Bound on resident memory, for example 2GB or 1500MiB.
+    """
+    from qwen_jax.convert import importer
+
+    with _conversion_progress() as (show_plan, show_progress):
+        importer.import_checkpoint(
+            source,
+            output,
+            max_memory=_bytes(max_memory),
+            on_plan=show_plan,
+            on_progress=show_progress,
+        )
+    print(f"{output}: imported from {source}")
+    return 0
+
+
+@convert_app.command(name="export")
+def convert_export(
+    source: Positional[str],
+    output: Positional[str],
+    *,
+    dtype: Dtype | None = None,
+    max_shard: str = "5GB",
+    max_memory: str | None = None,
+) -> int:
+    """Convert a native checkpoint or a training output into a Hugging Face folder.
+
+    Args:
+        source: Native checkpoint, or a training run's output (its latest step).
+        output: The folder to write; transformers loads it.
+        dtype: Dtype of the tensors; by default the one they are stored in.
+        max_shard: Largest safetensors file.
+        max_memory: Bound on resident memory, for example 2GB or 1500MiB.
+    """
+    from qwen_jax.convert import exporter
+
+    with _conversion_progress() as (show_plan, show_progress):
+        exporter.export_checkpoint(
+            source,
+            output,
+            dtype=dtype,
+            max_shard_bytes=_bytes(max_shard),
+            max_memory=_bytes(max_memory),
+            on_plan=show_plan,
+            on_progress=show_progress,
+        )
+    print(f"{output}: exported from {source}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Which model, and how it is held."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
+    """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
+    dtype: Dtype = "bfloat16"
+    """Of the weights held and of the arithmetic."""
+    mesh: str = ""
+    """Axis sizes for several devices, for example tensor=4; by default one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. What is not given is taken from the model's generation_config.json."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that together reach this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens already seen."""
+    seed: int | None = None
+    """Same seed, same request: same answer, whatever else is in the batch."""
+
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix
+
+
+@app.command
+def generate(
+    prompt: Positional[str],
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+) -> int:
+    """Continue one prompt, printing text as it comes."""
+    from infer import generate as generate_lib
+
+    generator, settings = _generator(loaded, sampling)
+    request = generate_lib.prompt_request(generator, prompt, settings=settings)
+    generate_lib.stream(generator, request, write=_write)
+    _write("\n")
+    return 0
+
+
+@app.command
+def chat(
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    system: str | None = None,
+) -> int:
+    """Talk to an instruct model; an empty line or the end of input ends the talk.
+
+    Args:
+        system: The system message; by default the chat template's own.
+    """
+    from infer import generate as generate_lib
+
+    generator, settings = _generator(loaded, sampling)
+
+    def read() -> str | None:
+        try:
+            return input("> ") or None
+        except EOFError:
+            return None
+
+    generate_lib.chat(generator, settings=settings, system=system, read=read, write=_write)
+    return 0
+
+
+@app.command
+def batch(
+    input: Positional[str],
+    output: Positional[str],
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    max_rows: int = 64,
+) -> int:
+    """Answer every line of a JSONL file; run again, it does only what is missing.
+
+    Lines hold `prompt` or `messages`, and may hold `custom_id` and sampling settings of their own.
+
+    Args:
+        input: JSONL to read.
+        output: JSONL to write: custom_id, text, token_ids, finish_reason.
+        max_rows: Most requests decoded at one time.
+    """
+    from infer import batch as batch_lib
+
+    generator, settings = _generator(loaded, sampling)
+    summary = batch_lib.run(generator, input, output, settings=settings, max_rows=max_rows)
+    print(
+        f"{output}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} there "
+        f"already, {summary.generated_tokens} tokens"
+    )
+    return summary.exit_code
+
+
+@app.command
+def quickstart(*, output: str = "runs/quickstart", num_steps: int = 300) -> int:
+    """All three jobs in minutes on a CPU, with this machine's Python sources for text.
+
+    Args:
+        output: Folder for everything that is made.
+        num_steps: Training steps.
+    """
+    from qwen_jax import quickstart as quickstart_lib
+
+    quickstart_lib.run(Path(output), num_steps=num_steps)
+    return 0
+
+
+def _train_command(name: str) -> None:
+    default = recipes.recipe(name)
+
+    def command(
+        config: Annotated[schema.Train, tyro.conf.arg(name="")] = default,
+    ) -> int:
+        from train import pretrain
+
+        result = pretrain.run(config)
+        print(f"{config.output}: {result.status} at step {result.step}")
+        return result.exit_code
+
+    command.__doc__ = recipes.RECIPES[name].__doc__
+    train_app.command(command, name=name)
+
+
+def _generator(
+    loaded: Loaded, sampling: Sampling
+) -> "tuple[generate_lib.Generator, schema.Sampling]":
+    from infer import generate as generate_lib
+    from partitioning import mesh as mesh_lib
+
+    mesh = mesh_lib.parse(loaded.mesh) if loaded.mesh else None
+    generator = generate_lib.load(loaded.model, dtype=loaded.dtype, mesh=mesh)
+    given = {name: value for name, value in vars(sampling).items() if value is not None}
+    return generator, generate_lib.with_overrides(generator.defaults, given)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Teaches tyro that a model is written as a preset's name or as a path to a config.json."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def read(arguments: list[str]) -> str | schema.Model:
+        (text,) = arguments
+        if not text.endswith(".json"):
+            return text
+        from configs import huggingface
+
+        values = json.loads(Path(text).read_text(encoding="utf-8"))
+        return huggingface.read_model(values, name=Path(text).parent.name)
+
+    @registry.primitive_rule
+    def model(info: tyro.constructors.PrimitiveTypeInfo):
+        if info.type != str | schema.Model:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PRESET|CONFIG.JSON",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, str | schema.Model),
+            str_from_instance=lambda value: [value if isinstance(value, str) else value.name],
+        )
+
+    return registry
+
+
+def _bytes(text: str | None) -> int | None:
+    """`2GB` (10^9), `1500MiB` (2^20) or a plain number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?B?", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write for example 2GB, 1500MiB or 2000000000")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))
+
+
+@contextlib.contextmanager
+def _conversion_progress() -> Iterator[tuple[Callable, Callable]]:
+    """Prints the plan (peak memory first), then a bar of bytes."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns) as bar:
+        task = bar.add_task("converting", total=None)
+        yield (
+            lambda plan: bar.console.print(str(plan)),
+            lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what
+            ),
+        )
+
+
+for _name in recipes.RECIPES:
+    _train_command(_name)
+app.command(train_app, name="train", help="Train a recipe; any field: --data.paths ...")
+app.command(convert_app, name="convert", help="Hugging Face folders to and fro.")
+app.command(tokenizer_app, name="tokenizer", help="Train tokenizers.")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        code = app.cli(
+            prog="qwen-jax",
+            description="Qwen2.5 in JAX: train, convert, infer.",
+            registry=_registry(),
+        )
+    except BrokenPipeError:  # the reader of our output left; nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (ValueError, OSError) as error:  # a user's error is one readable message
+        print(f"qwen-jax: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("qwen-jax: stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The block with q, k, v in one kernel and gate, up in another: fewer, longer reads a token.
+
+Same arithmetic as `qwen_jax.model.Block`, for parameters that `fuse` rearranged. Heads are grouped
+by the key-value head they share, so that tensor parallelism splits the fused kernel as it splits
+the three: [D, K, G + 2, H] holds, for each kv head, its G query heads, its key and its value.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import layers, model, module
+
+
+class Attention(model.Attention):
+    """`model.Attention` with one inward projection."""
+
+    def __init__(self, key: jax.Array, cfg: schema.Model):
+        init = layers.normal(cfg.initializer_range)
+        D, H = cfg.hidden_size, cfg.head_dim
+        N, K, G = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_query_groups
+        self.qkv = layers.Linear(
+            key,
+            shape=(D, K, G + 2, H),
+            axes=("embed", "kv_heads", None, "head_dim"),
+            init=init,
+            bias_dims=3,
+        )
+        axes = ("heads", "head_dim", "embed")
+        self.o = layers.Linear(key, shape=(N, H, D), axes=axes, init=init)
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        qkv_BTKJH = self.qkv(x_BTD, "btd,dkjh->btkjh")
+        B, T, K, J, H = qkv_BTKJH.shape
+        q_BTNH = qkv_BTKJH[:, :, :, : J - 2].reshape(B, T, K * (J - 2), H)
+        return q_BTNH, qkv_BTKJH[:, :, :, J - 2], qkv_BTKJH[:, :, :, J - 1]
+
+
+class SwiGLU(layers.SwiGLU):
+    """`layers.SwiGLU` with one inward projection [D, 2, F]: gate, then up."""
+
+    def __init__(self, key: jax.Array, *, size: int, hidden: int, init: module.Initializer):
+        self.gate_up = layers.Linear(
+            key, shape=(size, 2, hidden), axes=("embed", None, "ffn"), init=init
+        )
+        self.down = layers.Linear(key, shape=(hidden, size), axes=("ffn", "embed"), init=init)
+
+    def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
+        both_BTCF = self.gate_up(x_BTD, "btd,dcf->btcf")
+        h_BTF = jax.nn.silu(both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]
+        h_BTF = sharding.constrain(h_BTF, ("batch", "length", "act_ffn"), layout)
+        return self.down(h_BTF, "btf,fd->btd")
+
+
+class Block(model.Block):
+    """`model.Block` of fused parts."""
+
+    def __init__(self, key: jax.Array, cfg: schema.Model):
+        D, eps = cfg.hidden_size, cfg.rms_norm_eps
+        self.input_norm = layers.RMSNorm(key, size=D, eps=eps)
+        self.attention = Attention(key, cfg)
+        self.post_attention_norm = layers.RMSNorm(key, size=D, eps=eps)
+        init = layers.normal(cfg.initializer_range)
+        self.mlp = SwiGLU(key, size=D, hidden=cfg.intermediate_size, init=init)
+
+
+@functools.lru_cache(maxsize=64)
+def part(cfg: schema.Model) -> module.Part:
+    """The fused layers' definition, stacked."""
+    return module.Part(lambda key: Block(key, cfg), count=cfg.num_hidden_layers)
+
+
+def is_fused(layer: dict) -> bool:
+    """Whether `fuse` made these layer parameters."""
+    return "qkv" in layer["attention"]
+
+
+def fuse(cfg: schema.Model, layer: dict) -> dict:
+    """One layer's parameters, or stacked ones, with q, k, v and gate, up joined."""
+    G = cfg.num_query_groups
+    attention, mlp = layer["attention"], layer["mlp"]
+
+    def grouped(name: str, leaf: str) -> jax.Array:
+        x = attention[name][leaf]
+        heads = G if name == "q" else 1
+        return x.reshape(*x.shape[:-2], cfg.num_key_value_heads, heads, cfg.head_dim)
+
+    qkv = {
+        leaf: jnp.concatenate([grouped(name, leaf) for name in "qkv"], axis=-2)
+        for leaf in ("kernel", "bias")
+    }
+    gate_up = jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-2)
+    return {
+        **layer,
+        "attention": {"qkv": qkv, "o": attention["o"]},
+        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
+    }

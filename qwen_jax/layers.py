@@ -1,0 +1,111 @@
+"""RMSNorm, Linear, Embed and SwiGLU: parameters in float32, arithmetic in the input's dtype."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from partitioning import sharding
+from partitioning.sharding import Axes, Layout
+from qwen_jax import module
+
+
+def normal(stddev: float) -> module.Initializer:
+    """The initialiser of every matrix: N(0, stddev^2), `initializer_range` of config.json."""
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def _zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def _ones(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    del key
+    return jnp.ones(shape, dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467, equation 4)."""
+
+    def __init__(self, key: jax.Array, *, size: int, eps: float):
+        self.scale = module.param(key, (size,), axes=("norm",), init=_ones)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # float32 island: the mean of squares overflows bfloat16's precision, not its range.
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        normed = (x32 * inverse).astype(x.dtype)
+        scale = self.scale[...].astype(x.dtype)
+        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with the kernel input-major and shaped as the einsum reads it."""
+
+    def __init__(
+        self,
+        key: jax.Array,
+        *,
+        shape: tuple[int, ...],
+        axes: Axes,
+        init: module.Initializer,
+        bias_dims: int = 0,
+    ):
+        """`bias_dims` trailing dimensions carry a bias; 0 is a layer without one."""
+        self.kernel = module.param(key, shape, axes=axes, init=init)
+        if bias_dims:
+            self.bias = module.param(key, shape[-bias_dims:], axes=axes[-bias_dims:], init=_zeros)
+        self.has_bias = bias_dims > 0
+
+    def __call__(self, x: jax.Array, einsum: str) -> jax.Array:
+        """`einsum` contracts x with the kernel, for example `btd,dnh->btnh`."""
+        y = jnp.einsum(einsum, x, self.kernel[...].astype(x.dtype))
+        if self.has_bias:
+            bias = self.bias[...].astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class Embed(nnx.Module):
+    """Token embeddings [V, D]; the same table projects back where embeddings are tied."""
+
+    def __init__(self, key: jax.Array, *, num_rows: int, size: int, init: module.Initializer):
+        self.weight = module.param(key, (num_rows, size), axes=("vocab", "embed"), init=init)
+
+    def __call__(
+        self, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None
+    ) -> jax.Array:
+        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
+
+        With the table's columns over X = fsdp, each device reads its columns for every sequence of
+        its group: [B, T, D_X] -> all-to-all -> [B_X, T, D]. The table, larger than a batch, is
+        never gathered, and neither is its gradient.
+        """
+        tokens_BT = sharding.constrain(tokens_BT, ("outer_batch", "length"), layout)
+        table = jnp.asarray(self.weight[...])
+        rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
+        rows = sharding.constrain(rows.astype(dtype), ("outer_batch", "length", "embed"), layout)
+        return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
+
+
+class SwiGLU(nnx.Module):
+    """y = (silu(x W_gate) * x W_up) W_down (arXiv 2002.05202, section 2)."""
+
+    def __init__(self, key: jax.Array, *, size: int, hidden: int, init: module.Initializer):
+        key_gate, key_up, key_down = jax.random.split(key, 3)
+        inward = functools.partial(Linear, shape=(size, hidden), axes=("embed", "ffn"), init=init)
+        self.gate = inward(key_gate)
+        self.up = inward(key_up)
+        self.down = Linear(key_down, shape=(hidden, size), axes=("ffn", "embed"), init=init)
+
+    def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
+        gate_BTF = checkpoint_name(self.gate(x_BTD, "btd,df->btf"), "mlp_gate")
+        up_BTF = checkpoint_name(self.up(x_BTD, "btd,df->btf"), "mlp_up")
+        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        h_BTF = sharding.constrain(h_BTF, ("batch", "length", "act_ffn"), layout)
+        return self.down(h_BTF, "btf,fd->btd")

@@ -1,0 +1,38 @@
+"""A tiny random model with a byte tokenizer, ready to continue text."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import qwen2_5, schema
+from infer import generate
+from qwen_jax import decode, model, tokenizer_train
+
+CFG = dataclasses.replace(
+    qwen2_5.tiny(),
+    vocab_size=288,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture(scope="session")
+def generator() -> generate.Generator:
+    leaves, tree = jax.tree.flatten(model.shapes(CFG))
+    rng = np.random.default_rng(0)
+    drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
+    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    return generate.Generator(
+        cfg=CFG,
+        params=decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32, form="stacked"),
+        tokenizer=words,
+        defaults=schema.Sampling(max_tokens=12, temperature=0.0),
+        eos_ids=(5, *words.eos_ids),
+        dtype=jnp.float32,
+    )

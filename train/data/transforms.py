@@ -1,0 +1,26 @@
+"""From a document's text to its token ids."""
+
+from typing import Protocol
+
+import numpy as np
+
+from train.data import sources
+
+
+class Tokenizer(Protocol):
+    """What the pipeline asks of a tokenizer. It must be picklable to be used in workers."""
+
+    vocab_size: int
+    pad_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def encode_document(
+    document: sources.Document, *, tokenizer: Tokenizer, end_of_document_id: int
+) -> np.ndarray:
+    """Token ids, int32 [length], with the end-of-document id where the document ends."""
+    ids = tokenizer.encode(document.text)
+    if document.ends:
+        ids = [*ids, end_of_document_id]
+    return np.asarray(ids, np.int32)
