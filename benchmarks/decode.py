@@ -55,11 +55,6 @@ class Case:
         return " ".join(parts)
 
 
-NO_REDUCTION = (("xla_gpu_enable_dot_strength_reduction", False),)
-CUBLAS = (("xla_gpu_enable_triton_gemm", False),)
-COMMAND_BUFFER = "xla_gpu_enable_command_buffer"
-
-
 def cases(tiny: bool) -> list[Case]:
     """In an order that lets one set of weights pass from form to form."""
     if tiny:
@@ -74,14 +69,8 @@ def cases(tiny: bool) -> list[Case]:
             Case(size=size, form="stacked"),
             Case(size=size, form="unstacked"),
             Case(size=size),
-            Case(size=size, stop="step"),
-            Case(size=size, options=NO_REDUCTION, note="no-gemv-reduction"),
-            Case(size=size, options=NO_REDUCTION + CUBLAS, note="cublas"),
             Case(size=size, rows=8),
-            Case(size=size, rows=16),
-            Case(size=size, options=((COMMAND_BUFFER, ""),), note="no-graphs"),
             Case(size=size, batch=64),
-            Case(size=size, batch=64, options=CUBLAS, note="cublas"),
         ]
     return both
 

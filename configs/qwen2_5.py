@@ -71,14 +71,14 @@ def instruct_1m(size: str) -> schema.Model:
 
 
 def tiny() -> schema.Model:
-    """A few million parameters, for the quickstart: the family's every mechanism on 2 cores."""
+    """A million parameters, for the quickstart: the family's every mechanism on 2 cores."""
     return schema.Model(
         name="tiny",
-        vocab_size=4096,
-        hidden_size=192,
-        intermediate_size=512,
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=2048,

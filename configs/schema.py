@@ -256,11 +256,11 @@ class Train:
     # Hugging Face folder or native checkpoint; empty: random weights. Its own config then wins over
     # a preset named by `model`; a whole config there must have its shapes.
     init_from: str = ""
-    output: str = ""
+    output: str = ""  # the run's home: checkpoints, metrics, tokenizer; run again, it goes on
     num_steps: int = 1000  # optimizer steps
     batch_size: int = 8  # sequences a step, over all devices, accumulation included
     accumulate_steps: int = 1  # parts into which the batch of a step is split
-    seed: int = 0
+    seed: int = 0  # of the initial weights
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile

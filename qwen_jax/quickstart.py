@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _CORPUS_BYTES = 12_000_000
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "pydoc_data"),  # tables, not prose or programs
+}
 _PROMPTS = (
     "def __init__(self, ",
     "import os\nimport sys\n\n",
@@ -61,7 +64,7 @@ def run(output: Path, *, num_steps: int) -> Path:
     stage(
         "Train a byte-level BPE tokenizer",
         *("tokenizer", "train", corpus, "--kind", "bpe"),
-        *("--vocab-size", 4096, "--output", tokenizer),
+        *("--vocab-size", 2048, "--output", tokenizer),
     )
     train = [
         *("train", "quickstart", "--data.paths", corpus, "--data.tokenizer", tokenizer),
