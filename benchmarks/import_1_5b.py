@@ -5,6 +5,8 @@
 Writes a fake Hugging Face folder (3.1 GB) into FOLDER, and in each round measures a plain
 sequential write with fsync of as many bytes, then an import and an export, each in a process of its
 own whose peak resident memory is read. Prints a table with ratios to the disk of the same round.
+CPU seconds tell a busy machine (far below the seconds times the cores it could use) from a slow
+program: measure on an idle one, for the plain write needs almost no processor.
 FOLDER needs three times the size of the model; what is written is deleted at the end.
 """
 
@@ -31,14 +33,15 @@ from qwen_jax.convert import table  # noqa: E402
 
 BLOCK = 16 << 20
 CHILD = """
-import sys, time
+import resource, sys, time
 from qwen_jax.convert import {module}
 start = time.perf_counter()
 planned = {module}.{function}(sys.argv[1], sys.argv[2])
 seconds = time.perf_counter() - start
 with open("/proc/self/status") as status:
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-print(seconds, peak, planned.peak_bytes)
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(seconds, usage.ru_utime + usage.ru_stime, peak, planned.peak_bytes)
 """
 
 
@@ -66,28 +69,30 @@ def make_checkpoint(folder: Path, name: str) -> int:
     return offset
 
 
-def write_sequentially(path: Path, size: int) -> float:
-    """Seconds for a plain write of `size` random bytes, on disk at the end."""
+def write_sequentially(path: Path, size: int) -> tuple[float, float]:
+    """Seconds, and CPU seconds, for a plain write of `size` bytes that are on disk at the end."""
     block = os.urandom(BLOCK)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with path.open("wb", buffering=0) as file:
         for position in range(0, size, BLOCK):
             file.write(block[: size - position])
         os.fsync(file.fileno())
-    seconds = time.perf_counter() - start
+    result = time.perf_counter() - start, time.process_time() - cpu
     path.unlink()
-    return seconds
+    return result
 
 
-def convert(module: str, function: str, source: Path, target: Path) -> tuple[float, int, int]:
-    """Seconds, peak resident bytes, and the peak that was planned."""
+def convert(
+    module: str, function: str, source: Path, target: Path
+) -> tuple[float, float, int, int]:
+    """Seconds, CPU seconds, peak resident bytes, and the peak that was planned."""
     code = CHILD.format(module=module, function=function)
     result = subprocess.run(
         [sys.executable, "-c", code, str(source), str(target)],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    seconds, peak, planned = result.stdout.split()
-    return float(seconds), int(peak), int(planned)
+    seconds, cpu, peak, planned = result.stdout.split()
+    return float(seconds), float(cpu), int(peak), int(planned)
 
 
 def main() -> None:
@@ -99,35 +104,35 @@ def main() -> None:
     console = Console()
     work = options.folder / "import_1_5b"
     work.mkdir(parents=True)
-    results: dict[str, list[tuple[float, float, int, int]]] = {}
+    results: dict[str, list[tuple[float, ...]]] = {}
     try:
         with console.status("making the checkpoint"):
             size = make_checkpoint(work / "hf", options.model)
         for number in range(options.rounds):
             with console.status(f"round {number + 1} of {options.rounds}"):
-                disk = write_sequentially(work / "plain", size)
-                results.setdefault("sequential write", []).append((disk, 1.0, 0, 0))
+                disk, cpu = write_sequentially(work / "plain", size)
+                results.setdefault("sequential write", []).append((disk, 1.0, cpu, 0, 0))
                 steps = (
                     ("import", "importer", "import_checkpoint", "hf", "native"),
                     ("export", "exporter", "export_checkpoint", "native", "back"),
                 )
                 for label, module, function, source, target in steps:
-                    seconds, peak, planned = convert(module, function, work / source, work / target)
-                    results.setdefault(label, []).append((seconds, disk / seconds, peak, planned))
+                    seconds, *rest = convert(module, function, work / source, work / target)
+                    results.setdefault(label, []).append((seconds, disk / seconds, *rest))
                 for target in ("native", "back"):
                     shutil.rmtree(work / target)
     finally:
         shutil.rmtree(work)
     out = Table(title=f"{options.model}, {size / 1e9:.2f} GB, median of {options.rounds} rounds")
-    for column in ("", "s", "GB/s", "of the disk", "peak MiB", "planned MiB"):
+    for column in ("", "s", "GB/s", "of the disk", "CPU s", "peak MiB", "planned MiB"):
         out.add_column(column, justify="left" if not column else "right")
     for label, rounds in results.items():
-        seconds, ratio, peak, planned = (
+        seconds, ratio, cpu, peak, planned = (
             statistics.median(values) for values in zip(*rounds, strict=True)
         )
         memory = [f"{n / 2**20:.0f}" if n else "" for n in (peak, planned)]
         speed = f"{size / seconds / 1e9:.2f}"
-        out.add_row(label, f"{seconds:.2f}", speed, f"{ratio:.0%}", *memory)
+        out.add_row(label, f"{seconds:.2f}", speed, f"{ratio:.0%}", f"{cpu:.1f}", *memory)
         console.print(f"{label}: " + ", ".join(f"{r[0]:.2f} s ({r[1]:.0%})" for r in rounds))
     console.print(out)
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections import deque
@@ -84,11 +85,14 @@ def _lock(partial: Path) -> Iterator[None]:
     """Keeps two imports out of one place; the system drops the lock of a killed process."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     path = partial.with_name(partial.name + ".lock")
+    locked = False
     with path.open("w") as file:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another import is writing {partial}; wait for it to end") from None
+            # The one who held it may have deleted the file that was just locked.
+            locked = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        if not locked:
+            raise ValueError(f"another import is writing {partial}; wait for it to end")
         try:
             yield
         finally:
@@ -122,9 +126,10 @@ def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
     """Starts the journal, or checks that an earlier one fits. Returns the block size in bytes."""
     path = partial / _JOURNAL
     boot_id = store.boot_id()
-    if not path.exists():
-        if partial.exists() and any(not p.name.startswith(_JOURNAL) for p in partial.iterdir()):
+    if partial.exists() and any(not p.name.startswith(_JOURNAL) for p in partial.iterdir()):
+        if not path.exists():
             raise ValueError(f"{partial} is in the way and no unfinished import; delete it")
+    else:  # nothing is written yet, whatever an earlier journal says
         block_bytes = plan.choose_block_bytes(max_memory)
         store.write_json(path, {**journal, "block_bytes": block_bytes, "boot_id": boot_id})
         return block_bytes

@@ -244,7 +244,8 @@ def test_disk_known_to_be_too_small(hf, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="0.00 GB free; make room"):
         importer.import_checkpoint(folder, tmp_path / "out")
     monkeypatch.undo()
-    importer.import_checkpoint(folder, tmp_path / "out")
+    # Nothing is written yet, so less memory will do than the first run would have used.
+    importer.import_checkpoint(folder, tmp_path / "out", max_memory=plan.peak_bytes(1 << 20))
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +301,16 @@ def test_leftovers_are_removed_and_nothing_else(hf, tmp_path):
     assert not (params / "manifest.ocdbt.__lock").exists()
     (params / "_METADATA").write_text(metadata)
     assert_same_params(restored(tmp_path / "out"), expected)
+
+
+def test_going_on_with_less_memory_says_how_much_it_takes(medium, tmp_path, monkeypatch):
+    monkeypatch.setattr(importer, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        importer.import_checkpoint(medium / "hf", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"begun with more memory .* at least \d+ MiB"):
+        importer.import_checkpoint(
+            medium / "hf", tmp_path / "out", max_memory=plan.peak_bytes(1 << 20)
+        )
 
 
 def test_blocks_done_before_are_not_written_again(medium, tmp_path, monkeypatch):
