@@ -182,8 +182,8 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoints_before_stay(
     size = 3 * 4 * flops.parameters(helpers.tiny_model())  # parameters and two moments, float32
     assert str(caught.value) == (
         f"no space left (or a limit on the size of files) in {tmp_path} (a checkpoint takes "
-        f"{size / 1e9:.3g} GB and 1e-06 GB are free); the checkpoint of step 3 is whole. Free space there, "
-        f"or lower checkpoint.keep, and run again to go on"
+        f"{size / 1e9:.3g} GB and 1e-06 GB are free); the checkpoint of step 3 is whole. Free "
+        f"space there, or lower checkpoint.keep, and run again to go on"
     )
     assert helpers.run(config).status == "finished"
     assert steps(tmp_path) == [6, 9]
