@@ -1,7 +1,7 @@
 """`qwen-jax`: the composition root. Commands import what they need when they run.
 
-Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error,
-75 interrupted and resumable, 130 stopped from the keyboard.
+Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error, 3 the
+training diverged, 75 interrupted and resumable, 130 stopped from the keyboard.
 """
 
 import contextlib
@@ -333,9 +333,13 @@ def _train_command(name: str) -> None:
     def command(
         config: Annotated[schema.Train, tyro.conf.arg(name="")] = default,
     ) -> int:
-        from train import pretrain
+        from train import guard, pretrain
 
-        result = pretrain.run(config)
+        try:
+            result = pretrain.run(config)
+        except guard.Diverged as error:
+            print(f"qwen-jax: {error}", file=sys.stderr)
+            return 3
         print(f"{config.output}: {result.status} at step {result.step}")
         return result.exit_code
 
