@@ -20,7 +20,7 @@ def started(tmp_path, **changes) -> schema.Train:
 def test_the_recipe_is_kept_with_the_whole_model(tmp_path):
     started(tmp_path)
     saved = json.loads((tmp_path / "recipe.json").read_text())
-    assert saved["model"]["hidden_size"] == 192 and saved["batch_size"] == 8
+    assert saved["model"]["hidden_size"] == 128 and saved["batch_size"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
 
 
