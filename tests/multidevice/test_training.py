@@ -84,8 +84,13 @@ EXPECTED = {
     ("tensor=8,kv_heads=replicated", cases.FEW_KV_HEADS): TENSOR_KV_REPLICATED,
     ("data=2,tensor=4,kv_heads=replicated", cases.FEW_KV_HEADS): DATA | TENSOR_KV_REPLICATED,
 }
+SELDOM = ("data=2,fsdp=4", "data=2,tensor=4,kv_heads=replicated")  # the others cover their parts
 MESHES = pytest.mark.parametrize(
-    ("mesh", "cfg"), list(EXPECTED), ids=lambda v: v if isinstance(v, str) else v.name
+    ("mesh", "cfg"),
+    [
+        pytest.param(*case, id=case[0], marks=[pytest.mark.slow] * (case[0] in SELDOM))
+        for case in EXPECTED
+    ],
 )
 
 
@@ -98,11 +103,13 @@ def test_same_loss_and_gradients_as_one_device(mesh, cfg):
     _assert_same(cases.program(mesh, cfg=cfg), cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["expert=2,fsdp=4", "context=2,fsdp=2,tensor=2"])
 def test_same_numbers_on_axes_that_dense_models_seldom_use(mesh):
     _assert_same(cases.program(mesh), cases.MODEL)
 
 
+@pytest.mark.slow
 def test_same_numbers_with_unrolled_layers():
     _assert_same(cases.program("data=2,fsdp=2,tensor=2", layer_loop="unrolled"), cases.MODEL)
 
