@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_everything_on_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "tests/multidevice"]
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-m", chosen]
+    command.append("tests/multidevice")
     done = subprocess.run(
         command,
         cwd=ROOT,
