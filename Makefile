@@ -23,7 +23,7 @@ quickstart: .venv/installed
 	$(BIN)/qwen-jax quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

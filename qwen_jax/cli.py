@@ -1,6 +1,6 @@
 """`qwen-jax`: the composition root. Commands import what they need when they run.
 
-Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error, 3 the
+Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error, 3
 training diverged, 75 interrupted and resumable, 130 stopped from the keyboard.
 """
 
