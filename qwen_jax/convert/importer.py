@@ -70,7 +70,8 @@ def import_checkpoint(
             on_plan(planned)
         _check_tied(opened, block_bytes=block_bytes)
         try:
-            _write_arrays(opened, params, arrays, planned, done=done, on_progress=on_progress)
+            with store.syncing(params):
+                _write_arrays(opened, params, arrays, planned, done=done, on_progress=on_progress)
             _commit(opened, partial, out, arrays)
         except OSError as error:
             raise OSError(

@@ -24,8 +24,8 @@ MIB = 1 << 20
 BLOCK_BYTES = 32 * MIB
 _SMALLEST_BLOCK_BYTES = MIB
 _SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped over layers; chunks are not cut below it
-CONVERTING = 2  # blocks that are read and transposed at one time, a thread each
-UNDER_WAY = 4  # blocks that are converted or written at one time
+CONVERTING = 3  # blocks that are read and transposed at one time, a thread each
+UNDER_WAY = 6  # blocks that are converted or written at one time
 # Copies of a block that live at one time while importing, found by measuring: of each block being
 # converted the source's pages and its transpose, of each being written its encoding, in pieces.
 _BLOCKS_HELD = 3 * UNDER_WAY + 1

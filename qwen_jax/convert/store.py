@@ -8,6 +8,7 @@ The database only ever names data that is complete: a chunk that is listed was w
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _MANIFEST = "manifest.ocdbt"
 _DICT_KEY = 2  # Orbax's number for a dictionary key
 # Data files this large; a file is also ended by each commit, which follows the writes.
 _DATA_FILE_BYTES = 64 << 20
+_SYNC_SECONDS = 0.1  # between two looks for files to sync
 
 
 def context() -> ts.Context:
@@ -216,6 +218,35 @@ def sync_tree(folder: Path) -> None:
     """Makes a folder and everything in it durable."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+@contextlib.contextmanager
+def syncing(folder: Path) -> Iterator[None]:
+    """Syncs files behind the writer's back, so that the disk works while blocks are converted.
+
+    Left to itself the system keeps gigabytes in memory until the last sync, which then waits for
+    all of them.
+    """
+    stop = threading.Event()
+    synced: dict[Path, int] = {}
+
+    def run() -> None:
+        while not stop.wait(_SYNC_SECONDS):
+            for path in folder.rglob("*"):
+                # A file that goes away is a temporary one; an error shows again in `sync_tree`.
+                with contextlib.suppress(OSError):
+                    size = path.stat().st_size
+                    if path.is_file() and synced.get(path) != size:
+                        sync(path)
+                        synced[path] = size
+
+    thread = threading.Thread(target=run, name="sync", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def boot_id() -> str | None:
