@@ -4,12 +4,10 @@ Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 
 training diverged, 75 interrupted and resumable, 130 stopped from the keyboard.
 """
 
-import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,35 +31,10 @@ train_app = tyro.extras.SubcommandApp()
 @app.command
 def models() -> int:
     """List the presets: parameters, memory and legal tensor-parallel sizes."""
-    from rich import console, table
+    from qwen_jax import tables
 
-    from configs import qwen2_5
-    from partitioning import sharding
-    from qwen_jax import flops
-
-    grid = table.Table(title="Qwen2.5 presets", caption=_MODELS_CAPTION)
-    for heading in ("model", "parameters", "bf16 weights", "training state", "positions", "tensor"):
-        first = heading == "model"
-        grid.add_column(heading, justify="left" if first else "right", no_wrap=first)
-    for name in qwen2_5.PRESETS:
-        cfg = qwen2_5.preset(name)
-        count = flops.parameters(cfg)
-        grid.add_row(
-            name,
-            f"{count / 1e9:.3f} B" if count > 1e8 else f"{count / 1e6:.3f} M",
-            f"{2 * count / 2**30:.2f} GiB",
-            f"{16 * count / 2**30:.1f} GiB",
-            f"{cfg.max_position_embeddings:,}",
-            ", ".join(map(str, sharding.legal_tensor_sizes(cfg))),
-        )
-    console.Console().print(grid)
+    tables.show_models()
     return 0
-
-
-_MODELS_CAPTION = (
-    "training state: float32 parameters, two Adam moments and gradients, 16 bytes a parameter. "
-    "tensor: sizes of the mesh's tensor axis; mesh.kv_heads=replicated allows more."
-)
 
 
 @app.command
@@ -78,39 +51,9 @@ def shardings(
         mesh: Axis sizes, for example fsdp=4,tensor=2; kv_heads=replicated is understood too.
         rules: Whose rules: training's, or decoding's (weights whole along their width).
     """
-    import math
+    from qwen_jax import tables
 
-    import jax
-    from rich import console, table
-
-    from configs import qwen2_5
-    from partitioning import mesh as mesh_lib
-    from partitioning import rules as rules_lib
-    from partitioning import sharding
-    from qwen_jax import model as model_lib
-
-    cfg = qwen2_5.preset(model)
-    layout = sharding.Layout(
-        mesh_lib.abstract(mesh_lib.parse(mesh)),
-        rules_lib.rule_set(rules, kv_heads=mesh_lib.parse(mesh).kv_heads),
-    )
-    sharding.check_model(cfg, layout)
-    shapes = model_lib.shapes(cfg)
-    rows = sharding.describe(model_lib.axes(cfg), shapes, layout)
-    grid = table.Table(title=f"{model} on {mesh}, rules {layout.rules.name!r}")
-    for heading in ("parameter", "shape", "logical axes", "spec", "on one device"):
-        grid.add_column(heading, overflow="fold")
-    held = 0
-    for row in rows:
-        grid.add_row(*row)
-        held += math.prod(map(int, row[-1].split("x")))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    output = console.Console()
-    output.print(grid)
-    output.print(
-        f"one device holds {held / 1e9:.3f} B of {total / 1e9:.3f} B parameters: "
-        f"{4 * held / 2**30:.2f} GiB in float32, {2 * held / 2**30:.2f} GiB in bfloat16"
-    )
+    tables.show_shardings(model, mesh=mesh, rules=rules)
     return 0
 
 
@@ -158,15 +101,15 @@ def convert_import(
         output: The checkpoint to write.
         max_memory: Bound on resident memory, for example 2GB or 1500MiB.
     """
-    from qwen_jax.convert import importer
+    from qwen_jax.convert import console, importer
 
-    with _conversion_progress() as (show_plan, show_progress):
+    with console.progress_bar() as bar:
         importer.import_checkpoint(
             source,
             output,
             max_memory=_bytes(max_memory),
-            on_plan=show_plan,
-            on_progress=show_progress,
+            on_plan=bar.on_plan,
+            on_progress=bar.on_progress,
         )
     print(f"{output}: imported from {source}")
     return 0
@@ -190,17 +133,17 @@ def convert_export(
         max_shard: Largest safetensors file.
         max_memory: Bound on resident memory, for example 2GB or 1500MiB.
     """
-    from qwen_jax.convert import exporter
+    from qwen_jax.convert import console, exporter
 
-    with _conversion_progress() as (show_plan, show_progress):
+    with console.progress_bar() as bar:
         exporter.export_checkpoint(
             source,
             output,
             dtype=dtype,
             max_shard_bytes=_bytes(max_shard),
             max_memory=_bytes(max_memory),
-            on_plan=show_plan,
-            on_progress=show_progress,
+            on_plan=bar.on_plan,
+            on_progress=bar.on_progress,
         )
     print(f"{output}: exported from {source}")
     return 0
@@ -401,28 +344,6 @@ def _bytes(text: str | None) -> int | None:
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
     return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))
-
-
-@contextlib.contextmanager
-def _conversion_progress() -> Iterator[tuple[Callable, Callable]]:
-    """Prints the plan (peak memory first), then a bar of bytes."""
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task("converting", total=None)
-        yield (
-            lambda plan: bar.console.print(str(plan)),
-            lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=what
-            ),
-        )
 
 
 for _name in recipes.RECIPES:
