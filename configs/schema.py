@@ -264,7 +264,7 @@ class Train:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
-    attention: Literal["auto", "reference", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     z_loss: float = 0.0
     loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
     log_every_steps: int = 10

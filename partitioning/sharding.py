@@ -16,8 +16,15 @@ Axes = tuple[str | None, ...]
 class Layout:
     """A mesh and the rules for it: what model functions need to place an array. Hashable."""
 
-    mesh: Mesh
+    mesh: Mesh | jax.sharding.AbstractMesh
     rules: rules_lib.Rules
+
+    @property
+    def platform(self) -> str:
+        """`tpu`, `gpu` or `cpu`: that of the mesh's devices, or JAX's own without devices."""
+        if isinstance(self.mesh, jax.sharding.AbstractMesh):
+            return jax.default_backend()
+        return self.mesh.devices.flat[0].platform
 
     def size(self, logical: str | None) -> int:
         """Over how many devices a dimension of this name is spread."""

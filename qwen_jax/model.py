@@ -168,7 +168,10 @@ def apply(
     mask = api.Mask(causal=True, segment_ids_BT=segment_ids_BT)
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
-        return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention), None
+        o_BTNH = api.attention(
+            q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention, layout=layout
+        )
+        return o_BTNH, None
 
     def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int) -> jax.Array:
         del index

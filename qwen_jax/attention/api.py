@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import jax
 
-from qwen_jax.attention import cudnn, reference
+from partitioning.sharding import Layout
+from qwen_jax.attention import cudnn, reference, sharded, splash
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ Implementation = Callable[..., jax.Array]
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference.attention,
     "cudnn": cudnn.attention,
+    "splash": splash.attention,
 }
 
 
@@ -39,18 +41,41 @@ def attention(
     *,
     mask: Mask,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v with grouped query heads -> [B, T, N, H], in q's dtype.
 
-    `implementation=None` takes the best that can run here; a named one that cannot raises
-    `ValueError`.
+    `implementation=None` takes the best that can run on the layout's devices, or without a layout
+    on JAX's default backend; a named one that cannot raises `ValueError`.
     """
-    if implementation is None:
-        fits = cudnn.why_not(q_BTNH) is None and jax.default_backend() == "gpu"
-        implementation = "cudnn" if fits else "reference"
-    if implementation not in IMPLEMENTATIONS:
+    platform = jax.default_backend() if layout is None else layout.platform
+    name = choose(q_BTNH, platform=platform) if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
         raise ValueError(
-            f"unknown attention implementation {implementation!r}; known: "
-            f"{', '.join(IMPLEMENTATIONS)}"
+            f"unknown attention implementation {name!r}; known: {', '.join(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    reason = why_not(name, q_BTNH, platform=platform)
+    if reason is not None:
+        raise ValueError(f"attention implementation {name!r} cannot run: {reason}")
+    kernel = IMPLEMENTATIONS[name]
+    if name == "reference" or layout is None or layout.mesh.size == 1:
+        return kernel(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    return sharded.attention(kernel, q_BTNH, k_BSKH, v_BSKH, mask=mask, layout=layout)
+
+
+def choose(q_BTNH: jax.Array, *, platform: str) -> str:
+    """The best implementation on `platform`: splash on TPU, cuDNN on GPU where it fits."""
+    return next(
+        (name for name in ("splash", "cudnn") if why_not(name, q_BTNH, platform=platform) is None),
+        "reference",
+    )
+
+
+def why_not(name: str, q_BTNH: jax.Array, *, platform: str) -> str | None:
+    """Why the implementation cannot run this call on `platform`, or None if it can."""
+    if name == "splash":
+        return splash.why_not(platform)
+    if name == "cudnn":
+        wrong = None if platform == "gpu" else f"platform {platform!r} is not 'gpu'"
+        return cudnn.why_not(q_BTNH) or wrong
+    return None

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.attention import api
+from qwen_jax.attention import api, splash
 
 HAS_GPU = jax.default_backend() == "gpu"
 
-# name: (dtype, relative tolerance) per implementation that runs on this machine.
-RUNNABLE = {"reference": [("float32", 2e-6), ("bfloat16", 2e-2)]}
+# name: (dtype, relative tolerance) per implementation that runs on this machine; splash runs
+# everywhere in the Pallas interpreter.
+RUNNABLE = {
+    "reference": [("float32", 2e-6), ("bfloat16", 2e-2)],
+    "splash": [("float32", 2e-6), ("bfloat16", 2e-2)],
+}
 if HAS_GPU:
     RUNNABLE["cudnn"] = [("bfloat16", 2e-2)]
 
@@ -96,7 +100,10 @@ def test_values_and_gradients_equal_jaxs_own_attention(name, dtype, tolerance, h
     mask = MASKS[mask]
 
     def ours(q, k, v):
-        o = api.attention(q, k, v, mask=mask, implementation=name)
+        if name == "splash":
+            o = splash.attention(q, k, v, mask=mask, interpret=True)
+        else:
+            o = api.attention(q, k, v, mask=mask, implementation=name)
         assert o.dtype == q.dtype
         return jnp.vdot(o.astype(jnp.float32), direction.astype(jnp.float32)), o
 
@@ -136,6 +143,8 @@ def test_an_implementation_that_cannot_run_says_why():
     wide = [jnp.zeros((1, 4, 2, 256), jnp.bfloat16)] * 3
     with pytest.raises(ValueError, match="head_dim 256"):
         api.attention(*wide, mask=mask, implementation="cudnn")
+    with pytest.raises(ValueError, match="'splash' cannot run: platform .* is not 'tpu'"):
+        api.attention(q, k, v, mask=mask, implementation="splash")
     with pytest.raises(ValueError, match="unknown attention implementation 'flash'; known: ref"):
         api.attention(q, k, v, mask=mask, implementation="flash")
 
