@@ -7,26 +7,9 @@ pass once and two of its size in the backward pass; what rematerialisation repea
 
 from typing import Literal
 
-from configs import schema
+from configs import chips, schema
 
 Attention = Literal["causal", "full"]
-
-# Dense bfloat16 peaks, operations a second, from the vendors' data sheets. The keys are how
-# `jax.Device.device_kind` begins; a longer key wins.
-_PEAKS = {
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def matmul_parameters(cfg: schema.Model) -> int:
@@ -69,6 +52,6 @@ def train_per_token(cfg: schema.Model, *, length: int, attention: Attention) -> 
 
 
 def peak(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of one device; `None` where it is not known."""
-    fits = [kind for kind in _PEAKS if device_kind.startswith(kind)]
-    return _PEAKS[max(fits, key=len)] if fits else None
+    """Dense bfloat16 operations a second of one jax device; `None` where it is not known."""
+    chip = chips.chip_of(device_kind)
+    return chip.device_flops if chip else None

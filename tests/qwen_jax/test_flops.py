@@ -46,6 +46,7 @@ def test_parameters_are_those_of_the_arrays(name):
         ("TPU v5", 459),
         ("TPU v5p", 459),
         ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),  # one of the two devices of a chip
     ],
 )
 def test_peaks(kind, tera):
