@@ -98,6 +98,7 @@ def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int
     return {
         "compile": compile_seconds,
         "temp_gb": memory.temp_size_in_bytes / 1e9,
+        "host_gb": memory.host_temp_size_in_bytes / 1e9,
         "state_gb": memory.argument_size_in_bytes / 1e9,
         "seconds": statistics.median(times[3:]),
         "losses": (losses[0], losses[-1]),

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs import remat
+
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
@@ -262,7 +264,7 @@ class Train:
     accumulate_steps: int = 1  # parts into which the batch of a step is split
     seed: int = 0  # of the initial weights
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: str = "full"  # a name of `configs/remat.py`, or "save:q,k,v offload:mlp_gate,mlp_up"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     z_loss: float = 0.0
@@ -288,6 +290,7 @@ class Train:
             f"batch_size={self.batch_size} is not divisible by "
             f"accumulate_steps={self.accumulate_steps}",
         )
+        remat.check(self.remat)
         _check(self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1")
         _check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
         _check(

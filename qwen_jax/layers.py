@@ -108,4 +108,5 @@ class SwiGLU(nnx.Module):
         up_BTF = checkpoint_name(self.up(x_BTD, "btd,df->btf"), "mlp_up")
         h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "act_ffn"), layout)
+        h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
         return self.down(h_BTF, "btf,fd->btd")

@@ -88,6 +88,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, kept = self.attention(
             self.input_norm(x_BTD), turn=turn, attend=attend, layout=layout
         )

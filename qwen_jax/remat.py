@@ -1,33 +1,57 @@
-"""What the backward pass recomputes: policies of `jax.checkpoint`, by name.
+"""What the backward pass recomputes: the policies of `configs/remat.py` for `jax.checkpoint`.
 
 | name | kept per layer | recomputed |
 | --- | --- | --- |
 | none | everything | nothing |
 | dots | outputs of matrix products and of the flash kernel | norms, RoPE, activations |
-| full | the layer's input | the whole layer |
+| a list of tensors | those, and the layer's input | what lies between them |
+| full, the empty list | the layer's input | the whole layer |
+
+Layers mark their tensors with `checkpoint_name`. A flash kernel must mark its output and its
+log-sum-exp inside its own differentiation rule, both as `attention_out`: marked outside, the output
+would be kept and the kernel would run again all the same. cuDNN's is recognised by its primitive.
 """
 
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import Offloadable
 
-POLICIES = ("none", "dots", "full")
+from configs import remat
+
+POLICIES = remat.POLICIES
+
+_TO_HOST = Offloadable(src="device", dst="pinned_host")
+
+
+def _name(primitive, params: dict) -> str:
+    """What a policy knows an equation's outputs by; empty for those without a name."""
+    if primitive.name == "name":
+        return params["name"]
+    # cuDNN's one primitive gives output and log-sum-exp.
+    return "attention_out" if primitive.name.startswith("dot_product_attention_fwd") else ""
 
 
 def _keep_products(primitive, *_, **params) -> bool:
     if primitive.name == "dot_general":
         (_, _), (batch_dims, _) = params["dimension_numbers"]
         return not batch_dims  # attention's own score products are too large to keep
-    return primitive.name.startswith("dot_product_attention_fwd")  # cuDNN: output and log-sum-exp
+    return _name(primitive, params) == "attention_out"
+
+
+def _keep(tensors: remat.Tensors) -> Callable:
+    def keep(primitive, *_, **params) -> bool | Offloadable:
+        name = _name(primitive, params)
+        return _TO_HOST if name in tensors.offload else name in tensors.save
+
+    return keep
 
 
 def wrap(body: Callable, policy: str) -> Callable:
     """`body` of a layer scan under `policy`. Raises `ValueError` for an unknown name."""
+    remat.check(policy)
     if policy == "none":
         return body
-    if policy == "dots":
-        # prevent_cse: the scan already keeps forward and backward apart.
-        return jax.checkpoint(body, policy=_keep_products, prevent_cse=False)
-    if policy == "full":
-        return jax.checkpoint(body, prevent_cse=False)
-    raise ValueError(f"unknown remat policy {policy!r}; known: {', '.join(POLICIES)}")
+    keep = _keep_products if policy == "dots" else _keep(remat.tensors(policy))
+    # prevent_cse: the scan already keeps forward and backward apart.
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)

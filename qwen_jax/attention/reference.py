@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # Finite, so that a row with nothing to see (padding) gives a mean rather than NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -12,7 +13,8 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask) -> jax.Array:
     """See `qwen_jax.attention.api.attention`. Holds the whole [B, N, T, S] score array."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    return weighted_values(q_BTNH, k_BSKH, v_BSKH, visible_BTS=visible(mask, T=T, S=S))
+    o_BTNH = weighted_values(q_BTNH, k_BSKH, v_BSKH, visible_BTS=visible(mask, T=T, S=S))
+    return checkpoint_name(o_BTNH, "attention_out")
 
 
 def visible(mask, *, T: int, S: int) -> jax.Array:
