@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm as kernels
+# The package hides its module `gmm` behind a function of that name.
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 # A kernel may use 16 MiB of VMEM on every generation unless it asks for more; the compiler needs
 # some for itself (masks, float32 copies of the blocks).
@@ -50,7 +51,7 @@ def rows(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, *, rhs_order
     """See `reference.rows`."""
     M, K = lhs_MK.shape
     E, _, N = rhs_EKN.shape if rhs_order == "EKN" else _swapped(rhs_EKN.shape)
-    out_MN = kernels.gmm(
+    out_MN = gmm(
         lhs_MK,
         rhs_EKN,
         sizes_E,
@@ -66,7 +67,7 @@ def outer(lhs_MK: jax.Array, dout_MN: jax.Array, sizes_E: jax.Array) -> jax.Arra
     """See `reference.outer`."""
     M, K = lhs_MK.shape
     N = dout_MN.shape[1]
-    return kernels.tgmm(
+    return tgmm(
         lhs_MK.T,  # the kernel transposes it back, which cancels
         dout_MN,
         sizes_E,
