@@ -1,0 +1,144 @@
+"""The grouped product on a TPU, by the Megablox kernels that JAX carries (Pallas).
+
+Source: Gale et al., MegaBlocks, https://arxiv.org/abs/2211.15841.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+# The package hides its module `gmm` behind a function of that name.
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+# A kernel may use 16 MiB of VMEM on every generation unless it asks for more; the compiler needs
+# some for itself (masks, float32 copies of the blocks).
+_VMEM = 11 * 2**20
+# bfloat16 operations a byte of HBM, between v5p's 166 and v6e's 560: which of the two binds decides
+# little, since the search looks for blocks that keep both low.
+_FLOPS_PER_BYTE = 300
+_LANES = 128
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows, contracted columns and result columns of one step; for `outer` rows, K and N."""
+
+    m: int
+    k: int
+    n: int
+
+    def as_tuple(self) -> tuple[int, int, int]:
+        return self.m, self.k, self.n
+
+
+def why_not(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
+    """Why the kernels cannot take these operands, or None; the platform is Pallas's to refuse.
+
+    (A program is compiled for TPUs on machines that have none, so the devices here say nothing.)
+    """
+    M, K = lhs_MK.shape
+    if lhs_MK.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {lhs_MK.dtype} is not bfloat16 or float32"
+    if not _row_blocks(M, lhs_MK.dtype):
+        return f"{M} rows are not a multiple of {_sublanes(lhs_MK.dtype)}; pad them"
+    if K % _LANES or rhs_EKN.shape[2] % _LANES:
+        return f"K={K} and N={rhs_EKN.shape[2]} must both be multiples of {_LANES}"
+    return None
+
+
+def rows(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, *, rhs_order: str) -> jax.Array:
+    """See `reference.rows`."""
+    M, K = lhs_MK.shape
+    E, _, N = rhs_EKN.shape if rhs_order == "EKN" else _swapped(rhs_EKN.shape)
+    out_MN = gmm(
+        lhs_MK,
+        rhs_EKN,
+        sizes_E,
+        lhs_MK.dtype,
+        rows_blocks(M, K, N, E, lhs_MK.dtype).as_tuple(),
+        transpose_rhs=rhs_order == "ENK",
+    )
+    # Blocks past the last group are never visited: whatever memory held would come out.
+    return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], out_MN, 0)
+
+
+def outer(lhs_MK: jax.Array, dout_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """See `reference.outer`."""
+    M, K = lhs_MK.shape
+    N = dout_MN.shape[1]
+    return tgmm(
+        lhs_MK.T,  # the kernel transposes it back, which cancels
+        dout_MN,
+        sizes_E,
+        lhs_MK.dtype,
+        outer_blocks(M, K, N, len(sizes_E), lhs_MK.dtype).as_tuple(),
+    )
+
+
+def rows_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
+    """The blocks of `rows` with the least estimated time that fit VMEM.
+
+    A block of rhs stays in VMEM from one row block to the next while neither the group nor the
+    column changes, which needs all of K in one block.
+    """
+    size = jnp.dtype(dtype).itemsize
+
+    def fits(b: Blocks) -> bool:
+        blocks = 2 * size * (b.m * b.k + b.k * b.n + b.m * b.n)
+        return blocks + 4 * b.m * b.n <= _VMEM
+
+    def cost(b: Blocks) -> float:
+        visits = M // b.m + E - 1
+        columns = -(-N // b.n)
+        steps_k = -(-K // b.k)
+        rhs_reads = E if steps_k == 1 else visits
+        moved = size * (columns * (visits * b.m * K + rhs_reads * K * b.n) + M * N)
+        return _cost(2 * visits * b.m * steps_k * b.k * columns * b.n, moved)
+
+    return min(filter(fits, _candidates(M, K, N, dtype)), key=cost)
+
+
+def outer_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
+    """The blocks of `outer`; rows are the innermost loop, the result of a group stays in VMEM."""
+    size = jnp.dtype(dtype).itemsize
+
+    def fits(b: Blocks) -> bool:
+        blocks = 2 * size * (b.m * b.k + b.m * b.n + b.k * b.n)
+        # Both operands are masked in float32.
+        return blocks + 4 * (b.k * b.n + b.m * (b.k + b.n)) <= _VMEM
+
+    def cost(b: Blocks) -> float:
+        visits = M // b.m + E - 1
+        blocks = -(-K // b.k) * -(-N // b.n)
+        moved = size * (blocks * visits * b.m * (b.k + b.n) + E * K * N)
+        return _cost(2 * visits * b.m * blocks * b.k * b.n, moved)
+
+    return min(filter(fits, _candidates(M, K, N, dtype)), key=cost)
+
+
+def _cost(flops: float, moved: float) -> float:
+    """Seconds up to a constant: the larger term, and a little of the other."""
+    terms = sorted((flops, moved * _FLOPS_PER_BYTE))
+    return terms[1] + 0.1 * terms[0]
+
+
+def _candidates(M: int, K: int, N: int, dtype) -> list[Blocks]:
+    widths = [128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1408, 1536, 2048, 2560, 3584]
+    ks = [k for k in widths if K % k == 0] or [_LANES]
+    ns = [n for n in widths if n <= N]
+    return [Blocks(*b) for b in itertools.product(_row_blocks(M, dtype), ks, ns)]
+
+
+def _row_blocks(M: int, dtype) -> list[int]:
+    """Numbers of rows that divide M, as the kernels ask, and fill whole tiles of registers."""
+    return [m for m in (512, 256, 128, 64, 32, 16, 8) if M % m == 0 and m >= _sublanes(dtype)]
+
+
+def _sublanes(dtype) -> int:
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def _swapped(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    E, N, K = shape
+    return E, K, N
