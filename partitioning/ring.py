@@ -76,11 +76,11 @@ def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
         return x_BT
     check_length(x_BT.shape[1], n)
     (axis,) = layout.rules.mesh_axes("length")
-    home = [min(chunk, 2 * n - 1 - chunk) for chunk in range(2 * n)]
+    order = chunk_order(n)
 
     def local(x_BT: jax.Array) -> jax.Array:
         even, odd = (
-            jax.lax.ppermute(half, axis, [(i, home[2 * i + parity]) for i in range(n)])
+            jax.lax.ppermute(half, axis, [(i, order.index(2 * i + parity) // 2) for i in range(n)])
             for parity, half in enumerate(_halves(x_BT))
         )
         even_first = jax.lax.axis_index(axis) % 2 == 0  # chunk i is the lower one
@@ -92,6 +92,12 @@ def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
     return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)(
         x_BT
     )
+
+
+def chunk_order(num_devices: int) -> tuple[int, ...]:
+    """The chunks of a sequence in zigzag order, two for each device."""
+    last = 2 * num_devices - 1
+    return tuple(chunk for i in range(num_devices) for chunk in (i, last - i))
 
 
 def check_length(length: int, num_devices: int) -> None:

@@ -37,6 +37,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 # The same, over blocks of keys, for `context_parallel`.
 BLOCKS: dict[str, ring.Blocks] = {
     "reference": ring.Blocks(reference.block_forward, reference.block_backward),
+    "cudnn": ring.Blocks(cudnn.block_forward, cudnn.block_backward),
 }
 
 
