@@ -38,6 +38,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 BLOCKS: dict[str, ring.Blocks] = {
     "reference": ring.Blocks(reference.block_forward, reference.block_backward),
     "cudnn": ring.Blocks(cudnn.block_forward, cudnn.block_backward),
+    "splash": ring.Blocks(splash.block_forward, splash.block_backward),
 }
 
 
