@@ -267,6 +267,8 @@ class Train:
     remat: str = "full"  # a name of `configs/remat.py`, or "save:q,k,v offload:mlp_gate,mlp_up"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    # How rows spread over mesh.context meet in attention; auto: see qwen_jax/attention/context.py.
+    context_parallel: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
     z_loss: float = 0.0
     loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
     log_every_steps: int = 10

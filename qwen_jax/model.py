@@ -24,7 +24,7 @@ from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, module, remat, rope
-from qwen_jax.attention import api
+from qwen_jax.attention import api, context
 
 # Given q, k, v of one layer: attention's output, and whatever the caller keeps (its cache).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -150,6 +150,7 @@ def apply(
     segment_ids_BT: jax.Array | None = None,
     dtype: jnp.dtype = jnp.float32,
     attention: str | None = None,
+    context_parallel: str | None = None,
     remat_policy: str = "none",
     layer_loop: str = "scan",
     layout: Layout | None = None,
@@ -158,6 +159,8 @@ def apply(
 
     positions_BT defaults to 0..T-1; packed rows restart them, and give equal `segment_ids_BT` to
     tokens of one document. `dtype` is that of the arithmetic. `attention` names an implementation,
+    `context_parallel` how rows spread over devices meet: all arrays [B, T] are then in the order
+    that `qwen_jax/attention/context.py` says, and `context.arrange` puts them there.
     `remat_policy` what the backward pass recomputes (`qwen_jax/remat.py`), `layer_loop` how layers
     are run (`run_layers`).
     Raises `ValueError` for lengths beyond a dual-chunk model's chunk.
@@ -166,11 +169,18 @@ def apply(
     check_length(cfg, T)
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions_BT = context.arrange(positions_BT, context_parallel, layout=layout)
     mask = api.Mask(causal=True, segment_ids_BT=segment_ids_BT)
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
         o_BTNH = api.attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation=attention, layout=layout
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=mask,
+            implementation=attention,
+            context_parallel=context_parallel,
+            layout=layout,
         )
         return o_BTNH, None
 

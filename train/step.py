@@ -17,6 +17,7 @@ from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import model
+from qwen_jax.attention import context
 from train import optimizer as optimizer_lib
 from train.losses import language_model
 
@@ -72,8 +73,13 @@ class Program:
 
 def next_token_loss(cfg: schema.Model, config: schema.Train, layout: Layout) -> Loss:
     """Cross-entropy of `targets` under `tokens`, weighted by `loss_weights`; packed rows."""
+    variant = context.choose(
+        config.context_parallel, length=config.data.sequence_length, layout=layout
+    )
 
     def loss(params: dict, batch: Batch) -> Sums:
+        # Sums over tokens have no order, so nothing is put back.
+        batch = jax.tree.map(lambda x: context.arrange(x, variant, layout=layout), batch)
         output = model.apply(
             cfg,
             params,
@@ -82,6 +88,7 @@ def next_token_loss(cfg: schema.Model, config: schema.Train, layout: Layout) -> 
             segment_ids_BT=batch["segment_ids"],
             dtype=jnp.dtype(config.compute_dtype),
             attention=None if config.attention == "auto" else config.attention,
+            context_parallel=variant,
             remat_policy=config.remat,
             layer_loop=config.layer_loop,
             layout=layout,
@@ -207,12 +214,7 @@ def check_batch(config: schema.Train, layout: Layout) -> None:
             f"{mesh_axes}={shards}; use a batch_size that is a multiple of "
             f"{shards * config.accumulate_steps}"
         )
-    length, context = config.data.sequence_length, layout.size("length")
-    if length % context:
-        raise ValueError(
-            f"data.sequence_length={length} does not divide over mesh axis context={context}; "
-            f"use a multiple of {context}"
-        )
+    context.choose(config.context_parallel, length=config.data.sequence_length, layout=layout)
 
 
 def _abstract_state(cfg, tx, axes: dict, layout: Layout) -> State:

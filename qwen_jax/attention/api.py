@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import jax
 
+from partitioning import ring
 from partitioning.sharding import Layout
-from qwen_jax.attention import cudnn, reference, sharded, splash
+from qwen_jax.attention import context, cudnn, reference, sharded, splash
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "splash": splash.attention,
 }
 
+# The same, over blocks of keys, for `context_parallel`.
+BLOCKS: dict[str, ring.Blocks] = {
+    "reference": ring.Blocks(reference.block_forward, reference.block_backward),
+    "cudnn": ring.Blocks(cudnn.block_forward, cudnn.block_backward),
+    "splash": ring.Blocks(splash.block_forward, splash.block_backward),
+}
+
 
 def attention(
     q_BTNH: jax.Array,
@@ -41,9 +49,13 @@ def attention(
     *,
     mask: Mask,
     implementation: str | None = None,
+    context_parallel: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v with grouped query heads -> [B, T, N, H], in q's dtype.
+
+    `context_parallel` is how rows that are spread over devices meet: a name of
+    `qwen_jax/attention/context.py`, which says in which order their tokens are.
 
     `implementation=None` takes the best that can run on the layout's devices, or without a layout
     on JAX's default backend; a named one that cannot raises `ValueError`.
@@ -58,6 +70,17 @@ def attention(
     if reason is not None:
         raise ValueError(f"attention implementation {name!r} cannot run: {reason}")
     kernel = IMPLEMENTATIONS[name]
+    if context_parallel is not None and layout is not None and layout.size("length") > 1:
+        return context.attention(
+            context_parallel,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask=mask,
+            kernel=kernel,
+            blocks=BLOCKS[name],
+            layout=layout,
+        )
     if name == "reference" or layout is None or layout.mesh.size == 1:
         return kernel(q_BTNH, k_BSKH, v_BSKH, mask=mask)
     return sharded.attention(kernel, q_BTNH, k_BSKH, v_BSKH, mask=mask, layout=layout)

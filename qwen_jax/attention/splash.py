@@ -4,12 +4,16 @@ The kernel (arXiv 2205.14135's blocked softmax) skips blocks that the causal mas
 its output and log-sum-exp for the backward pass under the checkpoint name `attention_out`.
 """
 
+import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from partitioning import ring
 
 LANES = 128  # a TPU's vector width: blocks and head sizes are multiples of it
 RESIDUAL_NAME = "attention_out"
@@ -28,16 +32,58 @@ def attention(
     Lengths are padded to a multiple of 128, and head sizes too (0.5B has 64). `interpret` runs the
     kernel on a CPU, step by step, for tests.
     """
-    T, N, H = q_BTNH.shape[1:]
-    S = k_BSKH.shape[1]
-    q_BNTH, k_BKSH, v_BKSH = (_widen(x) for x in (q_BTNH / math.sqrt(H), k_BSKH, v_BSKH))
-    kernel = _kernel(q_BNTH.shape[2], k_BKSH.shape[2], N, causal=mask.causal, interpret=interpret)
-    segments = _segments(mask, B=q_BNTH.shape[0], T=T, S=S)
-    if segments is None:
-        o_BNTH = jax.vmap(lambda q, k, v: kernel(q, k, v))(q_BNTH, k_BKSH, v_BKSH)
-    else:
-        o_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
-    return jnp.swapaxes(o_BNTH, 1, 2)[:, :T, :, :H].astype(q_BTNH.dtype)
+    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+    q_ids_BT, kv_ids_BS = _ids(mask, B=B, T=T, S=S)
+    kernel = _kernel(T, S, N, causal=mask.causal, results="o", interpret=interpret)
+    segments = _segments(q_ids_BT, kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
+    q_BNTH, k_BKSH, v_BKSH = _operands(q_BTNH, k_BSKH, v_BSKH)
+    o_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
+    return _narrow(o_BNTH, like=q_BTNH)
+
+
+def block_forward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    mask: ring.BlockMask,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `partitioning.ring.Blocks`."""
+    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+    kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
+    segments = _segments(mask.q_ids_BT, mask.kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
+    o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*_operands(q_BTNH, k_BSKH, v_BSKH), segments)
+    return _narrow(o_BNTH, like=q_BTNH), lse_BNT[:, :, :T]
+
+
+def block_backward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    o_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    do_BTNH: jax.Array,
+    *,
+    mask: ring.BlockMask,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `partitioning.ring.Blocks`. By the two kernels of the library's own backward pass."""
+    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
+    segments = _segments(mask.q_ids_BT, mask.kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
+    pull = functools.partial(kernels._splash_attention_bwd, **kernel.kwargs)
+
+    def one_row(q, k, v, segments, o, lse, do):
+        kept = (q, k, v, segments, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
+        return pull(res=kept, do=do)[3:6]
+
+    lse_BNT = jnp.pad(lse_BNT, ((0, 0), (0, 0), (0, -T % LANES)))
+    operands = *_operands(q_BTNH, k_BSKH, v_BSKH), segments, _widen(o_BTNH), lse_BNT
+    dq_BNTH, dk_BKSH, dv_BKSH = jax.vmap(one_row)(*operands, _widen(do_BTNH))
+    # The kernel's q is q / sqrt(H).
+    dq_BTNH = _narrow(dq_BNTH, like=q_BTNH) / math.sqrt(H)
+    return dq_BTNH, _narrow(dk_BKSH, like=k_BSKH), _narrow(dv_BKSH, like=v_BSKH)
 
 
 def block_sizes(T: int, S: int) -> kernels.BlockSizes:
@@ -65,17 +111,26 @@ def _tile(length: int, limit: int) -> int:
     return min(limit, LANES * ((length // LANES) & -(length // LANES)))
 
 
-def _kernel(T: int, S: int, N: int, *, causal: bool, interpret: bool):
-    shape = (T, S)
+def _kernel(
+    T: int, S: int, N: int, *, causal: bool, results: Literal["o", "o, lse"], interpret: bool
+):
+    """The kernel for N heads; only the one that gives `o` alone has a gradient."""
+    shape = (T + -T % LANES, S + -S % LANES)
     one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     return kernels.make_splash_mha(
         masks.MultiHeadMask([one] * N),
-        block_sizes=block_sizes(T, S),
+        block_sizes=block_sizes(*shape),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=RESIDUAL_NAME,
+        save_residuals=results == "o, lse",
+        residual_checkpoint_name=RESIDUAL_NAME if results == "o" else None,
         interpret=interpret,
     )
+
+
+def _operands(q_BTNH, k_BSKH, v_BSKH) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q / sqrt(H), k and v as the kernel takes them."""
+    return _widen(q_BTNH / math.sqrt(q_BTNH.shape[3])), _widen(k_BSKH), _widen(v_BSKH)
 
 
 def _widen(x_BTNH: jax.Array) -> jax.Array:
@@ -85,22 +140,35 @@ def _widen(x_BTNH: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.pad(x_BTNH, padding), 1, 2)
 
 
-def _segments(mask, *, B: int, T: int, S: int) -> kernels.SegmentIds | None:
-    """Segment ids of queries and keys [B, T'] and [B, S'], where the causal mask is not enough.
+def _narrow(x_BNTH: jax.Array, *, like: jax.Array) -> jax.Array:
+    """[B, N, T', H'] -> [B, T, N, H], in the dtype of `like`."""
+    T, H = like.shape[1], like.shape[3]
+    return jnp.swapaxes(x_BNTH, 1, 2)[:, :T, :, :H].astype(like.dtype)
+
+
+def _ids(mask, *, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Ids of queries and keys that see each other where they are equal; None: all do."""
+    ids_BT = mask.segment_ids_BT
+    if mask.lengths_B is None:
+        return ids_BT, ids_BT
+    if ids_BT is None:
+        ids_BT = jnp.ones((B, max(T, S)), jnp.int32)
+    seen_BS = jnp.arange(S)[None, :] < mask.lengths_B[:, None]
+    return ids_BT[:, :T], jnp.where(seen_BS, ids_BT[:, :S], -1)
+
+
+def _segments(
+    q_ids_BT: jax.Array | None, kv_ids_BS: jax.Array | None, *, B: int, T: int, S: int, causal: bool
+) -> kernels.SegmentIds | None:
+    """Segment ids [B, T'] and [B, S'], where the causal mask is not enough.
 
     Padding gets an id of its own on the keys' side, so that no real query sees it.
     """
-    pad = ((0, 0), (0, -T % LANES)), ((0, 0), (0, -S % LANES))
-    ids_BT = mask.segment_ids_BT
-    if ids_BT is None and mask.lengths_B is None and (mask.causal or S % LANES == 0):
-        return None
-    if ids_BT is None:
-        ids_BT = jnp.ones((B, max(T, S)), jnp.int32)
-    q_BT, kv_BS = ids_BT[:, :T], ids_BT[:, :S]
-    if mask.lengths_B is not None:
-        seen_BS = jnp.arange(S)[None, :] < mask.lengths_B[:, None]
-        kv_BS = jnp.where(seen_BS, kv_BS, -1)
+    if q_ids_BT is None:
+        if causal or S % LANES == 0:
+            return None
+        q_ids_BT, kv_ids_BS = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     return kernels.SegmentIds(
-        q=jnp.pad(q_BT, pad[0], constant_values=-2),
-        kv=jnp.pad(kv_BS, pad[1], constant_values=-1),
+        q=jnp.pad(q_ids_BT, ((0, 0), (0, -T % LANES)), constant_values=-2),
+        kv=jnp.pad(kv_ids_BS, ((0, 0), (0, -S % LANES)), constant_values=-1),
     )

@@ -1,0 +1,315 @@
+"""Exact causal attention over lengths that no device holds whole: the schedules, and zigzag order.
+
+Ring attention (arXiv 2310.01889) with the zigzag split: of 2n chunks of a sequence, device i of n
+holds chunks i and 2n-1-i, so that causal work is the same on every device. Keys and values go round
+the ring; in every round a device has two chunk x chunk products to compute, without a causal mask:
+
+    round 0           its own two chunks: ordinary causal attention
+    from device j<i   both of its chunks see chunk j, and none sees chunk 2n-1-j
+    from device j>i   chunk 2n-1-i alone sees both chunks j and 2n-1-j
+
+Blocks are merged by their log-sum-exp. How a block is computed is an argument (`Blocks`): this file
+knows only who sees whom, and what moves when. Everything here runs inside `jax.shard_map`; arrays
+are one device's share. `ids` are segment ids of packed rows, or None.
+
+Memory is 1/n of one device's: the backward pass keeps q, k, v, o and the log-sum-exp of the local
+chunks, and lets keys and values go round again, with the float32 sums of their gradients.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from partitioning import sharding
+from partitioning.sharding import Layout
+
+# What a remat policy keeps so that the backward pass need not run the forward ring again.
+RESIDUAL_NAME = "attention_out"
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Which keys of a block its queries see: all that hold.
+
+    causal: s <= t, both counted from the block's start. q_ids_BT, kv_ids_BS: equal segments only;
+    equal ids are neighbours, and a block that is not causal lies behind its keys.
+    """
+
+    causal: bool
+    q_ids_BT: jax.Array | None = None
+    kv_ids_BS: jax.Array | None = None
+
+
+jax.tree_util.register_dataclass(BlockMask, ["q_ids_BT", "kv_ids_BS"], ["causal"])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Attention of queries over one block of the keys that they see.
+
+    forward(q_BTNH, k_BSKH, v_BSKH, mask=BlockMask) -> o_BTNH, lse_BNT: normalised within the block,
+    and the float32 log-sum-exp of its scores. Where a query sees no key of the block, o is finite
+    and lse so low that exp(lse) is 0.
+
+    backward(q, k, v, o, lse, do, mask=BlockMask) -> dq, dk, dv: the block's share, where o and lse
+    are those over all keys.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
+    """[B, T_X] in sequence order -> collective-permute -> [B, T_X] in zigzag order.
+
+    X are the n devices over which `length` is spread. Device i has chunks 2i and 2i+1; even and odd
+    chunks go to their places by one permutation each.
+    Raises `ValueError` if T does not divide into 2n chunks.
+    """
+    n = layout.size("length")
+    if n == 1:
+        return x_BT
+    check_length(x_BT.shape[1], n)
+    (axis,) = layout.rules.mesh_axes("length")
+    order = chunk_order(n)
+
+    def local(x_BT: jax.Array) -> jax.Array:
+        even, odd = (
+            jax.lax.ppermute(half, axis, [(i, order.index(2 * i + parity) // 2) for i in range(n)])
+            for parity, half in enumerate(_halves(x_BT))
+        )
+        even_first = jax.lax.axis_index(axis) % 2 == 0  # chunk i is the lower one
+        return jnp.concatenate(
+            [jnp.where(even_first, even, odd), jnp.where(even_first, odd, even)], axis=1
+        )
+
+    spec: PartitionSpec = sharding.spec(("batch", "length"), layout)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+        x_BT
+    )
+
+
+def chunk_order(num_devices: int) -> tuple[int, ...]:
+    """The chunks of a sequence in zigzag order, two for each device."""
+    last = 2 * num_devices - 1
+    return tuple(chunk for i in range(num_devices) for chunk in (i, last - i))
+
+
+def check_length(length: int, num_devices: int) -> None:
+    """Raises `ValueError` unless a sequence splits into two chunks a device."""
+    chunks = 2 * num_devices
+    if length % chunks:
+        raise ValueError(
+            f"sequence length {length} does not split into {chunks} chunks, two for each of "
+            f"context={num_devices} devices; use a multiple of {chunks}, such as "
+            f"{max(1, round(length / chunks)) * chunks}"
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attention(
+    schedule: str, blocks: Blocks, axis: str, q_BTNH, k_BTKH, v_BTKH, ids_BT
+) -> jax.Array:
+    """Causal attention of this device's two chunks over the whole sequence -> [B, T, N, H].
+
+    schedule `ring`: [B, T_X, K, H] -> collective-permute, n - 1 times, each beside the block that
+    it does not concern. `all_gather`: [B, T_X, K, H] -> all-gather -> [X, B, T, K, H] before the
+    first block but the own one, and gradients by reduce-scatter; keys and values of the whole
+    sequence are on every device while a layer runs.
+    """
+    return _forward(schedule, blocks, axis, q_BTNH, k_BTKH, v_BTKH, ids_BT)[0]
+
+
+def _forward(schedule, blocks, axis, q, k, v, ids):
+    forward, _ = _SCHEDULES[schedule]
+    o, lse = forward(blocks, axis, q, k, v, ids)
+    o = checkpoint_name(o.astype(q.dtype), RESIDUAL_NAME)
+    lse = checkpoint_name(lse, RESIDUAL_NAME)
+    return o, (q, k, v, ids, o, lse)
+
+
+def _backward(schedule, blocks, axis, residuals, do):
+    _, backward = _SCHEDULES[schedule]
+    q, k, v, *_ = residuals
+    dq, dk, dv = backward(blocks, axis, *residuals, do)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _ring_forward(blocks, axis, q, k, v, ids):
+    n = jax.lax.axis_size(axis)
+    visitors = _shift((k, v, ids), axis)
+    total = _own_forward(blocks, q, k, v, ids)
+
+    def visit(total, visitors, distance):
+        return _merge(total, _forward_block(blocks, axis, q, ids, visitors, distance))
+
+    def round_(carry, distance):
+        total, visitors = carry
+        coming = _shift(visitors, axis)  # issued before the block, which does not need it
+        return (visit(total, visitors, distance), coming), None
+
+    if n > 2:
+        (total, visitors), _ = jax.lax.scan(round_, (total, visitors), jnp.arange(1, n - 1))
+    return visit(total, visitors, n - 1)
+
+
+def _ring_backward(blocks, axis, q, k, v, ids, o, lse, do):
+    n = jax.lax.axis_size(axis)
+    visitors = _shift((k, v, ids), axis)
+    dq, *d_own = _own_backward(blocks, q, k, v, ids, o, lse, do)
+
+    def visit(dq, visitors, distance):
+        more, *d_visitors = _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance)
+        return dq + more, tuple(d_visitors)
+
+    def round_(carry, distance):
+        dq, visitors, sums = carry
+        coming, sums = _shift((visitors, sums), axis)
+        dq, more = visit(dq, visitors, distance)
+        return (dq, coming, _add(sums, more)), None
+
+    # Gradients travel with their keys and values from the first device that has some to add.
+    coming = _shift(visitors, axis) if n > 2 else None
+    dq, sums = visit(dq, visitors, 1)
+    if n > 2:
+        carry, _ = jax.lax.scan(round_, (dq, coming, sums), jnp.arange(2, n - 1))
+        dq, visitors, sums = carry
+        sums = _shift(sums, axis)
+        dq, more = visit(dq, visitors, n - 1)
+        sums = _add(sums, more)
+    return dq, *_add(_shift(sums, axis), d_own)
+
+
+def _gather_forward(blocks, axis, q, k, v, ids):
+    n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    everyone = jax.lax.all_gather((k, v, ids), axis)
+
+    def round_(total, distance):
+        visitors = jax.tree.map(lambda x: x[(i - distance) % n], everyone)
+        return _merge(total, _forward_block(blocks, axis, q, ids, visitors, distance)), None
+
+    total = _own_forward(blocks, q, k, v, ids)
+    return jax.lax.scan(round_, total, jnp.arange(1, n))[0]
+
+
+def _gather_backward(blocks, axis, q, k, v, ids, o, lse, do):
+    n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    everyone = jax.lax.all_gather((k, v, ids), axis)
+
+    def round_(carry, distance):
+        dq, sums = carry
+        j = (i - distance) % n
+        visitors = jax.tree.map(lambda x: x[j], everyone)
+        more, *d_visitors = _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance)
+        sums = jax.tree.map(lambda to, x: to.at[j].set(x), sums, tuple(d_visitors))
+        return (dq + more, sums), None
+
+    dq, *d_own = _own_backward(blocks, q, k, v, ids, o, lse, do)
+    sums = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype).at[i].set(x), tuple(d_own))
+    (dq, sums), _ = jax.lax.scan(round_, (dq, sums), jnp.arange(1, n))
+    return dq, *jax.lax.psum_scatter(sums, axis)
+
+
+_SCHEDULES = {
+    "ring": (_ring_forward, _ring_backward),
+    "all_gather": (_gather_forward, _gather_backward),
+}
+
+
+def _own_forward(blocks, q, k, v, ids):
+    o, lse = blocks.forward(q, k, v, mask=BlockMask(True, ids, ids))
+    return o.astype(jnp.float32), lse
+
+
+def _own_backward(blocks, q, k, v, ids, o, lse, do):
+    return _float32(blocks.backward(q, k, v, o, lse, do, mask=BlockMask(True, ids, ids)))
+
+
+def _forward_block(blocks, axis, q, ids, visitors, distance):
+    """(o, lse) of the local queries over the chunks of the device `distance` before this one."""
+
+    def from_before():
+        k, v, kv_ids = jax.tree.map(_first, visitors)
+        return blocks.forward(q, k, v, mask=BlockMask(False, ids, kv_ids))
+
+    def from_behind():
+        k, v, kv_ids = visitors
+        mask = BlockMask(False, jax.tree.map(_second, ids), kv_ids)
+        o, lse = blocks.forward(_second(q), k, v, mask=mask)
+        nothing = jnp.full_like(lse, -jnp.inf)
+        return _after(o), jnp.concatenate([nothing, lse], axis=2)
+
+    return jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
+
+
+def _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance):
+    """(dq, dk, dv) in float32, as `_forward_block`."""
+
+    def from_before():
+        k, v, kv_ids = jax.tree.map(_first, visitors)
+        mask = BlockMask(False, ids, kv_ids)
+        dq, dk, dv = blocks.backward(q, k, v, o, lse, do, mask=mask)
+        return dq, _before(dk), _before(dv)
+
+    def from_behind():
+        k, v, kv_ids = visitors
+        mask = BlockMask(False, jax.tree.map(_second, ids), kv_ids)
+        dq, dk, dv = blocks.backward(
+            _second(q), k, v, _second(o), _halves(lse, axis=2)[1], _second(do), mask=mask
+        )
+        return _after(dq), dk, dv
+
+    return _float32(jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind))
+
+
+def _merge(total, part):
+    """Attention over two disjoint sets of keys, from that over each; float32."""
+    (o_BTNH, lse_BNT), (part_BTNH, part_BNT) = total, part
+    new_BNT = jnp.logaddexp(lse_BNT, part_BNT)
+    of_total, of_part = (
+        jnp.swapaxes(jnp.exp(x - new_BNT), 1, 2)[..., None] for x in (lse_BNT, part_BNT)
+    )
+    return of_total * o_BTNH + of_part * part_BTNH.astype(jnp.float32), new_BNT
+
+
+def _shift(tree, axis: str):
+    """Every array from the device before, round the ring."""
+    n = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(tree, axis, [(i, (i + 1) % n) for i in range(n)])
+
+
+def _add(tree, other):
+    return jax.tree.map(jnp.add, tree, tuple(other))
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _halves(x: jax.Array, *, axis: int = 1) -> list[jax.Array]:
+    return jnp.split(x, 2, axis=axis)
+
+
+def _first(x_BT: jax.Array) -> jax.Array:
+    return _halves(x_BT)[0]
+
+
+def _second(x_BT: jax.Array) -> jax.Array:
+    return _halves(x_BT)[1]
+
+
+def _before(x_BT: jax.Array) -> jax.Array:
+    """`x` and as many zeros, along the length."""
+    return jnp.concatenate([x_BT, jnp.zeros_like(x_BT)], axis=1)
+
+
+def _after(x_BT: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros_like(x_BT), x_BT], axis=1)
