@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import qwen2_5
-from qwen_jax import model, remat
+from qwen_jax import model, remat, stack
 
 CFG = dataclasses.replace(qwen2_5.tiny(), vocab_size=64, num_hidden_layers=2)
 TOKENS = np.random.default_rng(0).integers(0, CFG.vocab_size, (2, 24))
@@ -59,4 +59,4 @@ def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown remat policy 'some'; known: none, dots, full"):
         remat.wrap(lambda x: x, "some")
     with pytest.raises(ValueError, match="unknown layer_loop 'rolled'; known: scan, unrolled"):
-        model.run_layers(lambda x, layer, i: x, 0, {}, layer_loop="rolled")
+        stack.run(CFG, {}, lambda x, layer, i: (x, None), 0, layer_loop="rolled")
