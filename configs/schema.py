@@ -10,110 +10,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs import remat
+from configs.architecture import (
+    DualChunkAttention,
+    Experts,
+    Model,
+    MoE,
+    Yarn,
+    model_from_dict,
+    to_dict,
+)
+from configs.architecture import check as _check
+from configs.architecture import check_positive as _check_positive
+
+__all__ = [
+    "DualChunkAttention", "Experts", "MoE", "Model", "Yarn", "model_from_dict", "to_dict",
+]  # fmt: skip
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value > 0, f"{name}={value} must be greater than 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """YaRN context extension (arXiv 2309.00071, section 3; `rope_scaling` in config.json).
-
-    `attention_factor=None` derives it: from `mscale` and `mscale_all_dim` where both are given,
-    otherwise 0.1 ln(factor) + 1.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _check(self.factor >= 1, f"rope_scaling factor={self.factor} must be at least 1")
-        _check_positive(self, "original_max_position_embeddings")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DualChunkAttention:
-    """Dual chunk attention (arXiv 2402.17463). Equal to plain RoPE up to `chunk_size` tokens."""
-
-    chunk_size: int
-    local_size: int
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check(
-            0 < self.local_size < self.chunk_size,
-            f"dual chunk attention needs 0 < local_size < chunk_size, got "
-            f"local_size={self.local_size}, chunk_size={self.chunk_size}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A Qwen2.5 dense transformer; field names are those of its config.json."""
-
-    name: str
-    vocab_size: int  # embedding rows, padding rows included
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int  # tokens
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    rope_scaling: Yarn | None = None
-    dual_chunk_attention: DualChunkAttention | None = None
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = 151643
-    eos_token_ids: tuple[int, ...] = (151643,)
-    pad_token_id: int | None = 151643
-
-    def __post_init__(self) -> None:
-        _check_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-            "rms_norm_eps", "rope_theta", "initializer_range",
-        )  # fmt: skip
-        _check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={self.num_key_value_heads}",
-        )
-        _check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-        for name in ("bos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            _check(
-                value is None or 0 <= value < self.vocab_size,
-                f"{name}={value} is outside the vocabulary of {self.vocab_size} rows",
-            )
-        for value in self.eos_token_ids:
-            _check(
-                0 <= value < self.vocab_size,
-                f"eos token id {value} is outside the vocabulary of {self.vocab_size} rows",
-            )
-
-    @property
-    def num_query_groups(self) -> int:
-        """Query heads that share one key-value head (G = N / K)."""
-        return self.num_attention_heads // self.num_key_value_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +192,7 @@ class Train:
     spike_patience: int = 5  # ... in so many steps running
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    experts: Experts = field(default_factory=Experts)
     mesh: Mesh = field(default_factory=Mesh)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
@@ -337,21 +251,3 @@ class Sampling:
             f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
-
-
-def to_dict(config: object) -> dict:
-    """A config as plain JSON values; `model_from_dict` reads a model back."""
-    return dataclasses.asdict(config)
-
-
-def model_from_dict(values: dict) -> Model:
-    """The model that `to_dict` wrote. Unknown keys raise `ValueError` by name."""
-    values = dict(values)
-    known = {f.name for f in dataclasses.fields(Model)}
-    unknown = sorted(set(values) - known)
-    _check(not unknown, f"unknown model config keys {unknown}; known: {sorted(known)}")
-    for name, kind in (("rope_scaling", Yarn), ("dual_chunk_attention", DualChunkAttention)):
-        if values.get(name) is not None:
-            values[name] = kind(**values[name])
-    values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
-    return Model(**values)

@@ -20,6 +20,7 @@ LOGICAL_AXES = (
     "kv_heads",  # key-value heads
     "head_dim",
     "ffn",
+    "experts",
     "batch",  # sequences
     "length",  # tokens of a sequence
     "cache_length",  # positions of a key-value cache
@@ -75,6 +76,7 @@ TRAIN = Rules(
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
+        ("experts", ("expert",)),
         # fsdp comes last, so that between outer_batch and batch it is split or gathered alone.
         ("batch", ("data", "expert", "fsdp")),
         ("outer_batch", ("data", "expert")),

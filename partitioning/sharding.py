@@ -93,38 +93,55 @@ def check_model(cfg: schema.Model, layout: Layout) -> None:
     """Raises `ValueError` if the model cannot be laid out on the mesh; the message says what can.
 
     Checked before anything compiles: heads, key-value heads, ffn and vocabulary over `tensor`,
-    width over `fsdp`.
+    width over `fsdp`, experts over `expert`.
     """
-    sizes = {
-        "heads": ("num_attention_heads", cfg.num_attention_heads),
-        "kv_heads": ("num_key_value_heads", cfg.num_key_value_heads),
-        "ffn": ("intermediate_size", cfg.intermediate_size),
-        "vocab": ("vocab_size", cfg.vocab_size),
-        "embed": ("hidden_size", cfg.hidden_size),
-    }
-    for logical, (name, size) in sizes.items():
+    sizes = _sizes(cfg)
+    for logical, name, size in sizes:
         parts = layout.size(logical)
         if size % parts == 0:
             continue
         mesh_axes = "*".join(layout.rules.mesh_axes(logical))
         # What divides this size alone may not divide what else lies on the same mesh axes.
-        beside = [n for other, (_, n) in sizes.items() if _same_axes(other, logical, layout)]
+        beside = [n for other, _, n in sizes if _same_axes(other, logical, layout)]
         remedy = f"use {_divisors(math.gcd(*beside), limit=parts)}"
+        padded = math.ceil(size / parts) * parts
         if logical == "kv_heads":
             remedy += ", or mesh.kv_heads=replicated to hold every key-value head on each device"
         if logical == "vocab":
-            padded = math.ceil(size / parts) * parts
             remedy += f", or pad the embedding to {padded} rows (vocab_size={padded})"
+        if logical == "experts":
+            remedy += f", or set pad_experts_to={padded} (experts.pad_experts_to of a run)"
         raise ValueError(
             f"{name}={size} is not divisible by mesh axis {mesh_axes}={parts}; {remedy}"
         )
 
 
+def _sizes(cfg: schema.Model) -> list[tuple[str, str, int]]:
+    """(logical axis, field, size) of everything that a mesh divides."""
+    sizes = [
+        ("heads", "num_attention_heads", cfg.num_attention_heads),
+        ("kv_heads", "num_key_value_heads", cfg.num_key_value_heads),
+        ("vocab", "vocab_size", cfg.vocab_size),
+        ("embed", "hidden_size", cfg.hidden_size),
+    ]
+    if cfg.dense_layers:
+        sizes.append(("ffn", "intermediate_size", cfg.intermediate_size))
+    if cfg.moe is not None:
+        padded = cfg.moe.pad_experts_to is not None
+        held = "pad_experts_to" if padded else "num_experts"
+        shared = cfg.moe.shared_expert_intermediate_size  # 0, which everything divides, if none
+        sizes += [
+            ("ffn", "moe_intermediate_size", cfg.moe.moe_intermediate_size),
+            ("ffn", "shared_expert_intermediate_size", shared),
+            ("experts", held, cfg.moe.num_held),
+        ]
+    return sizes
+
+
 def legal_tensor_sizes(cfg: schema.Model, *, limit: int = 64) -> tuple[int, ...]:
     """Sizes of the `tensor` axis that divide heads, kv heads, ffn and vocabulary alike."""
-    common = math.gcd(
-        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size, cfg.vocab_size
-    )
+    over = ("heads", "kv_heads", "ffn", "vocab")
+    common = math.gcd(*(size for logical, _, size in _sizes(cfg) if logical in over))
     return tuple(n for n in range(1, min(common, limit) + 1) if common % n == 0)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax import fused, kv_cache, model, rope, sampling
+from qwen_jax import fused, kv_cache, model, moe, rope, sampling, stack
 from qwen_jax.attention import api, cached
 
 Form = Literal["stacked", "unstacked", "fused"]
@@ -57,34 +57,43 @@ def prepare(
     """
     if form not in ("stacked", "unstacked", "fused"):
         raise ValueError(f"unknown form {form!r}; known: stacked, unstacked, fused")
-    params = jax.tree.map(functools.partial(_cast, dtype=jnp.dtype(dtype)), params)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if moe.stays_float32(path) else _cast(x, dtype=jnp.dtype(dtype)), params
+    )
     if form == "stacked":
         return params
     if not isinstance(params["layers"], tuple):
-        params = unstack(params)
+        params = unstack(cfg, params)
     if form == "unstacked":
         return params
-    placed = None
-    if layout is not None:
-        axes = jax.tree.map(lambda axes: axes[1:], fused.part(cfg).axes(), is_leaf=sharding.is_axes)
-        placed = sharding.shardings(axes, layout)
-    fuse = jax.jit(functools.partial(fused.fuse, cfg), out_shardings=placed)
+    fuse = {}
+    for name, part in fused.parts(cfg).items():
+        placed = None
+        if layout is not None:
+            axes = jax.tree.map(lambda axes: axes[1:], part.axes(), is_leaf=sharding.is_axes)
+            placed = sharding.shardings(axes, layout)
+        fuse[name] = jax.jit(functools.partial(fused.fuse, cfg), out_shardings=placed)
     layers = []
-    for layer in params["layers"]:
-        layers.append(jax.block_until_ready(fuse(layer)))
+    for name, layer in zip(stack.order(cfg), params["layers"], strict=True):
+        layers.append(jax.block_until_ready(fuse[name](layer)))
         _delete(layer)
     return {**params, "layers": tuple(layers)}
 
 
-def unstack(params: dict) -> dict:
+def unstack(cfg: schema.Model, params: dict) -> dict:
     """`params` with a tuple of per-layer dicts. Consumes the stacked arrays, leaf by leaf."""
-    leaves, tree = jax.tree.flatten(params["layers"])
-    columns = []
-    for leaf in leaves:
-        columns.append(jax.block_until_ready(_split(leaf)))
-        _delete(leaf)
-    layers = tuple(tree.unflatten(column) for column in zip(*columns, strict=True))
-    return {**params, "layers": layers}
+
+    def apart(stacked: dict) -> list[dict]:
+        leaves, tree = jax.tree.flatten(stacked)
+        columns = []
+        for leaf in leaves:
+            columns.append(jax.block_until_ready(_split(leaf)))
+            _delete(leaf)
+        return [tree.unflatten(column) for column in zip(*columns, strict=True)]
+
+    layers = tuple(stack.in_order(cfg, params, apart))
+    others = {name: part for name, part in params.items() if name != "dense_layers"}
+    return {**others, "layers": layers}
 
 
 @jax.jit
@@ -200,16 +209,19 @@ def _run(
             f"{not isinstance(layers, tuple)}"
         )
     one = layers[0] if isinstance(layers, tuple) else layers
-    bind = (fused.part(cfg) if fused.is_fused(one) else model.parts(cfg)["layers"]).bind
+    block = fused.block if fused.is_fused(one) else model.block
     turn = rope.rotation(cfg, positions_BT)
 
     def body(carry, layer: dict, index: jax.Array | int):
         x_BTD, (k, v) = carry
-        return bind(layer)(x_BTD, turn=turn, attend=attend(k, v, index), layout=layout)
+        x_BTD, sides, _ = block(cfg, layer)(
+            x_BTD, turn=turn, attend=attend(k, v, index), layout=layout
+        )
+        return (x_BTD, sides), None
 
     x_BTD = model.embed(cfg, params, tokens_BT, dtype=cache.dtype, layout=layout)
     carry = x_BTD, (cache.k_LBKSH, cache.v_LBKSH)
-    x_BTD, (k, v) = model.run_layers(body, carry, layers)
+    (x_BTD, (k, v)), _ = stack.run(cfg, params, body, carry)
     x_BTD = model.parts(cfg)["norm"].bind(params["norm"])(x_BTD)
     return x_BTD, kv_cache.Cache(k, v, cache.lengths_B)
 

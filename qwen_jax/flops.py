@@ -10,27 +10,41 @@ from typing import Literal
 from configs import chips, schema
 
 Attention = Literal["causal", "full"]
+Count = Literal["all", "activated"]  # experts counted: every one, or those that one token uses
 
 
-def matmul_parameters(cfg: schema.Model) -> int:
-    """Parameters that multiply every token: L (2 D N H + 2 D K H + 3 D F) + D V.
+def matmul_parameters(cfg: schema.Model, *, count: Count = "activated") -> int:
+    """Parameters that multiply a token: L (2 D N H + 2 D K H) + feed-forward + D V.
 
-    The output projection counts, tied or not; looking an embedding up is no product and does not,
-    nor do norms and biases.
+    Feed-forward of a dense layer: 3 D F; of a layer with experts: E experts, or the chosen ones,
+    the shared one and its gate D, the router D E. The output projection counts, tied or not;
+    looking an embedding up is no product and does not, nor do norms and biases.
+    `all` counts every expert, without those that pad their number.
     """
-    D, H, F = cfg.hidden_size, cfg.head_dim, cfg.intermediate_size
+    D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
-    layer = 2 * D * N * H + 2 * D * K * H + 3 * D * F
-    return cfg.num_hidden_layers * layer + D * cfg.vocab_size
+    attention = cfg.num_hidden_layers * (2 * D * N * H + 2 * D * K * H)
+    dense = len(cfg.dense_layers) * 3 * D * cfg.intermediate_size
+    return attention + dense + _experts(cfg, count) + D * cfg.vocab_size
 
 
-def parameters(cfg: schema.Model) -> int:
-    """All parameters: those of the products, the embedding where untied, norms and biases."""
+def _experts(cfg: schema.Model, count: Count) -> int:
+    if cfg.moe is None:
+        return 0
+    D, E, moe = cfg.hidden_size, cfg.moe.num_experts, cfg.moe
+    used = E if count == "all" else moe.num_experts_per_tok
+    shared = moe.shared_expert_intermediate_size
+    layer = used * 3 * D * moe.moe_intermediate_size + D * E + (3 * D * shared + D if shared else 0)
+    return len(cfg.sparse_layers) * layer
+
+
+def parameters(cfg: schema.Model, *, count: Count = "all") -> int:
+    """All parameters, or those that a token uses: of products, untied embedding, norms, biases."""
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     vectors = cfg.num_hidden_layers * (2 * D + (N + 2 * K) * H) + D
     embedding = 0 if cfg.tie_word_embeddings else cfg.vocab_size * D
-    return matmul_parameters(cfg) + embedding + vectors
+    return matmul_parameters(cfg, count=count) + embedding + vectors
 
 
 def attention_per_token(cfg: schema.Model, *, length: int, attention: Attention) -> float:
@@ -46,7 +60,7 @@ def attention_per_token(cfg: schema.Model, *, length: int, attention: Attention)
 
 
 def train_per_token(cfg: schema.Model, *, length: int, attention: Attention) -> float:
-    """Operations of forward and backward for one token: 3 (2 P + attention)."""
+    """Operations of forward and backward for one token: 3 (2 P + attention), P activated."""
     products = 2.0 * matmul_parameters(cfg)
     return 3.0 * (products + attention_per_token(cfg, length=length, attention=attention))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax import layers, model, module
+from qwen_jax import layers, model, module, moe
 
 
 class Attention(model.Attention):
@@ -56,22 +56,46 @@ class SwiGLU(layers.SwiGLU):
         return self.down(h_BTF, "btf,fd->btd")
 
 
+class MoE(moe.MoE):
+    """`moe.MoE` with a fused shared expert."""
+
+    def make_shared(self, key: jax.Array, cfg: schema.Model) -> None:
+        self.shared = SwiGLU(
+            key,
+            size=cfg.hidden_size,
+            hidden=cfg.moe.shared_expert_intermediate_size,
+            init=layers.normal(cfg.initializer_range),
+        )
+
+
 class Block(model.Block):
     """`model.Block` of fused parts."""
 
-    def __init__(self, key: jax.Array, cfg: schema.Model):
-        D, eps = cfg.hidden_size, cfg.rms_norm_eps
-        self.input_norm = layers.RMSNorm(key, size=D, eps=eps)
-        self.attention = Attention(key, cfg)
-        self.post_attention_norm = layers.RMSNorm(key, size=D, eps=eps)
+    make_attention = Attention
+
+    def make_feed_forward(self, key: jax.Array, cfg: schema.Model) -> None:
         init = layers.normal(cfg.initializer_range)
-        self.mlp = SwiGLU(key, size=D, hidden=cfg.intermediate_size, init=init)
+        self.mlp = SwiGLU(key, size=cfg.hidden_size, hidden=cfg.intermediate_size, init=init)
+
+
+class SparseBlock(model.SparseBlock):
+    """`model.SparseBlock` of fused parts."""
+
+    make_attention = Attention
+
+    def make_feed_forward(self, key: jax.Array, cfg: schema.Model) -> None:
+        self.moe = MoE(key, cfg)
 
 
 @functools.lru_cache(maxsize=64)
-def part(cfg: schema.Model) -> module.Part:
-    """The fused layers' definition, stacked."""
-    return module.Part(lambda key: Block(key, cfg), count=cfg.num_hidden_layers)
+def parts(cfg: schema.Model) -> dict[str, module.Part]:
+    """The fused layers' definitions by the name of their stack."""
+    return model.stacks(cfg, Block, SparseBlock)
+
+
+def block(cfg: schema.Model, layer: dict) -> model.Block:
+    """The block with these values."""
+    return parts(cfg)[model.stack_of(cfg, layer)].bind(layer)
 
 
 def is_fused(layer: dict) -> bool:
@@ -82,7 +106,7 @@ def is_fused(layer: dict) -> bool:
 def fuse(cfg: schema.Model, layer: dict) -> dict:
     """One layer's parameters, or stacked ones, with q, k, v and gate, up joined."""
     G = cfg.num_query_groups
-    attention, mlp = layer["attention"], layer["mlp"]
+    attention = layer["attention"]
 
     def grouped(name: str, leaf: str) -> jax.Array:
         x = attention[name][leaf]
@@ -93,9 +117,14 @@ def fuse(cfg: schema.Model, layer: dict) -> dict:
         leaf: jnp.concatenate([grouped(name, leaf) for name in "qkv"], axis=-2)
         for leaf in ("kernel", "bias")
     }
+    joined = {**layer, "attention": {"qkv": qkv, "o": attention["o"]}}
+    if "mlp" in layer:
+        joined["mlp"] = _fuse_swiglu(layer["mlp"])
+    elif "shared" in layer["moe"]:
+        joined["moe"] = {**layer["moe"], "shared": _fuse_swiglu(layer["moe"]["shared"])}
+    return joined
+
+
+def _fuse_swiglu(mlp: dict) -> dict:
     gate_up = jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-2)
-    return {
-        **layer,
-        "attention": {"qkv": qkv, "o": attention["o"]},
-        "mlp": {"gate_up": {"kernel": gate_up}, "down": mlp["down"]},
-    }
+    return {"gate_up": {"kernel": gate_up}, "down": mlp["down"]}

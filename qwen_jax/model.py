@@ -8,6 +8,14 @@ Parameters are a plain nested dict, layers stacked along a leading dimension:
     layers.attention.o.kernel [L, N, H, D]
     layers.mlp.{gate,up}.kernel [L, D, F]    layers.mlp.down.kernel [L, F, D]
     norm.scale [D]                           lm_head.kernel [D, V], absent where embeddings are tied
+
+With experts, E of them held and J chosen (`qwen_jax/moe.py`), a layer has in place of `mlp`:
+
+    layers.moe.router.kernel [L, D, E]       and .bias [L, E], where one steers the choice
+    layers.moe.experts.{gate,up}.kernel [L, E, D, F]   and .down.kernel [L, E, F, D]
+    layers.moe.shared.{gate,up,down}.kernel, layers.moe.shared_gate.kernel [L, D, 1]
+
+Where only some layers have experts, `layers` holds those, and `dense_layers` the others.
 """
 
 import functools
@@ -23,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax import layers, module, remat, rope
+from qwen_jax import layers, module, moe, remat, rope, stack
 from qwen_jax.attention import api, context
 
 # Given q, k, v of one layer: attention's output, and whatever the caller keeps (its cache).
@@ -72,39 +80,78 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    make_attention = Attention
+
     def __init__(self, key: jax.Array, cfg: schema.Model):
         keys = jax.random.split(key, 4)
         D, eps = cfg.hidden_size, cfg.rms_norm_eps
         self.input_norm = layers.RMSNorm(keys[0], size=D, eps=eps)
-        self.attention = Attention(keys[1], cfg)
+        self.attention = self.make_attention(keys[1], cfg)
         self.post_attention_norm = layers.RMSNorm(keys[2], size=D, eps=eps)
+        self.make_feed_forward(keys[3], cfg)
+
+    def make_feed_forward(self, key: jax.Array, cfg: schema.Model) -> None:
+        """Declares what `feed_forward` applies."""
         self.mlp = layers.SwiGLU(
-            keys[3],
-            size=D,
+            key,
+            size=cfg.hidden_size,
             hidden=cfg.intermediate_size,
             init=layers.normal(cfg.initializer_range),
         )
 
+    def feed_forward(
+        self, x_BTD: jax.Array, *, layout: Layout | None, routing: moe.Routing
+    ) -> tuple[jax.Array, moe.Stats | None]:
+        """What is added to the residual stream, and the router's statistics, if there is one."""
+        del routing
+        return self.mlp(x_BTD, layout=layout), None
+
     def __call__(
-        self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x_BTD: jax.Array,
+        *,
+        turn: rope.Rotation,
+        attend: Attend,
+        layout: Layout | None,
+        routing: moe.Routing = moe.DROPLESS,
+    ) -> tuple[jax.Array, Any, moe.Stats | None]:
+        """The residual stream, what `attend` keeps, and the router's statistics."""
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, kept = self.attention(
             self.input_norm(x_BTD), turn=turn, attend=attend, layout=layout
         )
         x_BTD = checkpoint_name(x_BTD + y_BTD, "attention_residual")
-        x_BTD = x_BTD + self.mlp(self.post_attention_norm(x_BTD), layout=layout)
-        return sharding.constrain(x_BTD, ("batch", "length", "act_embed"), layout), kept
+        y_BTD, stats = self.feed_forward(
+            self.post_attention_norm(x_BTD), layout=layout, routing=routing
+        )
+        x_BTD = sharding.constrain(x_BTD + y_BTD, ("batch", "length", "act_embed"), layout)
+        return x_BTD, kept, stats
+
+
+class SparseBlock(Block):
+    """`Block` with experts in place of the one feed-forward network."""
+
+    def make_feed_forward(self, key: jax.Array, cfg: schema.Model) -> None:
+        self.moe = moe.MoE(key, cfg)
+
+    def feed_forward(
+        self, x_BTD: jax.Array, *, layout: Layout | None, routing: moe.Routing
+    ) -> tuple[jax.Array, moe.Stats | None]:
+        return self.moe(x_BTD, layout=layout, routing=routing)
 
 
 @dataclass(frozen=True)
 class Output:
-    """`hidden_BTD`: the final norm's output; `unembed` turns (some of) it into logits."""
+    """`hidden_BTD`: the final norm's output; `unembed` turns (some of) it into logits.
+
+    router: statistics of the layers with experts, stacked; None where there are none.
+    """
 
     hidden_BTD: jax.Array
+    router: moe.Stats | None = None
 
 
-jax.tree_util.register_dataclass(Output, ["hidden_BTD"], [])
+jax.tree_util.register_dataclass(Output, ["hidden_BTD", "router"], [])
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,7 +161,7 @@ def parts(cfg: schema.Model) -> dict[str, module.Part]:
     V, D = cfg.vocab_size, cfg.hidden_size
     table = {
         "embed": module.Part(lambda key: layers.Embed(key, num_rows=V, size=D, init=init)),
-        "layers": module.Part(lambda key: Block(key, cfg), count=cfg.num_hidden_layers),
+        **stacks(cfg, Block, SparseBlock),
         "norm": module.Part(lambda key: layers.RMSNorm(key, size=D, eps=cfg.rms_norm_eps)),
     }
     if not cfg.tie_word_embeddings:
@@ -124,10 +171,35 @@ def parts(cfg: schema.Model) -> dict[str, module.Part]:
     return table
 
 
+def stacks(cfg: schema.Model, dense: type[Block], sparse: type[Block]) -> dict[str, module.Part]:
+    """The model's stacks of layers, made of these blocks, by the name of their subtree."""
+    counts = {"layers": (sparse, len(cfg.sparse_layers)), "dense_layers": (dense, 0)}
+    if not cfg.sparse_layers:
+        counts = {"layers": (dense, cfg.num_hidden_layers)}
+    elif cfg.dense_layers:
+        counts["dense_layers"] = (dense, len(cfg.dense_layers))
+    return {
+        name: module.Part(lambda key, block=block: block(key, cfg), count=count)
+        for name, (block, count) in counts.items()
+        if count
+    }
+
+
+def stack_of(cfg: schema.Model, layer: dict) -> str:
+    """The stack that a layer with these values is of."""
+    return "dense_layers" if cfg.sparse_layers and "mlp" in layer else "layers"
+
+
+def block(cfg: schema.Model, layer: dict) -> Block:
+    """The block with these values."""
+    return parts(cfg)[stack_of(cfg, layer)].bind(layer)
+
+
 def init(cfg: schema.Model, key: jax.Array) -> dict:
     """Random float32 parameters."""
-    keys = jax.random.split(key, 4)
-    return {name: part.init(k) for (name, part), k in zip(parts(cfg).items(), keys, strict=False)}
+    table = parts(cfg)
+    keys = jax.random.split(key, max(4, len(table)))
+    return {name: part.init(k) for (name, part), k in zip(table.items(), keys, strict=False)}
 
 
 def axes(cfg: schema.Model) -> dict:
@@ -162,7 +234,7 @@ def apply(
     `context_parallel` how rows spread over devices meet: all arrays [B, T] are then in the order
     that `qwen_jax/attention/context.py` says, and `context.arrange` puts them there.
     `remat_policy` what the backward pass recomputes (`qwen_jax/remat.py`), `layer_loop` how layers
-    are run (`run_layers`).
+    are run (`qwen_jax/stack.py`).
     Raises `ValueError` for lengths beyond a dual-chunk model's chunk.
     """
     B, T = tokens_BT.shape
@@ -184,40 +256,22 @@ def apply(
         )
         return o_BTNH, None
 
-    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int) -> jax.Array:
+    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int):
         del index
-        return block(layer)(x_BTD, turn=turn, attend=attend, layout=layout)[0]
+        x_BTD, _, stats = block(cfg, layer)(
+            x_BTD, turn=turn, attend=attend, layout=layout, routing=routing
+        )
+        return x_BTD, stats
 
+    routing = moe.Routing(
+        capacity_factor=None if cfg.moe is None else cfg.moe.capacity_factor,
+        real_BT=None if segment_ids_BT is None else segment_ids_BT != 0,
+    )
     turn = rope.rotation(cfg, positions_BT)
-    block = parts(cfg)["layers"].bind
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
     body = remat.wrap(body, remat_policy)
-    x_BTD = run_layers(body, x_BTD, params["layers"], layer_loop=layer_loop)
-    return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD))
-
-
-def run_layers(
-    body: Callable[[Any, dict, jax.Array | int], Any],
-    carry: Any,
-    layers: dict | tuple[dict, ...],
-    *,
-    layer_loop: str = "scan",
-) -> Any:
-    """`carry = body(carry, layer, index)` for every layer: of stacked parameters, or of a tuple.
-
-    scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
-    code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
-    arrays (on one H100, 1.5B: 488 TFLOP/s against 453; docs/experiments.md). A tuple of layers is
-    always unrolled. Raises `ValueError` for another name.
-    """
-    if layer_loop not in ("scan", "unrolled"):
-        raise ValueError(f"unknown layer_loop {layer_loop!r}; known: scan, unrolled")
-    if layer_loop == "scan" and isinstance(layers, dict):
-        indices = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
-        return jax.lax.scan(lambda c, xs: (body(c, *xs), None), carry, (layers, indices))[0]
-    for index, layer in enumerate(layers if isinstance(layers, tuple) else module.unstack(layers)):
-        carry = body(carry, layer, index)
-    return carry
+    x_BTD, stats = stack.run(cfg, params, body, x_BTD, layer_loop=layer_loop)
+    return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD), stats)
 
 
 def embed(

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from rich import console, table
 
-from configs import qwen2_5
+from configs import presets
 from partitioning import mesh as mesh_lib
 from partitioning import rules as rules_lib
 from partitioning import sharding
@@ -16,16 +16,18 @@ from qwen_jax import model as model_lib
 
 def show_models() -> None:
     """Prints the presets: parameters, memory and legal tensor-parallel sizes."""
-    grid = table.Table(title="Qwen2.5 presets")
-    for heading in ("model", "parameters", "bf16 weights", "training state", "positions", "tensor"):
+    grid = table.Table(title="Presets")
+    headings = ("model", "parameters", "activated", "bf16 weights", "training state", "positions")
+    for heading in (*headings, "tensor"):
         first = heading == "model"
         grid.add_column(heading, justify="left" if first else "right", no_wrap=first)
-    for name in qwen2_5.PRESETS:
-        cfg = qwen2_5.preset(name)
+    for name in presets.PRESETS:
+        cfg = presets.preset(name)
         count = flops.parameters(cfg)
         grid.add_row(
             name,
-            f"{count / 1e9:.3f} B" if count > 1e8 else f"{count / 1e6:.3f} M",
+            _count(count),
+            _count(flops.parameters(cfg, count="activated")) if cfg.moe else "",
             f"{2 * count / 2**30:.2f} GiB",
             f"{16 * count / 2**30:.1f} GiB",
             f"{cfg.max_position_embeddings:,}",
@@ -34,10 +36,15 @@ def show_models() -> None:
     output = console.Console()
     output.print(grid)
     output.print(
+        "activated: parameters that one token uses, where experts are chosen\n"
         "training state: float32 parameters, two Adam moments and gradients, 16 bytes a parameter\n"
         "tensor: sizes of the mesh's tensor axis; mesh.kv_heads=replicated allows more",
         highlight=False,
     )
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3f} B" if number > 1e8 else f"{number / 1e6:.3f} M"
 
 
 def show_shardings(name: str, *, mesh: str, rules: Literal["train", "decode"]) -> None:
@@ -45,7 +52,7 @@ def show_shardings(name: str, *, mesh: str, rules: Literal["train", "decode"]) -
 
     Raises `ValueError` if the preset is unknown or does not divide over the mesh.
     """
-    cfg, config = qwen2_5.preset(name), mesh_lib.parse(mesh)
+    cfg, config = presets.preset(name), mesh_lib.parse(mesh)
     layout = sharding.Layout(
         mesh_lib.abstract(config), rules_lib.rule_set(rules, kv_heads=config.kv_heads)
     )

@@ -17,7 +17,7 @@ ALLOWED = {
     "infer": {"configs", "partitioning", "qwen_jax", "infer"},
 }
 CLI = "qwen_jax/cli.py"
-FLAX = {"qwen_jax/module.py", "qwen_jax/layers.py", "qwen_jax/model.py"}
+FLAX = {"qwen_jax/module.py", "qwen_jax/layers.py", "qwen_jax/model.py", "qwen_jax/moe.py"}
 
 
 @dataclass(frozen=True)

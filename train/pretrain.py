@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from configs import qwen2_5, schema
+from configs import presets, schema
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import checkpoint, tokenizer
@@ -67,14 +67,19 @@ def model_of(config: schema.Train) -> schema.Model:
 
     A checkpoint's own config wins over a preset's name, since presets and checkpoints differ; a
     whole config in `config.model` (a longer context, say) wins over both, if the shapes are equal.
+    `config.experts` then says how its experts are trained.
     """
+    return config.experts.apply(_model_of(config))
+
+
+def _model_of(config: schema.Train) -> schema.Model:
     if isinstance(config.model, schema.Model):
         if config.init_from:
             checkpoint.check_same_model(checkpoint.resolve(config.init_from), config.model)
         return config.model
     if config.init_from:
         return checkpoint.resolve(config.init_from).model
-    return qwen2_5.preset(config.model)
+    return presets.preset(config.model)
 
 
 def end_of_document_id(words: Tokenizer) -> int:

@@ -193,7 +193,7 @@ def _chunks(params: dict):
     """Stacked layers are stored layer by layer, so that one can be read without the others."""
 
     def choose(path, leaf: jax.Array) -> ocp.SaveArgs:
-        axes = (0,) if path[0].key == "layers" else ()
+        axes = (0,) if path[0].key in ("layers", "dense_layers") else ()
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
     return jax.tree_util.tree_map_with_path(choose, params)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax import model
+from qwen_jax import model, moe
 from qwen_jax.attention import context
 from train import optimizer as optimizer_lib
 from train.losses import language_model
@@ -38,16 +38,22 @@ class Sums:
     """What a loss returns: sums over the tokens of a batch, and the tokens' total weight.
 
     Sums of micro-batches add up to those of their batch, so dividing by `weight` at the end gives
-    the same mean however a batch is split.
+    the same mean however a batch is split. A router's losses and metrics are means already, and
+    enter times the weight: over a split batch, the mean of each micro-batch's own. For z-loss and
+    the balance of sequences that is the whole batch's, where micro-batches have as many tokens; the
+    balance of the global batch is that of the micro-batch.
+
+    router_load_LE: tokens that chose each expert, where the model has experts.
     """
 
     loss: jax.Array
     weight: jax.Array
     metrics: dict[str, jax.Array]
+    router_load_LE: jax.Array | None = None
 
 
 jax.tree_util.register_dataclass(State, ["step", "params", "optimizer"], [])
-jax.tree_util.register_dataclass(Sums, ["loss", "weight", "metrics"], [])
+jax.tree_util.register_dataclass(Sums, ["loss", "weight", "metrics", "router_load_LE"], [])
 
 Loss = Callable[[dict, Batch], Sums]
 
@@ -103,9 +109,23 @@ def next_token_loss(cfg: schema.Model, config: schema.Train, layout: Layout) -> 
             layout=layout,
         )
         metrics = {"cross_entropy": sums.cross_entropy, "accuracy": sums.num_correct}
-        return Sums(sums.loss, sums.weight, metrics)
+        return with_router(Sums(sums.loss, sums.weight, metrics), cfg, output)
 
     return loss
+
+
+def with_router(sums: Sums, cfg: schema.Model, output: model.Output) -> Sums:
+    """`sums` with the losses and metrics of the experts' router; as they are without experts."""
+    if output.router is None:
+        return sums
+    router = moe.losses(cfg.moe, output.router)
+    metrics = {name: value * sums.weight for name, value in router.metrics.items()}
+    return Sums(
+        sums.loss + sums.weight * router.weighted(cfg.moe),
+        sums.weight,
+        sums.metrics | metrics,
+        router.load_LE,
+    )
 
 
 def make(
@@ -131,6 +151,7 @@ def make(
 
     step = functools.partial(
         train_step,
+        bias_update_rate=None if cfg.moe is None else cfg.moe.bias_update_rate,
         loss=loss,
         tx=tx,
         schedule=optimizer_lib.schedule(config.optimizer, num_steps=config.num_steps),
@@ -164,12 +185,13 @@ def train_step(
     parts: int,
     layout: Layout,
     param_shardings: dict,
+    bias_update_rate: float | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """The state after one update on `batch`, and the step's metrics as float32 scalars.
 
     The batch is taken in `parts` micro-batches; losses and gradients are sums over tokens divided
-    by the whole batch's weight. Where the loss or the gradient is not finite, the state stays as it
-    was and the metric `finite` is 0.
+    by the whole batch's weight. A router's biases move by `bias_update_rate`. Where the loss or the
+    gradient is not finite, the state stays as it was and the metric `finite` is 0.
     """
     copy = compute_copy(state.params, dtype)
     gradients, sums = _gradients(loss, copy, batch, parts, layout, param_shardings)
@@ -178,7 +200,10 @@ def train_step(
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
 
     updates, moments = tx.update(gradients, state.optimizer, state.params)
-    updated = State(state.step + 1, optax.apply_updates(state.params, updates), moments)
+    params = optax.apply_updates(state.params, updates)
+    if bias_update_rate is not None:
+        params = moe.with_updated_bias(params, sums.router_load_LE, rate=bias_update_rate)
+    updated = State(state.step + 1, params, moments)
     # A select, not a branch: it fuses into the update, and the host is not asked.
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), updated, state)
     metrics = {
@@ -197,10 +222,15 @@ def compute_copy(params: dict, dtype: jnp.dtype) -> dict:
 
     The layers cast their parameters where they use them. Cast here, once a step, micro-batches and
     the backward pass share the copy, and FSDP gathers half the bytes. Embedding, final norm and
-    output projection stay float32, because the gradients of large sums over tokens end there.
+    output projection stay float32, because the gradients of large sums over tokens end there, and
+    so does a router, whose choices a rounding would change.
     """
-    layers = jax.tree.map(lambda x: x.astype(dtype), params["layers"])
-    return {**params, "layers": layers}
+
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        return x if moe.stays_float32(path) else x.astype(dtype)
+
+    stacks = {name: params[name] for name in ("layers", "dense_layers") if name in params}
+    return {**params, **jax.tree_util.tree_map_with_path(cast, stacks)}
 
 
 def check_batch(config: schema.Train, layout: Layout) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
 # The package hides its module `gmm` behind a function of that name.
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 

@@ -13,7 +13,7 @@ import pytest
 
 from configs import qwen2_5
 from configs import remat as policies
-from qwen_jax import model, remat
+from qwen_jax import model, remat, stack
 from qwen_jax.attention import api, splash
 
 # Every size differs, so that a shape says what it is.
@@ -170,4 +170,4 @@ def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown remat policy 'some'; known: none, dots, full"):
         remat.wrap(lambda x: x, "some")
     with pytest.raises(ValueError, match="unknown layer_loop 'rolled'; known: scan, unrolled"):
-        model.run_layers(lambda x, layer, i: x, 0, {}, layer_loop="rolled")
+        stack.run(CFG, {}, lambda x, layer, i: (x, None), 0, layer_loop="rolled")

@@ -1,0 +1,257 @@
+"""Tokens to their experts and back: dropless or with a capacity, on one device or over a mesh.
+
+Letters beside the project's own: M tokens, J choices a token (top-k), R rows in expert order,
+C places of an expert, X devices of the mesh axes that hold experts.
+
+Over a mesh everything runs under `shard_map`. A device keeps its own tokens; experts lie over the
+mesh axis `expert`, their hidden width over `tensor`, and their other width is gathered over `fsdp`:
+
+dropless    [M, D] -> all-gather -> [X M, D], each device runs its experts on all rows that chose
+            them, [X M, D] -> reduce-scatter -> [M, D]. A device may get every token of its X, so
+            the exact buffer has X M min(J, E / X) rows whatever is sent; gathering moves X M rows,
+            padded all-to-all buffers J times as many.
+capacity    [E, C, D] -> all-to-all -> [E_X, X C, D], a batched product, and back.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from partitioning import sharding
+from partitioning.sharding import Layout
+
+# (kernels, rows [R, D], weights [R], sizes [E]) -> [R, D]: rows grouped by expert, weighted sums.
+Grouped = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+# (kernels, rows [B, E, C, D], weights [B, E, C]) -> [B, E, C, D].
+Batched = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """An expert's arithmetic in the two forms, and the logical axes of its kernels."""
+
+    grouped: Grouped
+    batched: Batched
+    axes: Any  # a tree like the kernels'
+
+
+def run(
+    compute: Compute,
+    x_BTD: jax.Array,
+    weights_BTJ: jax.Array,
+    experts_BTJ: jax.Array,
+    kernels: Any,
+    *,
+    num_experts: int,
+    capacity_factor: float | None,
+    layout: Layout | None,
+) -> tuple[jax.Array, jax.Array]:
+    """sum_j w_j E_j(x) of every token -> [B, T, D], and choices dropped [B, parts of the length].
+
+    `num_experts` is the number of experts that `kernels` hold; a choice of that number is of none
+    and adds nothing. With a `capacity_factor` f, an expert takes the first ceil(f T J / E) tokens
+    of a sequence that choose it (of a device's part of a sequence, where its length is split).
+    """
+    local = functools.partial(
+        _dropless if capacity_factor is None else _with_capacity,
+        compute,
+        num_experts=num_experts,
+        **({} if capacity_factor is None else {"capacity_factor": capacity_factor}),
+    )
+    if layout is None or layout.mesh.size == 1:
+        return local(x_BTD, weights_BTJ, experts_BTJ, kernels, axes=())
+    over = functools.partial(_mesh_axes, layout=layout)
+    axes = over("experts")
+
+    def body(x_BTD, weights_BTJ, experts_BTJ, kernels):
+        kernels = jax.tree.map(
+            functools.partial(_gather_width, layout=layout),
+            kernels,
+            compute.axes,
+        )
+        y_BTD, dropped_BP = local(x_BTD, weights_BTJ, experts_BTJ, kernels, axes=axes)
+        return y_BTD[None], dropped_BP
+
+    tokens = jax.sharding.PartitionSpec(over("batch"), over("length"))
+    specs = jax.tree.map(
+        functools.partial(sharding.spec, layout=layout), compute.axes, is_leaf=sharding.is_axes
+    )
+    parts_ZBTD, dropped_BP = jax.shard_map(
+        body,
+        mesh=layout.mesh,
+        in_specs=(tokens, tokens, tokens, specs),
+        # Each device of `tensor` gives its part of the sum. Summed out here, the sum's gradient is
+        # a copy; inside, without varying axes being tracked, it would be another all-reduce.
+        out_specs=(
+            jax.sharding.PartitionSpec(over("act_ffn"), over("batch"), over("length")),
+            tokens,
+        ),
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
+    )(x_BTD, weights_BTJ, experts_BTJ, kernels)
+    return parts_ZBTD.sum(axis=0), dropped_BP
+
+
+def _mesh_axes(logical: str, *, layout: Layout) -> tuple[str, ...]:
+    return tuple(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
+
+
+def _gather_width(kernel: jax.Array, axes: sharding.Axes, *, layout: Layout) -> jax.Array:
+    """[E, D_X, F] -> all-gather -> [E, D, F]; the gradient's way back is a reduce-scatter."""
+    mesh_axes = _mesh_axes("embed", layout=layout)
+    if not mesh_axes:
+        return kernel
+    return jax.lax.all_gather(kernel, mesh_axes, axis=axes.index("embed"), tiled=True)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which token each row is a copy of, and which row each choice of a token is.
+
+    source_R: token, or M for a row of none.   slots_MJ: row, or R for a choice without one.
+    order_R: choice m J + j, or M J.           sizes_E: rows of each expert.
+    """
+
+    source_R: jax.Array
+    slots_MJ: jax.Array
+    order_R: jax.Array
+    sizes_E: jax.Array
+
+
+def sort(experts_MJ: jax.Array, *, num_experts: int, num_rows: int) -> Routes:
+    """Rows in the order of their experts, of equal ones in the order of tokens.
+
+    Choices outside [0, num_experts) get no row; `num_rows` must suffice for the others.
+    """
+    M, J = experts_MJ.shape
+    flat = experts_MJ.reshape(M * J)
+    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    choices = jnp.arange(M * J, dtype=jnp.int32)
+    in_order, order = jax.lax.sort((flat, choices), num_keys=1, is_stable=True)
+    place = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)
+    exists = in_order[:num_rows] < num_experts
+    order_R = jnp.where(exists, order[:num_rows], M * J)
+    slots_MJ = jnp.where(flat < num_experts, place, num_rows).reshape(M, J)
+    # Counted by comparison: a scatter of ones would take turns at few addresses.
+    sizes_E = jnp.sum(flat[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    return Routes(jnp.where(exists, order_R // J, M), slots_MJ, order_R, sizes_E)
+
+
+@jax.custom_vjp
+def spread(x_MD: jax.Array, source_R: jax.Array, slots_MJ: jax.Array) -> jax.Array:
+    """Rows [R, D]: row r is token source_r, or zeros. `collect` is its transpose, and it is that's.
+
+    Both are gathers, forward and backward: a scatter-add of rows would be slower, and on a GPU its
+    sums would not be the same from run to run.
+    """
+    del slots_MJ
+    return x_MD.at[source_R].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(rows_RD: jax.Array, slots_MJ: jax.Array, source_R: jax.Array) -> jax.Array:
+    """Tokens [M, D]: the sum of a token's rows, added in float32."""
+    del source_R
+    rows_MJD = rows_RD.at[slots_MJ].get(mode="fill", fill_value=0)
+    return jnp.sum(rows_MJD, axis=1, dtype=jnp.float32).astype(rows_RD.dtype)
+
+
+spread.defvjp(
+    lambda x, source, slots: (spread(x, source, slots), (source, slots)),
+    lambda kept, d_rows: (collect(d_rows, kept[1], kept[0]), None, None),
+)
+collect.defvjp(
+    lambda rows, slots, source: (collect(rows, slots, source), (source, slots)),
+    lambda kept, d_x: (spread(d_x, kept[0], kept[1]), None, None),
+)
+
+
+def _spread_weights(weights_MJ: jax.Array, order_R: jax.Array, slots_MJ: jax.Array) -> jax.Array:
+    M, J = weights_MJ.shape
+    return spread(weights_MJ.reshape(M * J, 1), order_R, slots_MJ.reshape(M * J, 1))[:, 0]
+
+
+def _dropless(
+    compute: Compute,
+    x_BTD: jax.Array,
+    weights_BTJ: jax.Array,
+    experts_BTJ: jax.Array,
+    kernels: Any,
+    *,
+    num_experts: int,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Every choice gets its row."""
+    B, T, D = x_BTD.shape
+    J = experts_BTJ.shape[-1]
+    x_MD, weights_MJ, experts_MJ = (x.reshape(B * T, -1) for x in (x_BTD, weights_BTJ, experts_BTJ))
+    if axes:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=0, tiled=True)
+        x_MD, weights_MJ, experts_MJ = map(gather, (x_MD, weights_MJ, experts_MJ))
+        num_experts //= jax.lax.axis_size(axes)
+        experts_MJ = experts_MJ - jax.lax.axis_index(axes) * num_experts
+    # A token's choices differ from each other, so few experts on a device bound its rows.
+    num_rows = x_MD.shape[0] * min(J, num_experts)
+    routes = sort(experts_MJ, num_experts=num_experts, num_rows=num_rows)
+    rows_RD = spread(x_MD, routes.source_R, routes.slots_MJ)
+    weights_R = _spread_weights(weights_MJ, routes.order_R, routes.slots_MJ)
+    rows_RD = compute.grouped(kernels, rows_RD, weights_R, routes.sizes_E)
+    y_MD = collect(rows_RD, routes.slots_MJ, routes.source_R)
+    if axes:
+        y_MD = jax.lax.psum_scatter(y_MD, axes, scatter_dimension=0, tiled=True)
+    return y_MD.reshape(B, T, D), jnp.zeros((B, 1), jnp.float32)
+
+
+def _with_capacity(
+    compute: Compute,
+    x_BTD: jax.Array,
+    weights_BTJ: jax.Array,
+    experts_BTJ: jax.Array,
+    kernels: Any,
+    *,
+    num_experts: int,
+    capacity_factor: float,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """The first C choices of each expert in each sequence get a place.
+
+    Earlier tokens first: what is dropped depends on nothing later in the sequence, nor on others.
+    """
+    B, T, D = x_BTD.shape
+    E, J = num_experts, experts_BTJ.shape[-1]
+    C = min(T, -int(-capacity_factor * T * J // E))
+    place = jax.vmap(functools.partial(_places, num_experts=E, capacity=C))(experts_BTJ)
+    source_BR, slots_BTJ, order_BR, dropped_B = place
+    rows_BECD = jax.vmap(spread)(x_BTD, source_BR, slots_BTJ).reshape(B, E, C, D)
+    weights_BEC = jax.vmap(_spread_weights)(weights_BTJ, order_BR, slots_BTJ).reshape(B, E, C)
+    if axes:
+        there = functools.partial(
+            jax.lax.all_to_all, axis_name=axes, split_axis=1, concat_axis=0, tiled=True
+        )
+        rows_BECD, weights_BEC = there(rows_BECD), there(weights_BEC)
+    rows_BECD = compute.batched(kernels, rows_BECD, weights_BEC)
+    if axes:
+        rows_BECD = jax.lax.all_to_all(rows_BECD, axes, split_axis=0, concat_axis=1, tiled=True)
+    y_BTD = jax.vmap(collect)(rows_BECD.reshape(B, E * C, D), slots_BTJ, source_BR)
+    return y_BTD, dropped_B[:, None].astype(jnp.float32)
+
+
+def _places(experts_TJ: jax.Array, *, num_experts: int, capacity: int):
+    """(source [E C], slots [T, J], order [E C], dropped) of one sequence."""
+    T, J = experts_TJ.shape
+    E, C = num_experts, capacity
+    routes = sort(experts_TJ, num_experts=E, num_rows=T * J)
+    starts_E = jnp.cumsum(routes.sizes_E) - routes.sizes_E
+    owner_TJ = jnp.minimum(experts_TJ, E - 1)
+    rank_TJ = routes.slots_MJ - starts_E[owner_TJ]
+    fits_TJ = (experts_TJ < E) & (rank_TJ < C)
+    slots_TJ = jnp.where(fits_TJ, owner_TJ * C + rank_TJ, E * C)
+    rank_1C = jnp.arange(C)[None]
+    order_EC = routes.order_R.at[starts_E[:, None] + rank_1C].get(mode="fill", fill_value=T * J)
+    order_R = jnp.where(rank_1C < routes.sizes_E[:, None], order_EC, T * J).reshape(E * C)
+    source_R = jnp.where(order_R < T * J, order_R // J, T)
+    dropped = jnp.sum((experts_TJ < E) & ~fits_TJ)
+    return source_R, slots_TJ, order_R, dropped

@@ -1,0 +1,191 @@
+"""Experts against transformers' Qwen2Moe: logits, activations, losses, gradients, greedy tokens."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen2_moe import modeling_qwen2_moe
+
+from qwen_jax import decode, kv_cache, model, module, moe, rope, stack
+from qwen_jax.attention import api
+from tests.parity import moe_oracle, oracle
+from train.losses import language_model
+
+B, T = 2, 33
+PROMPT, NEW = 9, 16
+
+
+@functools.cache
+def _pair(name: str) -> SimpleNamespace:
+    cfg = moe_oracle.MODELS[name]
+    theirs = moe_oracle.build(cfg, seed=len(name))
+    params = moe_oracle.params_from(dict(theirs.named_parameters()), cfg)
+    tokens_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (B, T))
+    return SimpleNamespace(cfg=cfg, theirs=theirs, params=params, tokens_BT=tokens_BT)
+
+
+@pytest.fixture(params=list(moe_oracle.MODELS))
+def pair(request):
+    return _pair(request.param)
+
+
+@pytest.fixture(
+    params=[
+        "as published",
+        "every second layer",
+        pytest.param("renormalised", marks=pytest.mark.slow),
+        pytest.param("one dense layer", marks=pytest.mark.slow),
+    ]
+)
+def shape(request):
+    """Those of the slower tests."""
+    return _pair(request.param)
+
+
+def test_parameter_tree_is_the_models_own(pair):
+    expected = model.shapes(pair.cfg)
+    assert jax.tree.map(jnp.shape, pair.params) == jax.tree.map(jnp.shape, expected)
+
+
+def test_logits(pair):
+    output = model.apply(pair.cfg, pair.params, pair.tokens_BT)
+    got = model.unembed(pair.cfg, pair.params, output.hidden_BTD)
+    oracle.assert_close(got, oracle.logits(pair.theirs, pair.tokens_BT))
+
+
+def test_activations_of_every_layer(shape):
+    with torch.no_grad():
+        out = shape.theirs.model(
+            torch.from_numpy(shape.tokens_BT), output_hidden_states=True, use_cache=False
+        )
+    stream = _residual_stream(shape.cfg, shape.params, shape.tokens_BT)
+    assert len(out.hidden_states) == len(stream) + 1 == shape.cfg.num_hidden_layers + 1
+    for got, want in zip(stream, out.hidden_states[:-1], strict=True):
+        oracle.assert_close(got, want.numpy())
+
+
+def test_gradients_of_every_parameter_with_the_balance_loss(shape):
+    targets_BT = np.roll(shape.tokens_BT, -1, axis=1)
+    tokens = torch.from_numpy(shape.tokens_BT)
+    out = shape.theirs(tokens, use_cache=False, output_router_logits=True)
+    entropy = torch.nn.functional.cross_entropy(
+        out.logits.reshape(B * T, -1), torch.from_numpy(targets_BT).reshape(-1)
+    )
+    loss = entropy + shape.cfg.moe.router_aux_loss_coef * out.aux_loss
+    shape.theirs.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in shape.theirs.named_parameters()}
+    want = moe_oracle.params_from(gradients, shape.cfg)
+
+    @jax.jit
+    @jax.value_and_grad
+    def ours(params):
+        output = model.apply(shape.cfg, params, jnp.asarray(shape.tokens_BT), remat_policy="full")
+        kernel_DV = model.output_kernel(shape.cfg, params)
+        sums = language_model.cross_entropy(
+            output.hidden_BTD, kernel_DV, targets_BT, jnp.ones((B, T)), chunk=16
+        )
+        router = moe.losses(shape.cfg.moe, output.router)
+        return sums.loss / sums.weight + router.weighted(shape.cfg.moe)
+
+    got_loss, got = ours(shape.params)
+    assert float(got_loss) == pytest.approx(loss.item(), rel=1e-5)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        mine = functools.reduce(lambda tree, key: tree[key.key], path, got)
+        norm, _ = oracle.difference(mine, leaf)
+        assert norm < 1e-4, f"{jax.tree_util.keystr(path)}: relative norm {norm:.2e}"
+
+
+@pytest.mark.parametrize("padded", [0, 5])
+def test_balance_loss_is_transformers_load_balancing_loss(padded):
+    pair = _pair("as published")
+    mask_BT = np.ones((B, T), np.int64)
+    mask_BT[1, T - padded :] = 0
+    with torch.no_grad():
+        out = pair.theirs(
+            torch.from_numpy(pair.tokens_BT),
+            attention_mask=torch.from_numpy(mask_BT),
+            output_router_logits=True,
+            use_cache=False,
+        )
+        logits = tuple(router.reshape(B * T, -1) for router in out.router_logits)
+        want = modeling_qwen2_moe.load_balancing_loss_func(
+            logits, pair.cfg.moe.num_experts, pair.cfg.moe.num_experts_per_tok,
+            torch.from_numpy(mask_BT) if padded else None,
+        )  # fmt: skip
+    stats = model.apply(
+        pair.cfg, pair.params, pair.tokens_BT, segment_ids_BT=jnp.asarray(mask_BT)
+    ).router
+    got = moe.losses(pair.cfg.moe, stats)
+    assert float(got.balance) == pytest.approx(want.item(), rel=1e-5)
+    log_z = torch.stack(logits).reshape(-1, B, T, pair.cfg.moe.num_experts).logsumexp(-1)
+    z = (log_z**2)[:, torch.from_numpy(mask_BT) == 1].mean()
+    assert float(got.z) == pytest.approx(z.item(), rel=1e-5)
+    assert float(jnp.sum(got.load_LE)) == mask_BT.sum() * 3 * 3  # layers, choices
+
+
+def test_greedy_tokens_over_the_cache(shape):
+    prompts = shape.tokens_BT[:, :PROMPT]
+    with torch.no_grad():
+        want = shape.theirs.generate(
+            torch.from_numpy(prompts),
+            attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_router_logits=False,
+        ).numpy()
+    assert len(np.unique(want[:, PROMPT:])) > 8, "the oracle says too little to be a test"
+    np.testing.assert_array_equal(_greedy(shape.cfg, shape.params, prompts), want[:, PROMPT:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"norm_topk_prob": True}, {"num_experts_per_tok": 2}],
+    ids=["renormalised", "fewer choices"],
+)
+def test_the_comparison_sees_a_wrong_config(change):
+    pair = _pair("as published")
+    cfg = moe_oracle.changed(**change)
+    output = model.apply(cfg, pair.params, pair.tokens_BT)
+    got = model.unembed(cfg, pair.params, output.hidden_BTD)
+    norm, largest = oracle.difference(got, oracle.logits(pair.theirs, pair.tokens_BT))
+    assert min(norm, largest) > 1e-3
+
+
+def _residual_stream(cfg, params, tokens_BT):
+    """The embeddings and the output of every layer but the last, one block after another."""
+    turn = rope.rotation(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH):
+        return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True)), None
+
+    @jax.jit
+    def run(layer, x_BTD):
+        return model.block(cfg, layer)(x_BTD, turn=turn, attend=attend, layout=None)[0]
+
+    stream = [model.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
+    for layer in stack.in_order(cfg, params, module.unstack)[:-1]:
+        stream.append(run(layer, stream[-1]))
+    return stream
+
+
+def _greedy(cfg, params, prompts):
+    """Prefill, then one step a token, over stacked parameters."""
+
+    @jax.jit
+    def start(params, tokens_BT):
+        cache = kv_cache.create(cfg, num_slots=B, length=PROMPT + NEW, dtype=jnp.float32)
+        lengths_B = jnp.full(B, PROMPT, jnp.int32)
+        return decode.prefill(cfg, params, tokens_BT, lengths_B, cache)
+
+    step = jax.jit(functools.partial(decode.decode_step, cfg))
+    logits_BV, cache = start(params, jnp.asarray(prompts))
+    tokens = [jnp.argmax(logits_BV, axis=-1)]
+    for _ in range(NEW - 1):
+        logits_BV, cache = step(params, tokens[-1].astype(jnp.int32), cache)
+        tokens.append(jnp.argmax(logits_BV, axis=-1))
+    return np.stack(tokens, axis=1)
