@@ -17,6 +17,7 @@ chunks, and lets keys and values go round again, with the float32 sums of their 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,15 +50,30 @@ jax.tree_util.register_dataclass(BlockMask, ["q_ids_BT", "kv_ids_BS"], ["causal"
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What the backward pass of a block needs to know of its queries, over all their keys.
+
+    o, its gradient do, the log-sum-exp, and di = sum_h(o do), of which kernels take one or another.
+    """
+
+    o_BTNH: jax.Array
+    do_BTNH: jax.Array
+    lse_BNT: jax.Array
+    di_BNT: jax.Array
+
+
+jax.tree_util.register_dataclass(Rows, ["o_BTNH", "do_BTNH", "lse_BNT", "di_BNT"], [])
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Attention of queries over one block of the keys that they see.
 
     forward(q_BTNH, k_BSKH, v_BSKH, mask=BlockMask) -> o_BTNH, lse_BNT: normalised within the block,
-    and the float32 log-sum-exp of its scores. Where a query sees no key of the block, o is finite
-    and lse so low that exp(lse) is 0.
+    and the float32 log-sum-exp of its scores q k^T: q comes scaled. Where a query sees no key of
+    the block, o is finite and lse so low that exp(lse) is 0.
 
-    backward(q, k, v, o, lse, do, mask=BlockMask) -> dq, dk, dv: the block's share, where o and lse
-    are those over all keys.
+    backward(q, k, v, mask=BlockMask, rows=Rows) -> dq, dk, dv: the block's share.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -127,7 +143,7 @@ def attention(
 
 def _forward(schedule, blocks, axis, q, k, v, ids):
     forward, _ = _SCHEDULES[schedule]
-    o, lse = forward(blocks, axis, q, k, v, ids)
+    o, lse = forward(blocks, axis, _scaled(q), k, v, ids)
     o = checkpoint_name(o.astype(q.dtype), RESIDUAL_NAME)
     lse = checkpoint_name(lse, RESIDUAL_NAME)
     return o, (q, k, v, ids, o, lse)
@@ -135,9 +151,12 @@ def _forward(schedule, blocks, axis, q, k, v, ids):
 
 def _backward(schedule, blocks, axis, residuals, do):
     _, backward = _SCHEDULES[schedule]
-    q, k, v, *_ = residuals
-    dq, dk, dv = backward(blocks, axis, *residuals, do)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    q, k, v, ids, o, lse = residuals
+    # float32 island: these sums cancel most of dP.
+    di = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32)
+    rows = Rows(o, do, lse, di)
+    dq, dk, dv = backward(blocks, axis, _scaled(q), k, v, ids, rows)
+    return _scaled(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 attention.defvjp(_forward, _backward)
@@ -147,74 +166,74 @@ def _ring_forward(blocks, axis, q, k, v, ids):
     n = jax.lax.axis_size(axis)
     visitors = _shift((k, v, ids), axis)
     total = _own_forward(blocks, q, k, v, ids)
-
-    def visit(total, visitors, distance):
-        return _merge(total, _forward_block(blocks, axis, q, ids, visitors, distance))
+    visit = functools.partial(_visit_forward, blocks, axis, _both_and_second(q, ids))
 
     def round_(carry, distance):
         total, visitors = carry
         coming = _shift(visitors, axis)  # issued before the block, which does not need it
-        return (visit(total, visitors, distance), coming), None
+        return (_merge(total, visit(visitors, distance)), coming), None
 
     if n > 2:
         (total, visitors), _ = jax.lax.scan(round_, (total, visitors), jnp.arange(1, n - 1))
-    return visit(total, visitors, n - 1)
+    return _merge(total, visit(visitors, n - 1))
 
 
-def _ring_backward(blocks, axis, q, k, v, ids, o, lse, do):
+def _ring_backward(blocks, axis, q, k, v, ids, rows):
     n = jax.lax.axis_size(axis)
     visitors = _shift((k, v, ids), axis)
-    dq, *d_own = _own_backward(blocks, q, k, v, ids, o, lse, do)
-
-    def visit(dq, visitors, distance):
-        more, *d_visitors = _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance)
-        return dq + more, tuple(d_visitors)
+    dq, *d_own = _own_backward(blocks, q, k, v, ids, rows)
+    visit = functools.partial(_visit_backward, blocks, axis, _both_and_second(q, ids, rows))
 
     def round_(carry, distance):
         dq, visitors, sums = carry
         coming, sums = _shift((visitors, sums), axis)
-        dq, more = visit(dq, visitors, distance)
-        return (dq, coming, _add(sums, more)), None
+        more, *d_visitors = visit(visitors, distance)
+        return (dq + more, coming, _add(sums, d_visitors)), None
 
     # Gradients travel with their keys and values from the first device that has some to add.
     coming = _shift(visitors, axis) if n > 2 else None
-    dq, sums = visit(dq, visitors, 1)
+    more, *sums = _float32(visit(visitors, 1))
+    dq = dq + more
     if n > 2:
-        carry, _ = jax.lax.scan(round_, (dq, coming, sums), jnp.arange(2, n - 1))
-        dq, visitors, sums = carry
+        carry = (dq, coming, sums)
+        (dq, visitors, sums), _ = jax.lax.scan(round_, carry, jnp.arange(2, n - 1))
         sums = _shift(sums, axis)
-        dq, more = visit(dq, visitors, n - 1)
-        sums = _add(sums, more)
+        more, *d_visitors = visit(visitors, n - 1)
+        dq, sums = dq + more, _add(sums, d_visitors)
     return dq, *_add(_shift(sums, axis), d_own)
 
 
 def _gather_forward(blocks, axis, q, k, v, ids):
     n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     everyone = jax.lax.all_gather((k, v, ids), axis)
+    visit = functools.partial(_visit_forward, blocks, axis, _both_and_second(q, ids))
 
     def round_(total, distance):
         visitors = jax.tree.map(lambda x: x[(i - distance) % n], everyone)
-        return _merge(total, _forward_block(blocks, axis, q, ids, visitors, distance)), None
+        return _merge(total, visit(visitors, distance)), None
 
     total = _own_forward(blocks, q, k, v, ids)
     return jax.lax.scan(round_, total, jnp.arange(1, n))[0]
 
 
-def _gather_backward(blocks, axis, q, k, v, ids, o, lse, do):
+def _gather_backward(blocks, axis, q, k, v, ids, rows):
     n, i = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     everyone = jax.lax.all_gather((k, v, ids), axis)
+    visit = functools.partial(_visit_backward, blocks, axis, _both_and_second(q, ids, rows))
 
     def round_(carry, distance):
         dq, sums = carry
         j = (i - distance) % n
-        visitors = jax.tree.map(lambda x: x[j], everyone)
-        more, *d_visitors = _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance)
-        sums = jax.tree.map(lambda to, x: to.at[j].set(x), sums, tuple(d_visitors))
-        return (dq + more, sums), None
+        more, *d_visitors = visit(jax.tree.map(lambda x: x[j], everyone), distance)
+        return (dq + more, set_row(sums, d_visitors, j)), None
 
-    dq, *d_own = _own_backward(blocks, q, k, v, ids, o, lse, do)
-    sums = jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype).at[i].set(x), tuple(d_own))
-    (dq, sums), _ = jax.lax.scan(round_, (dq, sums), jnp.arange(1, n))
+    def set_row(sums, d_visitors, j):
+        return [to.at[j].set(x.astype(to.dtype)) for to, x in zip(sums, d_visitors, strict=True)]
+
+    dq, *d_own = _own_backward(blocks, q, k, v, ids, rows)
+    sums = [jnp.zeros((n, *x.shape), jnp.float32) for x in d_own]
+    carry = (dq, set_row(sums, d_own, i))
+    (dq, sums), _ = jax.lax.scan(round_, carry, jnp.arange(1, n))
     return dq, *jax.lax.psum_scatter(sums, axis)
 
 
@@ -229,45 +248,57 @@ def _own_forward(blocks, q, k, v, ids):
     return o.astype(jnp.float32), lse
 
 
-def _own_backward(blocks, q, k, v, ids, o, lse, do):
-    return _float32(blocks.backward(q, k, v, o, lse, do, mask=BlockMask(True, ids, ids)))
+def _own_backward(blocks, q, k, v, ids, rows):
+    return _float32(blocks.backward(q, k, v, mask=BlockMask(True, ids, ids), rows=rows))
 
 
-def _forward_block(blocks, axis, q, ids, visitors, distance):
+def _both_and_second(*trees):
+    """What is known of the queries, and that of the second chunk's alone.
+
+    The second is copied once, behind a barrier: XLA would copy it again in every round.
+    """
+    return trees, jax.lax.optimization_barrier(_second(trees))
+
+
+def _visit_forward(blocks, axis, queries, visitors, distance):
     """(o, lse) of the local queries over the chunks of the device `distance` before this one."""
+    (q, ids), (late_q, late_ids) = queries
 
     def from_before():
-        k, v, kv_ids = jax.tree.map(_first, visitors)
+        k, v, kv_ids = _first(visitors)
         return blocks.forward(q, k, v, mask=BlockMask(False, ids, kv_ids))
 
     def from_behind():
         k, v, kv_ids = visitors
-        mask = BlockMask(False, jax.tree.map(_second, ids), kv_ids)
-        o, lse = blocks.forward(_second(q), k, v, mask=mask)
-        nothing = jnp.full_like(lse, -jnp.inf)
-        return _after(o), jnp.concatenate([nothing, lse], axis=2)
+        o, lse = blocks.forward(late_q, k, v, mask=BlockMask(False, late_ids, kv_ids))
+        return _after(o), jnp.concatenate([jnp.full_like(lse, -jnp.inf), lse], axis=2)
 
-    return jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
+    return _cond(axis, distance, from_before, from_behind)
 
 
-def _backward_block(blocks, axis, q, ids, o, lse, do, visitors, distance):
-    """(dq, dk, dv) in float32, as `_forward_block`."""
+def _visit_backward(blocks, axis, queries, visitors, distance):
+    """(dq, dk, dv), as `_visit_forward`."""
+    (q, ids, rows), (late_q, late_ids, late_rows) = queries
 
     def from_before():
-        k, v, kv_ids = jax.tree.map(_first, visitors)
-        mask = BlockMask(False, ids, kv_ids)
-        dq, dk, dv = blocks.backward(q, k, v, o, lse, do, mask=mask)
+        k, v, kv_ids = _first(visitors)
+        dq, dk, dv = blocks.backward(q, k, v, mask=BlockMask(False, ids, kv_ids), rows=rows)
         return dq, _before(dk), _before(dv)
 
     def from_behind():
         k, v, kv_ids = visitors
-        mask = BlockMask(False, jax.tree.map(_second, ids), kv_ids)
-        dq, dk, dv = blocks.backward(
-            _second(q), k, v, _second(o), _halves(lse, axis=2)[1], _second(do), mask=mask
-        )
+        mask = BlockMask(False, late_ids, kv_ids)
+        dq, dk, dv = blocks.backward(late_q, k, v, mask=mask, rows=late_rows)
         return _after(dq), dk, dv
 
-    return _float32(jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind))
+    return _cond(axis, distance, from_before, from_behind)
+
+
+def _cond(axis, distance, from_before, from_behind):
+    # The barrier keeps XLA from moving casts to float32 into the branches: twice the bytes.
+    return jax.lax.optimization_barrier(
+        jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
+    )
 
 
 def _merge(total, part):
@@ -286,30 +317,36 @@ def _shift(tree, axis: str):
     return jax.lax.ppermute(tree, axis, [(i, (i + 1) % n) for i in range(n)])
 
 
+def _scaled(q_BTNH: jax.Array) -> jax.Array:
+    """q / sqrt(H): scores' scale, and that of the gradient of q."""
+    return q_BTNH / math.sqrt(q_BTNH.shape[-1])
+
+
 def _add(tree, other):
-    return jax.tree.map(jnp.add, tree, tuple(other))
+    return [a + b for a, b in zip(tree, other, strict=True)]
 
 
 def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _halves(x: jax.Array, *, axis: int = 1) -> list[jax.Array]:
-    return jnp.split(x, 2, axis=axis)
+def _first(tree):
+    return jax.tree.map(lambda x: _halves(x)[0], tree)
 
 
-def _first(x_BT: jax.Array) -> jax.Array:
-    return _halves(x_BT)[0]
+def _second(tree):
+    return jax.tree.map(lambda x: _halves(x)[1], tree)
 
 
-def _second(x_BT: jax.Array) -> jax.Array:
-    return _halves(x_BT)[1]
+def _halves(x: jax.Array) -> list[jax.Array]:
+    """The two chunks of [B, T], [B, T, N, H] or [B, N, T]."""
+    return jnp.split(x, 2, axis=2 if x.ndim == 3 else 1)
 
 
-def _before(x_BT: jax.Array) -> jax.Array:
+def _before(x_BTNH: jax.Array) -> jax.Array:
     """`x` and as many zeros, along the length."""
-    return jnp.concatenate([x_BT, jnp.zeros_like(x_BT)], axis=1)
+    return jnp.concatenate([x_BTNH, jnp.zeros_like(x_BTNH)], axis=1)
 
 
-def _after(x_BT: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.zeros_like(x_BT), x_BT], axis=1)
+def _after(x_BTNH: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros_like(x_BTNH), x_BTNH], axis=1)

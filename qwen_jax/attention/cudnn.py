@@ -1,7 +1,5 @@
 """cuDNN's fused flash attention (GPU only), over whole rows and over blocks of a ring."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -59,19 +57,17 @@ def block_backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    o_BTNH: jax.Array,
-    lse_BNT: jax.Array,
-    do_BTNH: jax.Array,
     *,
     mask: ring.BlockMask,
+    rows: ring.Rows,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `partitioning.ring.Blocks`."""
     if mask.q_ids_BT is None or mask.causal:
-        return _backward(q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, do_BTNH, mask)
+        return _backward(q_BTNH, k_BSKH, v_BSKH, rows, mask)
     seen_BT, seen_BS = _shared_document(mask)
     lengths = [jnp.maximum(1, seen.sum(axis=1, dtype=jnp.int32)) for seen in (seen_BT, seen_BS)]
     dq_BTNH, dk_BSKH, dv_BSKH = _backward(
-        q_BTNH, k_BSKH[:, ::-1], v_BSKH[:, ::-1], o_BTNH, lse_BNT, do_BTNH, mask, *lengths
+        q_BTNH, k_BSKH[:, ::-1], v_BSKH[:, ::-1], rows, mask, *lengths
     )
     dq_BTNH = jnp.where(seen_BT[:, :, None, None], dq_BTNH, 0)
     seen_BS = seen_BS[:, :, None, None]
@@ -101,10 +97,10 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: ring.BlockMask, *lengths_B):
     return o_BTNH, lse_BNT
 
 
-def _backward(q_BTNH, k_BSKH, v_BSKH, o_BTNH, lse_BNT, do_BTNH, mask, *lengths_B):
+def _backward(q_BTNH, k_BSKH, v_BSKH, rows: ring.Rows, mask: ring.BlockMask, *lengths_B):
     operands, static = _call(q_BTNH, mask, lengths_B)
     dq_BTNH, dk_BSKH, dv_BSKH = fused._dot_product_attention_bwd_p_wrapper.bind(
-        q_BTNH, k_BSKH, v_BSKH, *operands, lse_BNT, o_BTNH, do_BTNH, **static
+        q_BTNH, k_BSKH, v_BSKH, *operands, rows.lse_BNT, rows.o_BTNH, rows.do_BTNH, **static
     )
     return dq_BTNH, dk_BSKH, dv_BSKH
 
@@ -125,7 +121,7 @@ def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple):
     # bias, lengths of queries and keys, their offsets, page tables of keys and values
     operands = (bias, *(lengths_B or (unused, unused)), unused, unused, unused, unused)
     static = {
-        "scale": 1 / math.sqrt(q_BTNH.shape[3]),
+        "scale": 1.0,  # of queries that are scaled already
         "seed": 0,
         "dropout_rate": 0.0,
         "variadic_args": (bias is not unused, False),  # a bias; no gradient of it

@@ -36,19 +36,17 @@ def weighted_values(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, visible_BTS: jax.Array
 ) -> jax.Array:
     """softmax over the visible keys, times the values; query heads n = k G + g share head k."""
-    scores_BKGTS = _scores(q_BTNH, k_BSKH, visible_BTS)
+    scores_BKGTS = _scores(q_BTNH, k_BSKH) / math.sqrt(q_BTNH.shape[3])
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
     return o_BTKGH.reshape(q_BTNH.shape)
 
 
-def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """q k^T / sqrt(H), MASKED where not visible. float32 island: summed and exponentiated."""
+def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """q k^T. float32 island: scores are summed and exponentiated."""
     q_BTKGH = _grouped(q_BTNH, K=k_BSKH.shape[2])
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    ) / math.sqrt(q_BTNH.shape[3])
-    return jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
+    return jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
 
 
 def _grouped(x_BTNH: jax.Array, *, K: int) -> jax.Array:
@@ -61,7 +59,7 @@ def block_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See `partitioning.ring.Blocks`."""
     B, T, N, _ = q_BTNH.shape
-    scores_BKGTS = _scores(q_BTNH, k_BSKH, _block_visible(mask, T=T, S=k_BSKH.shape[1]))
+    scores_BKGTS = _block_scores(q_BTNH, k_BSKH, mask)
     lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
     weights_BKGTS = jnp.exp(scores_BKGTS - lse_BKGT[..., None]).astype(v_BSKH.dtype)
     o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
@@ -72,38 +70,33 @@ def block_backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    o_BTNH: jax.Array,
-    lse_BNT: jax.Array,
-    do_BTNH: jax.Array,
     *,
     mask: ring.BlockMask,
+    rows: ring.Rows,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `partitioning.ring.Blocks`. arXiv 2205.14135, appendix B.4:
 
-    P = exp(scores - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
+    P = exp(scores - lse), dV = P^T dO, dS = P * (dO V^T - di), dQ = dS K, dK = dS^T Q.
     """
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     K = k_BSKH.shape[2]
-    scores_BKGTS = _scores(q_BTNH, k_BSKH, _block_visible(mask, T=T, S=k_BSKH.shape[1]))
-    p_BKGTS = jnp.exp(scores_BKGTS - lse_BNT.reshape(B, K, N // K, T)[..., None])
-    do_BTKGH, q_BTKGH = _grouped(do_BTNH, K=K), _grouped(q_BTNH, K=K)
-    # float32 island: sums of the products of o and do cancel most of dP.
-    product_BTNH = o_BTNH.astype(jnp.float32) * do_BTNH.astype(jnp.float32)
-    row_BKGT = jnp.moveaxis(_grouped(product_BTNH, K=K).sum(axis=-1), 1, 3)
+    lse_BKGT, di_BKGT = (x.reshape(B, K, N // K, T) for x in (rows.lse_BNT, rows.di_BNT))
+    p_BKGTS = jnp.exp(_block_scores(q_BTNH, k_BSKH, mask) - lse_BKGT[..., None])
+    q_BTKGH, do_BTKGH = _grouped(q_BTNH, K=K), _grouped(rows.do_BTNH, K=K)
     dp_BKGTS = jnp.einsum("btkgh,bskh->bkgts", do_BTKGH, v_BSKH, preferred_element_type=jnp.float32)
-    ds_BKGTS = p_BKGTS * (dp_BKGTS - row_BKGT[..., None]) / math.sqrt(H)
-    p_BKGTS, ds_BKGTS = p_BKGTS.astype(v_BSKH.dtype), ds_BKGTS.astype(k_BSKH.dtype)
+    ds_BKGTS = (p_BKGTS * (dp_BKGTS - di_BKGT[..., None])).astype(k_BSKH.dtype)
     dq_BTKGH = jnp.einsum("bkgts,bskh->btkgh", ds_BKGTS, k_BSKH)
     dk_BSKH = jnp.einsum("bkgts,btkgh->bskh", ds_BKGTS, q_BTKGH)
-    dv_BSKH = jnp.einsum("bkgts,btkgh->bskh", p_BKGTS, do_BTKGH)
+    dv_BSKH = jnp.einsum("bkgts,btkgh->bskh", p_BKGTS.astype(v_BSKH.dtype), do_BTKGH)
     return dq_BTKGH.reshape(q_BTNH.shape), dk_BSKH, dv_BSKH
 
 
-def _block_visible(mask: ring.BlockMask, *, T: int, S: int) -> jax.Array:
-    """The block's mask as booleans [B or 1, T, S]."""
-    seen = jnp.ones((1, T, S), bool)
+def _block_scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: ring.BlockMask) -> jax.Array:
+    """q k^T, MASKED where the block's mask hides."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    seen_BTS = jnp.ones((1, T, S), bool)
     if mask.causal:
-        seen &= (jnp.arange(S)[None, :] <= jnp.arange(T)[:, None])[None]
+        seen_BTS &= (jnp.arange(S)[None, :] <= jnp.arange(T)[:, None])[None]
     if mask.q_ids_BT is not None:
-        seen &= mask.q_ids_BT[:, :, None] == mask.kv_ids_BS[:, None, :]
-    return seen
+        seen_BTS &= mask.q_ids_BT[:, :, None] == mask.kv_ids_BS[:, None, :]
+    return jnp.where(seen_BTS[:, None, None], _scores(q_BTNH, k_BSKH), MASKED)

@@ -4,7 +4,6 @@ The kernel (arXiv 2205.14135's blocked softmax) skips blocks that the causal mas
 its output and log-sum-exp for the backward pass under the checkpoint name `attention_out`.
 """
 
-import functools
 import math
 from typing import Literal
 
@@ -32,11 +31,11 @@ def attention(
     Lengths are padded to a multiple of 128, and head sizes too (0.5B has 64). `interpret` runs the
     kernel on a CPU, step by step, for tests.
     """
-    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
     q_ids_BT, kv_ids_BS = _ids(mask, B=B, T=T, S=S)
     kernel = _kernel(T, S, N, causal=mask.causal, results="o", interpret=interpret)
     segments = _segments(q_ids_BT, kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
-    q_BNTH, k_BKSH, v_BKSH = _operands(q_BTNH, k_BSKH, v_BSKH)
+    q_BNTH, k_BKSH, v_BKSH = map(_widen, (q_BTNH / math.sqrt(H), k_BSKH, v_BSKH))
     o_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
     return _narrow(o_BNTH, like=q_BTNH)
 
@@ -53,7 +52,7 @@ def block_forward(
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
     segments = _segments(mask.q_ids_BT, mask.kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
-    o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*_operands(q_BTNH, k_BSKH, v_BSKH), segments)
+    o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*map(_widen, (q_BTNH, k_BSKH, v_BSKH)), segments)
     return _narrow(o_BNTH, like=q_BTNH), lse_BNT[:, :, :T]
 
 
@@ -61,29 +60,55 @@ def block_backward(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    o_BTNH: jax.Array,
-    lse_BNT: jax.Array,
-    do_BTNH: jax.Array,
     *,
     mask: ring.BlockMask,
+    rows: ring.Rows,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `partitioning.ring.Blocks`. By the two kernels of the library's own backward pass."""
-    (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
+    tiles = kernel.kwargs["block_sizes"]
+    shared = {
+        "is_mqa": False,
+        "q_layout": tiles.q_layout,
+        "k_layout": tiles.k_layout,
+        "v_layout": tiles.v_layout,
+        **{
+            name: kernel.kwargs[name]
+            for name in ("mask_value", "attn_logits_soft_cap", "mask_function", "interpret")
+        },
+    }
+
+    def one_row(q, k, v, segments, lse, do, di):
+        operands = q, k, v, segments, None, lse, do, di
+        dq = kernels._splash_attention_bwd_dq(
+            *operands,
+            bq=tiles.block_q_dq,
+            bkv=tiles.block_kv_dq,
+            mask_info=kernel.dq_mask_info,
+            **shared,
+        )
+        _, dk, dv = kernels._splash_attention_bwd_dkv(
+            *operands,
+            bq=tiles.block_q_dkv,
+            bkv=tiles.block_kv_dkv,
+            bkv_compute=tiles.block_kv_dkv_compute,
+            mask_info=kernel.dkv_mask_info,
+            use_fused_bwd_kernel=False,
+            **shared,
+        )
+        return dq, dk, dv
+
     segments = _segments(mask.q_ids_BT, mask.kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
-    pull = functools.partial(kernels._splash_attention_bwd, **kernel.kwargs)
-
-    def one_row(q, k, v, segments, o, lse, do):
-        kept = (q, k, v, segments, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        return pull(res=kept, do=do)[3:6]
-
-    lse_BNT = jnp.pad(lse_BNT, ((0, 0), (0, 0), (0, -T % LANES)))
-    operands = *_operands(q_BTNH, k_BSKH, v_BSKH), segments, _widen(o_BTNH), lse_BNT
-    dq_BNTH, dk_BKSH, dv_BKSH = jax.vmap(one_row)(*operands, _widen(do_BTNH))
-    # The kernel's q is q / sqrt(H).
-    dq_BTNH = _narrow(dq_BNTH, like=q_BTNH) / math.sqrt(H)
-    return dq_BTNH, _narrow(dk_BKSH, like=k_BSKH), _narrow(dv_BKSH, like=v_BSKH)
+    lse_BNT, di_BNT = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, -T % LANES))) for x in (rows.lse_BNT, rows.di_BNT)
+    )
+    operands = *map(_widen, (q_BTNH, k_BSKH, v_BSKH)), segments, lse_BNT, _widen(rows.do_BTNH)
+    gradients = jax.vmap(one_row)(*operands, di_BNT)
+    return tuple(
+        _narrow(x, like=like) for x, like in zip(gradients, (q_BTNH, k_BSKH, v_BSKH), strict=True)
+    )
 
 
 def block_sizes(T: int, S: int) -> kernels.BlockSizes:
@@ -126,11 +151,6 @@ def _kernel(
         residual_checkpoint_name=RESIDUAL_NAME if results == "o" else None,
         interpret=interpret,
     )
-
-
-def _operands(q_BTNH, k_BSKH, v_BSKH) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q / sqrt(H), k and v as the kernel takes them."""
-    return _widen(q_BTNH / math.sqrt(q_BTNH.shape[3])), _widen(k_BSKH), _widen(v_BSKH)
 
 
 def _widen(x_BTNH: jax.Array) -> jax.Array:
