@@ -25,6 +25,7 @@ LOGICAL_AXES = (
     "length",  # tokens of a sequence
     "cache_length",  # positions of a key-value cache
     "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
+    "outer_length",  # tokens of a sequence, over those of `length` that do not shard `embed`
     "act_embed",  # the residual stream's width in an activation
     "act_heads",
     "act_kv_heads",
@@ -67,12 +68,14 @@ def check_axis(logical: str) -> None:
         raise ValueError(f"unknown logical axis {logical!r}; known: {', '.join(LOGICAL_AXES)}")
 
 
-# FSDP (ZeRO-3) over `fsdp`, Megatron tensor parallelism over `tensor`, batch over all data axes.
+# FSDP (ZeRO-3) over `fsdp` and `context`, Megatron tensor parallelism over `tensor`, batch over all
+# data axes. Devices that share a sequence hold other tokens of it, as those of `fsdp` hold other
+# sequences: weights are as well split over the one as over the other.
 TRAIN = Rules(
     "train",
     (
         ("vocab", ("tensor",)),
-        ("embed", ("fsdp",)),
+        ("embed", ("fsdp", "context")),
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),

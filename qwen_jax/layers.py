@@ -81,15 +81,16 @@ class Embed(nnx.Module):
     ) -> jax.Array:
         """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
 
-        With the table's columns over X = fsdp, each device reads its columns for every sequence of
-        its group: [B, T, D_X] -> all-to-all -> [B_X, T, D]. The table, larger than a batch, is
-        never gathered, and neither is its gradient.
+        With the table's columns over X = fsdp and Y = context, each device reads its columns for
+        every token of its group: [B, T, D_XY] -> all-to-all -> [B_X, T_Y, D]. The table, larger
+        than a batch, is never gathered, and neither is its gradient.
         """
-        tokens_BT = sharding.constrain(tokens_BT, ("outer_batch", "length"), layout)
+        outer = ("outer_batch", "outer_length")
+        tokens_BT = sharding.constrain(tokens_BT, outer, layout)
         table = jnp.asarray(self.weight[...])
         rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
-        rows = sharding.constrain(rows.astype(dtype), ("outer_batch", "length", "embed"), layout)
+        rows = sharding.constrain(rows.astype(dtype), (*outer, "embed"), layout)
         return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
 
 

@@ -39,48 +39,45 @@ def cross_entropy(
     """sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
 
     The z term is PaLM's (arXiv 2204.02311, section 5). `chunk` tokens of every sequence have
-    logits at one time. Gradients run through `loss` alone, to hidden and kernel; they are computed
-    in the forward pass, where the logits are at hand, so that no logits are computed twice.
+    logits at one time; where the length is spread, as many of every part. Gradients run through
+    `loss` alone, to hidden and kernel; they are computed in the forward pass, where the logits are
+    at hand, so that no logits are computed twice.
     """
-    T = targets_BT.shape[1]
-    chunk = min(chunk, T)
-    padding = -T % chunk
-    if padding:
-        widen = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-        hidden_BTD, targets_BT, weights_BT = map(widen, (hidden_BTD, targets_BT, weights_BT))
-    loss, parts = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout)
-    return LossSums(loss, *parts)
+    parts = _parts("length", layout)
+    chunk = min(max(1, chunk // parts), targets_BT.shape[1] // parts)
+    loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout)
+    return LossSums(loss, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
     kernel_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
 
-    def step(sums_B, inputs):
+    def step(sums_BX, inputs):
         hidden_BCD, targets_BC, weights_BC = inputs
         logits_BCV = _logits(hidden_BCD, kernel_DV, layout)
-        terms_B, _ = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss)
-        return jax.tree.map(jnp.add, sums_B, terms_B), None
+        terms_BX, _ = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout)
+        return jax.tree.map(jnp.add, sums_BX, terms_BX), None
 
-    inputs = [_split(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)]
-    sums_B, _ = jax.lax.scan(step, _zero_sums(hidden_BTD, layout), inputs)
-    loss, *parts = map(jnp.sum, sums_B)
+    inputs = [_split(x, chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
+    sums_BX, _ = jax.lax.scan(step, _zero_sums(hidden_BTD, layout), inputs)
+    loss, *parts = map(jnp.sum, sums_BX)
     return loss, tuple(parts)
 
 
 def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
     gathered_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
     B, (D, V) = hidden_BTD.shape[0], kernel_DV.shape
-    # Z parts of the batch, one a data-parallel device: each sums its own gradient over the chunks,
-    # and the sums of the devices meet once, after the loop, rather than once a chunk.
-    Z = 1 if layout is None else layout.size("batch")
-    parts_axes = ("batch", "act_embed", "act_vocab")
+    # Z parts of the batch and X of the length, one a device: each sums its own gradient over the
+    # chunks, and the sums of the devices meet once, after the loop, rather than once a chunk.
+    Z, X = _parts("batch", layout), _parts("length", layout)
+    parts_axes = ("batch", "length", "act_embed", "act_vocab")
 
     def step(carry, inputs):
-        sums_B, gradient_ZDV = carry
+        sums_BX, gradient_ZXDV = carry
         hidden_BCD, targets_BC, weights_BC = inputs
         logits_BCV = _logits(hidden_BCD, gathered_DV, layout)
-        terms_B, log_z_BC = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss)
+        terms_BX, log_z_BC = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout)
         # d loss / d logits = w (softmax (1 + 2 z_loss log Z) - one hot)
         scale_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC)
         slope_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) * scale_BC[..., None]
@@ -89,27 +86,27 @@ def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, 
         slope_BCV = slope_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
         slope_BCV = slope_BCV.astype(hidden_BTD.dtype)
         slope_BCD = jnp.einsum("bcv,dv->bcd", slope_BCV, gathered_DV)
-        gradient_ZDV += jnp.einsum(
-            "zbcd,zbcv->zdv",
-            hidden_BCD.reshape(Z, B // Z, chunk, D),
-            slope_BCV.reshape(Z, B // Z, chunk, V),
+        gradient_ZXDV += jnp.einsum(
+            "zbxcd,zbxcv->zxdv",
+            hidden_BCD.reshape(Z, B // Z, X, chunk, D),
+            slope_BCV.reshape(Z, B // Z, X, chunk, V),
             preferred_element_type=jnp.float32,
         )
-        gradient_ZDV = sharding.constrain(gradient_ZDV, parts_axes, layout)
-        return (jax.tree.map(jnp.add, sums_B, terms_B), gradient_ZDV), slope_BCD
+        gradient_ZXDV = sharding.constrain(gradient_ZXDV, parts_axes, layout)
+        return (jax.tree.map(jnp.add, sums_BX, terms_BX), gradient_ZXDV), slope_BCD
 
-    inputs = [_split(x, chunk) for x in (hidden_BTD, targets_BT, weights_BT)]
-    gradient_ZDV = jnp.zeros((Z, D, V), jnp.float32)  # summed over chunks in float32
-    gradient_ZDV = sharding.constrain(gradient_ZDV, parts_axes, layout)
-    carry = (_zero_sums(hidden_BTD, layout), gradient_ZDV)
-    (sums_B, gradient_ZDV), slopes = jax.lax.scan(step, carry, inputs)
-    loss, *parts = map(jnp.sum, sums_B)
+    inputs = [_split(x, chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
+    gradient_ZXDV = jnp.zeros((Z, X, D, V), jnp.float32)  # summed over chunks in float32
+    gradient_ZXDV = sharding.constrain(gradient_ZXDV, parts_axes, layout)
+    carry = (_zero_sums(hidden_BTD, layout), gradient_ZXDV)
+    (sums_BX, gradient_ZXDV), slopes = jax.lax.scan(step, carry, inputs)
+    loss, *parts = map(jnp.sum, sums_BX)
     if inputs[0].shape[0] == 1:
         # One chunk is no loop: XLA would fold tied embeddings' transpose into the bfloat16 product,
         # a form that its CPU backend compiles but cannot run.
-        gradient_ZDV = jax.lax.optimization_barrier(gradient_ZDV)
-    gradient_DV = _meet(gradient_ZDV, layout)
-    gradient_BTD = jnp.moveaxis(slopes, 0, 1).reshape(hidden_BTD.shape)
+        gradient_ZXDV = jax.lax.optimization_barrier(gradient_ZXDV)
+    gradient_DV = _meet(gradient_ZXDV, layout)
+    gradient_BTD = _join(slopes, hidden_BTD.shape[1], layout)
     # The kernel rides along for its dtype alone.
     return (loss, tuple(parts)), (gradient_BTD, gradient_DV, jnp.zeros((), kernel_DV.dtype))
 
@@ -138,16 +135,20 @@ def _gathered(kernel_DV: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> 
     return sharding.constrain(kernel_DV, ("act_embed", "act_vocab"), layout)
 
 
-def _meet(gradient_ZDV: jax.Array, layout: Layout | None) -> jax.Array:
-    """The sum over Z: [Z_YX, D, V] -> reduce-scatter -> [Z_Y, D_X, V] -> all-reduce -> [D_X, V].
+def _parts(logical: str, layout: Layout | None) -> int:
+    return 1 if layout is None else layout.size(logical)
 
-    X is the axis that shards `embed`, Y the rest of the batch's axes.
+
+def _meet(gradient_ZXDV: jax.Array, layout: Layout | None) -> jax.Array:
+    """The sum over Z and X: [Z_YU, X_W, D, V] -> reduce-scatter -> [Z_Y, D_UW, V] -> all-reduce.
+
+    U and W are the axes that shard `embed`, Y the rest of the batch's axes.
     """
     if layout is None:
-        return gradient_ZDV.sum(axis=0)
-    Z, D, V = gradient_ZDV.shape
+        return gradient_ZXDV.sum(axis=(0, 1))
+    Z, X, D, V = gradient_ZXDV.shape
     outer = layout.size("outer_batch")
-    gradient_YDV = gradient_ZDV.reshape(outer, Z // outer, D, V).sum(axis=1)
+    gradient_YDV = gradient_ZXDV.reshape(outer, Z // outer, X, D, V).sum(axis=(1, 2))
     gradient_YDV = sharding.constrain(gradient_YDV, ("outer_batch", "embed", "vocab"), layout)
     return sharding.constrain(gradient_YDV.sum(axis=0), ("embed", "vocab"), layout)
 
@@ -157,11 +158,11 @@ def _logits(hidden_BCD: jax.Array, kernel_DV: jax.Array, layout: Layout | None) 
     logits_BCV = jnp.einsum(
         "bcd,dv->bcv", hidden_BCD, kernel_DV, preferred_element_type=jnp.float32
     )
-    return sharding.constrain(logits_BCV, ("batch", None, "act_vocab"), layout)
+    return sharding.constrain(logits_BCV, ("batch", "length", "act_vocab"), layout)
 
 
-def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss):
-    """(loss, cross-entropy, number right, weight) of each sequence [B], and log Z [B, C].
+def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout):
+    """(loss, cross-entropy, number right, weight) of each part [B, X], and log Z [B, C].
 
     Two passes over the logits: the maximum and the target's logit, then the sum of exponentials.
     """
@@ -177,7 +178,8 @@ def _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss):
     entropy_BC = jnp.where(weights_BC == 0, 0.0, log_z_BC - target_BC)
     right_BC = target_BC >= peak_BC
     terms = (entropy_BC + z_loss * log_z_BC**2, entropy_BC, right_BC, jnp.ones_like(entropy_BC))
-    return tuple(jnp.sum(weights_BC * term_BC, axis=-1) for term_BC in terms), log_z_BC
+    shape = (targets_BC.shape[0], _parts("length", layout), -1)
+    return tuple((weights_BC * x_BC).reshape(shape).sum(axis=-1) for x_BC in terms), log_z_BC
 
 
 def _max_of_each(left, right):
@@ -185,11 +187,27 @@ def _max_of_each(left, right):
 
 
 def _zero_sums(hidden_BTD: jax.Array, layout: Layout | None) -> tuple[jax.Array, ...]:
-    zeros_B = jnp.zeros(hidden_BTD.shape[:1], jnp.float32)
-    return (sharding.constrain(zeros_B, ("batch",), layout),) * 4
+    zeros_BX = jnp.zeros((hidden_BTD.shape[0], _parts("length", layout)), jnp.float32)
+    return (sharding.constrain(zeros_BX, ("batch", "length"), layout),) * 4
 
 
-def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], to scan over."""
-    B, T = x.shape[:2]
-    return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+def _split(x: jax.Array, chunk: int, layout: Layout | None) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, X chunk, ...], to scan over: `chunk` of each of X parts at a time.
+
+    A part is what one device has of a sequence; it is padded to whole chunks, with weight 0.
+    """
+    B, X = x.shape[0], _parts("length", layout)
+    parts = x.reshape(B, X, -1, *x.shape[2:])
+    beyond = ((0, 0), (0, 0), (0, -parts.shape[2] % chunk)) + ((0, 0),) * (x.ndim - 2)
+    chunks = jnp.pad(parts, beyond).reshape(B, X, -1, chunk, *x.shape[2:])
+    chunks = jnp.moveaxis(chunks, 2, 0).reshape(-1, B, X * chunk, *x.shape[2:])
+    return sharding.constrain(chunks, (None, "batch", "length", *[None] * (x.ndim - 2)), layout)
+
+
+def _join(chunks: jax.Array, length: int, layout: Layout | None) -> jax.Array:
+    """What `_split` split, with its padding cut off: [chunks, B, X chunk, D] -> [B, T, D]."""
+    S, B, C, D = chunks.shape
+    X = _parts("length", layout)
+    parts = jnp.moveaxis(chunks.reshape(S, B, X, C // X, D), 0, 2).reshape(B, X, -1, D)
+    whole_BTD = parts[:, :, : length // X].reshape(B, length, D)
+    return sharding.constrain(whole_BTD, ("batch", "length", None), layout)
