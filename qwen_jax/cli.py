@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from configs import launch as launch_configs
 from configs import recipes, schema
 
 if TYPE_CHECKING:
@@ -267,6 +268,35 @@ def quickstart(*, output: str = "runs/quickstart", num_steps: int = 300) -> int:
     from qwen_jax import quickstart as quickstart_lib
 
     quickstart_lib.run(Path(output), num_steps=num_steps)
+    return 0
+
+
+@app.command
+def launch(
+    target: Positional[launch_configs.Target],
+    *,
+    job: Annotated[launch_configs.Launch, tyro.conf.arg(name="")],
+    files: str = "launch",
+) -> int:
+    """Write checked files that start a training run on Cloud TPUs; nothing is contacted.
+
+    Args:
+        target: queued-resource (gcloud alone), xpk, or gke (a JobSet).
+        files: Folder to write to; the job's name is added.
+    """
+    from qwen_jax.launch import check, render
+
+    recipe, *flags = job.train_words  # a wrong flag stops here, not after hours in a queue
+    tyro.cli(
+        schema.Train,
+        prog=f"qwen-jax train {recipe}",
+        args=[*flags, "--output", job.output],
+        default=recipes.recipe(recipe),
+        registry=_registry(),
+    )
+    texts = render.render(job, target=target)
+    check.check(texts, job)
+    print(render.write(texts, job, folder=Path(files) / job.name))
     return 0
 
 

@@ -78,3 +78,34 @@ def test_a_model_may_be_a_config_file(tmp_path):
 )
 def test_sizes(text, size):
     assert cli._bytes(text) == size
+
+
+LAUNCH = ("launch", "gke", "--name", "run", "--project", "my-project", "--zone", "us-east5-a",
+          "--output", "gs://bucket/run", "--cluster", "c", "--image", "i")  # fmt: skip
+
+
+def test_launch_writes_files_and_says_what_they_rent(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_this = (*LAUNCH, "--topology", "2xv5e-256", "--train", "pretrain-7b --mesh.fsdp=-1")
+    code, out, _ = run(monkeypatch, capsys, *run_this)
+    assert code == 0
+    assert "512 v5e chips" in out and "128 machines" in out
+    assert sorted(path.name for path in (tmp_path / "launch/run").iterdir()) == [
+        "jobset.yaml",
+        "node_pools.sh",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "train", "message"),
+    [
+        ("v5e-250", "pretrain-7b", "v5e-128 and v5e-256"),
+        ("v5e-256", "pretrain-9b", "unknown recipe 'pretrain-9b'"),
+        ("v5e-256", "pretrain-7b --bogus 3", "--bogus"),
+    ],
+)
+def test_launch_refuses_before_it_writes(monkeypatch, capsys, tmp_path, topology, train, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, *LAUNCH, "--topology", topology, "--train", train)
+    assert code == 2 and message in err
+    assert not list(tmp_path.iterdir())

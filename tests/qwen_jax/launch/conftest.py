@@ -1,0 +1,31 @@
+"""Jobs to launch."""
+
+from collections.abc import Callable
+
+import pytest
+
+from configs import launch
+
+WAYS = {
+    "queued-resource": {"package": "gs://bucket/qwen_jax-0.1.0-py3-none-any.whl"},
+    "xpk": {"cluster": "mine", "image": "us-docker.pkg.dev/p/r/qwen-jax:1"},
+    "gke": {"cluster": "mine", "image": "us-docker.pkg.dev/p/r/qwen-jax:1"},
+}
+
+
+@pytest.fixture
+def job() -> Callable[..., launch.Launch]:
+    """A job for a target, changed field by field."""
+
+    def make(target: launch.Target, **fields: object) -> launch.Launch:
+        given = {
+            "name": "run-1",
+            "topology": "v5p-128",
+            "project": "my-project",
+            "zone": "us-east5-a",
+            "output": "gs://bucket/run",
+            "train": "pretrain-7b --data.paths 'gs://bucket/a b.jsonl'",
+        }
+        return launch.Launch(**given | WAYS[target] | fields)
+
+    return make
