@@ -1,24 +1,28 @@
 """Hugging Face's config.json and generation_config.json, read and written key by key.
 
 Every key is honoured, known to be harmless (with the reason), bound to the one value we implement,
-or refused by name. Absent keys take the defaults of transformers' `Qwen2Config`.
+or refused by name. Absent keys take the defaults of transformers' `Qwen2Config`, or where experts
+are described (`huggingface_moe.py`) of its `Qwen2MoeConfig`.
 """
 
 from typing import Any
 
-from configs import schema
+from configs import huggingface_moe, schema
+from configs.huggingface_values import means as _means
+from configs.huggingface_values import refuse_unknown as _refuse_unknown
+from configs.huggingface_values import typed as _typed
 
 # Keys that do not change what the model computes, and why.
 HARMLESS = {
     "_attn_implementation_autoset": "how transformers chose its attention kernel",
     "_name_or_path": "where the file came from",
-    "architectures": "checked apart: only Qwen2ForCausalLM",
+    "architectures": "checked apart: only causal language models",
     "attn_implementation": "transformers' choice of kernel",
     "dtype": "the tensors say what they are",
     "id2label": "labels of a classification head, which a causal model does not have",
     "label2id": "labels of a classification head, which a causal model does not have",
     "max_window_layers": "read only with use_sliding_window, which must be false",
-    "model_type": "checked apart: only qwen2",
+    "model_type": "checked apart: only qwen2 and qwen2_moe",
     "output_attentions": "what transformers' forward returns",
     "output_hidden_states": "what transformers' forward returns",
     "problem_type": "loss of a classification head, which a causal model does not have",
@@ -62,6 +66,7 @@ _DERIVED = {
     "layer_types", "dual_chunk_attention_config", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 _DEFAULT_KV_HEADS, _DEFAULT_THETA = 32, 1e4
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
 _YARN_OPTIONAL = {
     "beta_fast": float,
@@ -143,40 +148,18 @@ GENERATION_HARMLESS = {
 }
 
 
-def _typed(key: str, value: Any, kind: type, *, file: str = "config.json") -> Any:
-    """`value` as `kind`: a whole number may stand for a float, a boolean never for a number."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{file}: {key}={value!r} must be of type {kind.__name__}")
-    return value
-
-
-def _means(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether `value` is one of `allowed`; False is not 0 and True is not 1."""
-    return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
-
-
-def _refuse_unknown(values: dict, known: set[str], *, what: str) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"{what}: unknown keys {', '.join(unknown)}; they may change what the model computes, "
-            f"so they are not ignored. Remove them if you know they do not"
-        )
-
-
 def _check_kind(values: dict) -> None:
     model_type = values.get("model_type")
-    if model_type == "qwen2_moe":
-        raise ValueError("config.json: model_type=qwen2_moe is not supported yet; only qwen2 is")
-    if model_type != "qwen2":
-        raise ValueError(f"config.json: model_type={model_type!r} is not supported; only qwen2 is")
-    architectures = values.get("architectures")
-    if architectures not in (None, ["Qwen2ForCausalLM"]):
+    if model_type not in _ARCHITECTURES:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported; only "
+            f"{' and '.join(_ARCHITECTURES)} are"
+        )
+    architectures, wanted = values.get("architectures"), [_ARCHITECTURES[model_type]]
+    if architectures not in (None, wanted):
         raise ValueError(
             f"config.json: architectures={architectures} is not supported; only a causal language "
-            f"model, ['Qwen2ForCausalLM'], is"
+            f"model, {wanted}, is"
         )
     for key, (allowed, remedy) in _FIXED.items():
         if key in values and not _means(values[key], allowed):
@@ -305,6 +288,10 @@ def read_model(values: dict, *, name: str = "huggingface") -> schema.Model:
     something that is not implemented.
     """
     known = {*HARMLESS, *_FIXED, *_FIELDS, *_DERIVED}
+    sparse = values.get("model_type") == "qwen2_moe"
+    if sparse:
+        known |= huggingface_moe.KEYS
+        values = huggingface_moe.DEFAULTS | values
     _check_kind(values)
     _refuse_unknown(values, known, what="config.json")
     fields = {
@@ -322,6 +309,7 @@ def read_model(values: dict, *, name: str = "huggingface") -> schema.Model:
         rope_theta=theta,
         rope_scaling=scaling,
         dual_chunk_attention=_read_dual_chunk(values),
+        moe=huggingface_moe.read(values) if sparse else None,
         bos_token_id=_token_id("bos_token_id", values.get("bos_token_id")),
         eos_token_ids=_token_ids("eos_token_id", values.get("eos_token_id")),
         pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
@@ -331,9 +319,10 @@ def read_model(values: dict, *, name: str = "huggingface") -> schema.Model:
 
 def _canonical(model: schema.Model) -> dict:
     """config.json in the form that every transformers since 4.37 reads."""
+    model_type = "qwen2" if model.moe is None else "qwen2_moe"
     values: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_sliding_window": False,
@@ -343,6 +332,8 @@ def _canonical(model: schema.Model) -> dict:
         "pad_token_id": model.pad_token_id,
     }
     values |= {key: getattr(model, field) for key, (field, _, _) in _FIELDS.items()}
+    if model.moe is not None:
+        values |= huggingface_moe.write(model.moe)
     eos = model.eos_token_ids
     values["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
     if model.head_dim * model.num_attention_heads != model.hidden_size:
@@ -362,6 +353,7 @@ def write_model(model: schema.Model, *, base: dict | None = None, dtype: str | N
     otherwise only its harmless keys are kept. `dtype` (`bfloat16`...) is that of the weights beside
     the file.
     """
+    model = huggingface_moe.without_our_own(model)
     if base is not None and read_model(base, name=model.name) == model:
         values = dict(base)
     else:

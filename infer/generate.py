@@ -49,6 +49,7 @@ def load(
 
     `path` is a Hugging Face folder, a native checkpoint or a training run's output. `dtype`
     (`float32`, `bfloat16`) is that of the weights held and of the arithmetic.
+    Where the mesh does not divide a model's experts, ones that are never chosen are added.
     Raises `ValueError` for what cannot be loaded, and for a mesh that does not divide the model.
     """
     found = checkpoint.resolve(path)
@@ -62,6 +63,7 @@ def load(
     if mesh is not None:
         rules = rules_lib.rule_set("decode", kv_heads=mesh.kv_heads)
         layout = Layout(mesh_lib.make(mesh), rules)
+        cfg = sharding.pad_experts(cfg, layout)
         sharding.check_model(cfg, layout)
         placed = sharding.shardings(model.axes(cfg), layout)
     words = tokenizer.load(found.assets)
@@ -69,7 +71,7 @@ def load(
     said = _generation_config(found.assets)
     params = decode.prepare(
         cfg,
-        checkpoint.load_params(found, shardings=placed, dtype=dtype),
+        checkpoint.load_params(found, shardings=placed, dtype=dtype, model=cfg),
         dtype=jnp.dtype(dtype),
         form=decode.best_form(layout),
         layout=layout,

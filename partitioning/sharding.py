@@ -1,5 +1,6 @@
 """Logical axes -> PartitionSpec -> NamedSharding, and constraints inside a program."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -114,6 +115,19 @@ def check_model(cfg: schema.Model, layout: Layout) -> None:
         raise ValueError(
             f"{name}={size} is not divisible by mesh axis {mesh_axes}={parts}; {remedy}"
         )
+
+
+def pad_experts(cfg: schema.Model, layout: Layout) -> schema.Model:
+    """`cfg` holding as many experts as the mesh divides, for parameters that are only in memory.
+
+    A training run is told instead: its checkpoints have the shapes that they are written with.
+    """
+    if cfg.moe is None:
+        return cfg
+    parts = layout.size("experts")
+    held = math.ceil(cfg.moe.num_experts / parts) * parts
+    moe = dataclasses.replace(cfg.moe, pad_experts_to=None if held == cfg.moe.num_experts else held)
+    return dataclasses.replace(cfg, moe=moe)
 
 
 def _sizes(cfg: schema.Model) -> list[tuple[str, str, int]]:

@@ -9,6 +9,7 @@ A native checkpoint is a folder:
 A step of a training run, OUTPUT/checkpoints/STEP, is one too; its assets are in OUTPUT/assets.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -134,9 +135,19 @@ def open_arrays(resolved: Resolved, context: ts.Context) -> dict[str, ts.TensorS
 
 
 def check_same_model(resolved: Resolved, model: schema.Model) -> None:
-    """Raises `ValueError` naming every parameter shape in which `model` differs."""
-    theirs = {row.path: table.shape(row, resolved.model) for row in table.rows(resolved.model)}
-    ours = {row.path: table.shape(row, model) for row in table.rows(model)}
+    """Raises `ValueError` naming every parameter shape in which `model` differs.
+
+    `model` may pad the number of its experts otherwise, and may add router biases.
+    """
+    if table.has_router_bias(resolved.model) and not table.has_router_bias(model):
+        raise ValueError(
+            f"{resolved.path} has router biases, without which other experts would be chosen; "
+            f"set experts.bias_update_rate to go on with them"
+        )
+    theirs, ours = (
+        {row.path: table.shape(row, plain) for row in table.rows(plain)}
+        for plain in (_without_extras(resolved.model), _without_extras(model))
+    )
     differing = [
         f"{path} {list(theirs.get(path, ()))} instead of {list(ours.get(path, ()))}"
         for path in dict.fromkeys([*ours, *theirs])
@@ -147,6 +158,13 @@ def check_same_model(resolved: Resolved, model: schema.Model) -> None:
             f"{resolved.path} is a checkpoint of another model ({resolved.model.name}, not "
             f"{model.name}): {source.listed(differing)}"
         )
+
+
+def _without_extras(model: schema.Model) -> schema.Model:
+    if model.moe is None:
+        return model
+    moe = dataclasses.replace(model.moe, pad_experts_to=None, bias_update_rate=None)
+    return dataclasses.replace(model, moe=moe)
 
 
 def load_params(
@@ -160,7 +178,8 @@ def load_params(
 
     `shardings` is a tree like the parameters'; without it everything lies on the first device.
     `dtype` (`float32`, `bfloat16`, `float16`) defaults to the stored one. With `model`, the
-    checkpoint must have its shapes.
+    checkpoint must have its shapes, but for experts that pad their number, which are added as zeros
+    or left out, and router biases, which begin as zeros.
 
     Raises `ValueError` for a checkpoint that is not one, of another model, or damaged.
     """
@@ -169,21 +188,31 @@ def load_params(
         check_same_model(resolved, model)
     if dtype is not None:
         loader.checked_dtype(dtype)
+    model = model or resolved.model
     if resolved.kind == "huggingface":
-        return loader.load_huggingface(resolved.path, shardings=shardings, dtype=dtype)
+        return loader.load_huggingface(resolved.path, shardings=shardings, dtype=dtype, model=model)
     arrays = open_arrays(resolved, store.context())
-    by_path = loader.per_row(table.rows(resolved.model), shardings)
+    rows = table.rows(model)
+    by_path = loader.per_row(rows, shardings)
+    fresh = {
+        row.path: jax.device_put(jnp.zeros(table.shape(row, model)), by_path[row.path])
+        for row in rows
+        if row.path not in arrays
+    }
     restore_args = {
-        path: ocp.ArrayRestoreArgs(
+        row.path: ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
-            sharding=by_path[path],
-            global_shape=array.shape,
-            dtype=jnp.dtype(dtype) if dtype else array.dtype.numpy_dtype,
+            sharding=by_path[row.path],
+            global_shape=table.shape(row, model),
+            dtype=jnp.dtype(dtype) if dtype else arrays[row.path].dtype.numpy_dtype,
+            strict=table.shape(row, model) == arrays[row.path].shape,
         )
-        for path, array in arrays.items()
+        for row in rows
+        if row.path in arrays
     }
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(
+        restored = checkpointer.restore(
             resolved.path.resolve() / "params",
             args=ocp.args.PyTreeRestore(restore_args=table.nest(restore_args)),
         )
+    return table.nest({**table.flatten(restored), **fresh}) if fresh else restored

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from configs import schema
-from partitioning import expert_parallel
+from partitioning import expert_parallel, sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, module
 
@@ -67,13 +67,17 @@ class Router(nnx.Module):
             zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
             self.bias = module.param(key, (E,), axes=(None,), init=zeros)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum(
+    def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
+        kernel_DE = self.kernel[...].astype(jnp.float32)
+        # Whole on every device: left alone, XLA's partitioner splits the small product anew.
+        kernel_DE = sharding.constrain(kernel_DE, ("act_embed", None), layout)
+        logits_BTE = jnp.einsum(
             "btd,de->bte",
             x_BTD.astype(jnp.float32),
-            self.kernel[...].astype(jnp.float32),
+            kernel_DE,
             precision=jax.lax.Precision.HIGHEST,
         )
+        return sharding.constrain(logits_BTE, ("batch", "length", None), layout)
 
 
 class Experts(nnx.Module):
@@ -134,7 +138,7 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, *, layout: Layout | None, routing: Routing
     ) -> tuple[jax.Array, Stats]:
         moe = self.config
-        logits_BTE = self.router(x_BTD)
+        logits_BTE = self.router(x_BTD, layout=layout)
         bias_E = None if moe.bias_update_rate is None else self.router.bias[...]
         weights_BTJ, experts_BTJ, stats = route(
             logits_BTE, moe, bias_E=bias_E, real_BT=routing.real_BT, layout=layout

@@ -55,7 +55,7 @@ def run(config: schema.Train) -> loop.Result:
             _keep_assets(output / ASSETS, config, words)
     inputs = loop.Inputs(
         source=source,
-        start=lambda: _start(config, program),
+        start=lambda: _start(config, cfg, program),
         held_out=held_out if splits.evaluation else None,
         merge_states=pipeline.merge_states,
     )
@@ -107,11 +107,12 @@ def _check_paths(config: schema.Train) -> None:
             raise ValueError(f"{name} is empty; give {meaning}")
 
 
-def _start(config: schema.Train, program: Program) -> State:
+def _start(config: schema.Train, cfg: schema.Model, program: Program) -> State:
     if not config.init_from:
         return program.init(jax.random.key(config.seed))
     where = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    return program.adopt(checkpoint.load_params(config.init_from, shardings=where, dtype="float32"))
+    params = checkpoint.load_params(config.init_from, shardings=where, dtype="float32", model=cfg)
+    return program.adopt(params)
 
 
 def _keep_assets(folder: Path, config: schema.Train, words: Tokenizer) -> None:

@@ -82,6 +82,13 @@ def export_checkpoint(
         loader.checked_dtype(dtype)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be greater than 0")
+    if table.has_router_bias(resolved.model):
+        raise ValueError(
+            f"{path} was trained with router biases (bias_update_rate="
+            f"{resolved.model.moe.bias_update_rate}), for which the qwen2_moe format has no place: "
+            f"without them other experts would be chosen. It runs here as it is; to export a "
+            f"model, train it with experts.bias_update_rate left out"
+        )
     arrays = checkpoint.open_arrays(resolved, store.context())
     dtypes = {p: source.DTYPES[dtype or array.dtype.name] for p, array in arrays.items()}
     slots = _lay_out(resolved, dtypes, max_shard_bytes=max_shard_bytes)
@@ -113,11 +120,14 @@ def export_checkpoint(
 def _tensor_names(resolved: checkpoint.Resolved) -> dict[str, table.Row]:
     """Hugging Face's order: embedding, layer by layer, norm, projection."""
     model = resolved.model
-    layers = range(model.num_hidden_layers)
-    stacked = [row for row in table.ROWS if row.stacked]
+    by_layer: dict[int, dict[str, table.Row]] = {i: {} for i in range(model.num_hidden_layers)}
+    for name, row in table.hf_names(model).items():
+        if row.stack:
+            by_layer[int(name.split(".")[2])][name] = row
     names = {table.EMBED.hf: table.EMBED}
-    names |= {row.hf.format(layer): row for layer in layers for row in stacked}
-    names |= {row.hf: row for row in table.rows(model) if row.hf not in names and not row.stacked}
+    for found in by_layer.values():
+        names |= found
+    names |= {row.hf: row for row in table.rows(model) if row.hf not in names and not row.stack}
     if resolved.metadata.get("source", {}).get("stores_tied_lm_head"):
         names[table.LM_HEAD.hf] = table.EMBED
     return names
@@ -186,10 +196,10 @@ def _grid(row: table.Row, array: ts.TensorStore, block_bytes: int) -> tuple[int,
     """Whole chunks joined up to `block_bytes`, first along what is contiguous in the files."""
     shape = list(array.shape)
     step = [min(c, n) for c, n in zip(array.chunk_layout.read_chunk.shape, shape, strict=True)]
-    first = 1 if row.stacked else 0
+    first = len(row.stack)
     letters = row.hf_dims.replace(" ", "")
     order = [first + row.dims.index(dim) for dim in reversed(letters)]
-    for dim in order + ([0] if row.stacked else []):
+    for dim in order + list(reversed(range(first))):
         room = max(1, block_bytes // _bytes(tuple(step), array))
         step[dim] = min(shape[dim], step[dim] * room)
     return tuple(step)
@@ -269,12 +279,14 @@ def _fill(
     for stored in params:
         row = stored.row
         for index, block in _read_ahead(stored):
-            layers = range(index[0].start, index[0].stop) if row.stacked else [None]
-            region = dict(zip(row.dims, index[1:] if row.stacked else index, strict=True))
-            for position, layer in enumerate(layers):
-                name = row.hf.format(layer)
-                part = block[position] if row.stacked else block
-                part = _converted(part, slots[name].dtype, name)
+            stack, dims = index[: len(row.stack)], index[len(row.stack) :]
+            region = dict(zip(row.dims, dims, strict=True))
+            for place in itertools.product(*(range(part.start, part.stop) for part in stack)):
+                name = table.hf_name(row, resolved.model, place)
+                if name is None:  # an expert that only pads their number
+                    continue
+                within = tuple(i - part.start for i, part in zip(place, stack, strict=True))
+                part = _converted(block[within], slots[name].dtype, name)
                 for target in (name, twin) if row is table.EMBED and twin in slots else (name,):
                     slot = slots[target]
                     offset = starts[slot.file] + slot.offset

@@ -11,6 +11,7 @@ itself is the journal: what it names was written completely, so a later run goes
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -275,16 +276,17 @@ def _write_arrays(
 def _read_block(
     opened: source.Source, stored: plan.Array, block: plan.Block, buffer: np.ndarray
 ) -> np.ndarray:
-    """The block of every layer in it, in our layout, in the bytes of `buffer`."""
+    """The block of every tensor in it, in our layout, in the bytes of `buffer`."""
     row, size = stored.row, table.sizes(opened.model)
     shape = [part.stop - part.start for part in block.index(row)]
     data = buffer.view(stored.dtype).reshape(shape)
-    for position, layer in enumerate(block.layers or [None]):
-        name = row.hf.format(layer)
+    for offset in itertools.product(*(range(len(part)) for part in block.stack)):
+        place = tuple(part[i] for part, i in zip(block.stack, offset, strict=True))
+        name = table.hf_name(row, opened.model, place)
         view = table.read_region(
             row, block.region, size, lambda slices, name=name: source.read(opened, name, slices)
         )
-        table.copy_blocked(view, data if block.layers is None else data[position])
+        table.copy_blocked(view, data[offset])
     return data
 
 

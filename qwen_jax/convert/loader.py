@@ -1,36 +1,50 @@
 """Loads a Hugging Face folder straight onto devices, each of which reads only its own part."""
 
+import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from configs import schema
 from qwen_jax.convert import source, table
 
 
 def load_huggingface(
-    hf_dir: Path | str, *, shardings: dict | None = None, dtype: str | None = None
+    hf_dir: Path | str,
+    *,
+    shardings: dict | None = None,
+    dtype: str | None = None,
+    model: schema.Model | None = None,
 ) -> dict:
     """The parameter tree of a Hugging Face folder as sharded arrays.
 
     `shardings` is a tree like the parameters'; without it everything lies on the first device.
     `dtype` (`float32`, `bfloat16`, `float16`) defaults to the files'. The host never holds more
     than one device's part of one parameter, which is one layer-stacked array where unsharded.
+    `model` is the folder's, unless its experts are to be padded: with zeros, here.
 
     Raises `ValueError` as `source.open_source` does, and for tensors that are not finite.
     """
     opened = source.open_source(hf_dir)
-    return load_source(opened, shardings=shardings, dtype=dtype)
+    return load_source(opened, shardings=shardings, dtype=dtype, model=model)
 
 
 def load_source(
-    opened: source.Source, *, shardings: dict | None = None, dtype: str | None = None
+    opened: source.Source,
+    *,
+    shardings: dict | None = None,
+    dtype: str | None = None,
+    model: schema.Model | None = None,
 ) -> dict:
     """`load_huggingface` of a folder that is open already."""
-    rows = table.rows(opened.model)
+    model = model or opened.model
+    rows = table.rows(model)
     by_path = per_row(rows, shardings)
     target = None if dtype is None else np.dtype(source.DTYPES[checked_dtype(dtype)])
-    return table.nest({row.path: _load(opened, row, by_path[row.path], target) for row in rows})
+    return table.nest(
+        {row.path: _load(opened, row, by_path[row.path], target, model) for row in rows}
+    )
 
 
 def checked_dtype(dtype: str) -> str:
@@ -59,35 +73,43 @@ def _load(
     row: table.Row,
     sharding: jax.sharding.Sharding,
     dtype: np.dtype | None,
+    model: schema.Model,
 ) -> jax.Array:
     """One parameter: every distinct part is read once and put on all devices that hold it."""
-    shape = table.shape(row, opened.model)
+    shape = table.shape(row, model)
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     shards = []
     for bounds, devices in holders.items():
-        part = _read_part(opened, row, [slice(*bound) for bound in bounds], dtype)
+        part = _read_part(opened, row, [slice(*bound) for bound in bounds], dtype, model)
         shards += [jax.device_put(part, device) for device in devices]
     # device_put may still be reading the host's copy: it must not outlive this parameter.
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, shards))
 
 
 def _read_part(
-    opened: source.Source, row: table.Row, index: list[slice], dtype: np.dtype | None
+    opened: source.Source,
+    row: table.Row,
+    index: list[slice],
+    dtype: np.dtype | None,
+    model: schema.Model,
 ) -> np.ndarray:
-    size = table.sizes(opened.model)
-    layers, dims = (index[0], index[1:]) if row.stacked else (None, index)
+    size = table.sizes(model)
+    stack, dims = index[: len(row.stack)], index[len(row.stack) :]
     region = dict(zip(row.dims, dims, strict=True))
     stored = source.row_dtype(opened, row)
     part = np.empty([s.stop - s.start for s in index], dtype or stored)
-    for position, layer in enumerate(range(layers.start, layers.stop) if row.stacked else [None]):
-        name = row.hf.format(layer)
+    for place in itertools.product(*(range(s.start, s.stop) for s in stack)):
+        target = part[tuple(i - s.start for i, s in zip(place, stack, strict=True))]
+        name = table.hf_name(row, model, place)
+        if name is None:
+            target[...] = 0
+            continue
         view = table.read_region(
             row, region, size, lambda slices, name=name: source.read(opened, name, slices)
         )
-        target = part[position] if row.stacked else part
         if part.dtype == stored:
             table.copy_blocked(view, target)
         else:

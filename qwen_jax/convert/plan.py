@@ -1,9 +1,9 @@
 """Cuts parameters into blocks, so that the memory of a conversion is known before it starts.
 
 A block is what is read, transposed and written at one time: contiguous rows of one Hugging Face
-tensor, or the same small tensor of several layers. Stored arrays are chunked along the same
-borders, and each block's other large dimension in up to eight, so that a device that holds an
-eighth of the array reads an eighth of the bytes.
+tensor, or the same small tensor of several layers, or of several experts of a layer. Stored arrays
+are chunked along the same borders, and each block's other large dimension in up to eight, so that a
+device that holds an eighth of the array reads an eighth of the bytes.
 """
 
 import itertools
@@ -23,7 +23,7 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is 
 MIB = 1 << 20
 BLOCK_BYTES = 32 * MIB
 _SMALLEST_BLOCK_BYTES = MIB
-_SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped over layers; chunks are not cut below it
+_SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped in their stack; chunks are not cut below it
 CONVERTING = 3  # blocks that are read and transposed at one time, a thread each
 UNDER_WAY = 6  # blocks that are converted or written at one time
 # Copies of a block that live at one time while importing, found by measuring: of each block being
@@ -40,7 +40,7 @@ class Array:
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
-    layers_per_block: int
+    stacked_per_block: int  # tensors along the last dimension of the stack
     lead_per_block: int  # rows of the Hugging Face tensor's first dimension letter
 
     @property
@@ -50,15 +50,15 @@ class Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Layers and region of one array; `layers` is None where the array is not stacked."""
+    """Which tensors of the stack, one range a dimension of it, and which region of each."""
 
-    layers: range | None
+    stack: tuple[range, ...]
     region: dict[str, slice]
 
     def index(self, row: table.Row) -> tuple[slice, ...]:
         """Where the block lies in the stored array."""
-        layers = () if self.layers is None else (slice(self.layers.start, self.layers.stop),)
-        return (*layers, *(self.region[dim] for dim in row.dims))
+        stack = (slice(part.start, part.stop) for part in self.stack)
+        return (*stack, *(self.region[dim] for dim in row.dims))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ def array(
     pieces = min(math.ceil(tensor_bytes / block_bytes), size[lead[0]])
     lead_per_block = math.ceil(size[lead[0]] / pieces)
     small = min(_SMALL_TENSOR_BYTES, block_bytes)
-    layers_per_block = max(1, min(size["L"], small // tensor_bytes)) if row.stacked else 1
+    stack = table.stack_shape(row, model)
+    grouped = max(1, min(stack[-1], small // tensor_bytes)) if stack else 1
     chunk = {**{dim: size[dim] for dim in row.dims}, lead[0]: lead_per_block}
     if others:
         split = others[0][0]
@@ -109,9 +110,9 @@ def array(
     return Array(
         row=row,
         shape=table.shape(row, model),
-        chunks=((layers_per_block,) if row.stacked else ()) + tuple(chunk[d] for d in row.dims),
+        chunks=(*[1] * len(stack[1:]), *[grouped] * len(stack[:1]), *(chunk[d] for d in row.dims)),
         dtype=dtype,
-        layers_per_block=layers_per_block,
+        stacked_per_block=grouped,
         lead_per_block=lead_per_block,
     )
 
@@ -120,16 +121,17 @@ def blocks(stored: Array, model: schema.Model) -> Iterator[Block]:
     """The blocks of an array, in the order in which they are converted."""
     row, size = stored.row, table.sizes(model)
     lead = row.hf_dims[0]
-    step = stored.layers_per_block
-    layers = (
-        [range(i, min(i + step, size["L"])) for i in range(0, size["L"], step)]
-        if row.stacked
-        else [None]
+    *outer, last = table.stack_shape(row, model) or (1,)
+    step = stored.stacked_per_block
+    stacks = itertools.product(
+        *([range(i, i + 1) for i in range(count)] for count in outer),
+        [range(i, min(i + step, last)) for i in range(0, last, step)],
     )
     starts = range(0, size[lead], stored.lead_per_block)
-    for layer_range, start in itertools.product(layers, starts):
+    for stack, start in itertools.product(stacks, starts):
         rows = slice(start, min(start + stored.lead_per_block, size[lead]))
-        yield Block(layers=layer_range, region={**table.whole(row, size), lead: rows})
+        region = {**table.whole(row, size), lead: rows}
+        yield Block(stack=stack if row.stack else (), region=region)
 
 
 def block_bytes(stored: Array, block: Block) -> int:

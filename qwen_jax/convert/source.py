@@ -220,15 +220,18 @@ def _check(tensors: Mapping[str, Tensor], model: schema.Model, folder: Path) -> 
             )
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}; supported are {', '.join(DTYPES)}")
-    for row in table.rows(model):
-        dtypes = {tensors[name].dtype for name, r in expected.items() if r is row}
+    dtypes_of: dict[table.Row, set[str]] = {}
+    for name, row in expected.items():
+        dtypes_of.setdefault(row, set()).add(tensors[name].dtype)
+    for row, dtypes in dtypes_of.items():
         if len(dtypes) > 1:
-            raise ValueError(f"{row.hf} has several dtypes over the layers: {sorted(dtypes)}")
+            raise ValueError(f"{row.hf} has several dtypes over its stack: {sorted(dtypes)}")
 
 
 def row_dtype(source: Source, row: table.Row) -> np.dtype:
-    """The dtype of a parameter, which is the same in every layer."""
-    return DTYPES[source.tensors[row.hf.format(0)].dtype]
+    """The dtype of a parameter, the same in its whole stack; float32 where the folder has none."""
+    first = table.hf_name(row, source.model, (0,) * len(row.stack))
+    return DTYPES["float32" if first is None else source.tensors[first].dtype]
 
 
 def read(source: Source, name: str, slices: tuple[slice, ...]) -> np.ndarray:

@@ -169,7 +169,7 @@ def test_every_spelling_of_yarn(rope):
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"use_mrope": True}, "use_mrope=True"),
-        ({"model_type": "qwen2_moe"}, "not supported yet"),
+        ({"model_type": "qwen2_moe"}, r"only a causal language model, \['Qwen2MoeForCausalLM'\]"),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"model_type": None}, "model_type=None"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),

@@ -79,14 +79,14 @@ def expected_params(hf, folder: Path) -> dict:
     model = huggingface.read_model(json.loads((folder / "config.json").read_text()))
     params, size = {}, table.sizes(model)
     for row in table.rows(model):
-        layers = range(model.num_hidden_layers) if row.stacked else [None]
+        layers = range(model.num_hidden_layers) if row.stack else [None]
         params[row.path] = np.stack(
             [
                 table.read_region(row, table.whole(row, size), size, found[name].__getitem__)
                 for name in (row.hf.format(layer) for layer in layers)
             ]
         )
-        if not row.stacked:
+        if not row.stack:
             params[row.path] = params[row.path][0]
     return params
 

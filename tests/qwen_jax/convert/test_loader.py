@@ -26,16 +26,16 @@ folder, native = sys.argv[1:]
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
 axes = {"D": "fsdp", "F": "tensor", "V": "tensor", "N": "tensor", "K": "tensor", "H": None}
 specs = {
-    row.path: P(*((None,) if row.stacked else ()), *(axes[d] if len(row.dims) > 1 else None
+    row.path: P(*((None,) if row.stack else ()), *(axes[d] if len(row.dims) > 1 else None
                 for d in row.dims))
-    for row in table.ROWS
+    for row in table.rows(checkpoint.resolve(folder).model)
 }
 shardings = table.nest({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 
 parts = []
 read = loader._read_part
-def watched(opened, row, index, dtype):
-    part = read(opened, row, index, dtype)
+def watched(opened, row, index, dtype, model):
+    part = read(opened, row, index, dtype, model)
     parts.append((row.path, part.nbytes))
     return part
 loader._read_part = watched

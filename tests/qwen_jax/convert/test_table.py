@@ -1,11 +1,13 @@
 """The table against layouts written out by hand, and its copies against numpy's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import qwen2_5, schema
+from configs import qwen2_5, qwen2_moe, schema
 from qwen_jax.convert import table
 
 MODEL = schema.Model(
@@ -13,7 +15,19 @@ MODEL = schema.Model(
     num_attention_heads=6, num_key_value_heads=3, head_dim=4, max_position_embeddings=8,
     bos_token_id=0, eos_token_ids=(), pad_token_id=None,
 )  # fmt: skip
-SIZE = table.sizes(MODEL)
+SPARSE = dataclasses.replace(
+    MODEL,
+    num_hidden_layers=3,
+    moe=schema.MoE(
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=3,
+        shared_expert_intermediate_size=9,
+        mlp_only_layers=(1,),
+        pad_experts_to=8,
+    ),
+)
+SIZE = table.sizes(SPARSE)
 N, K, H, D = 6, 3, 4, 10
 
 # our layout from Hugging Face's, in plain numpy
@@ -31,28 +45,38 @@ EXPECTED = {
     "layers.mlp.gate.kernel": lambda w: w.T,
     "layers.mlp.up.kernel": lambda w: w.T,
     "layers.mlp.down.kernel": lambda w: w.T,
+    "layers.moe.router.kernel": lambda w: w.T,
+    "layers.moe.experts.gate.kernel": lambda w: w.T,
+    "layers.moe.experts.up.kernel": lambda w: w.T,
+    "layers.moe.experts.down.kernel": lambda w: w.T,
+    "layers.moe.shared.gate.kernel": lambda w: w.T,
+    "layers.moe.shared.up.kernel": lambda w: w.T,
+    "layers.moe.shared.down.kernel": lambda w: w.T,
+    "layers.moe.shared_gate.kernel": lambda w: w.T,
     "norm.scale": lambda w: w,
     "lm_head.kernel": lambda w: w.T,
 }
+ROWS = [*table.rows(MODEL)[:-2], *[r for r in table.rows(SPARSE) if ".moe." in r.path]]
+ROWS += table.rows(MODEL)[-2:]
 
 
 def hf_tensor(row):
-    shape = table.hf_shape(row, MODEL)
+    shape = table.hf_shape(row, SPARSE)
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
 def test_every_row_is_expected():
-    assert [row.path for row in table.ROWS] == list(EXPECTED)
+    assert [row.path for row in ROWS] == list(EXPECTED)
 
 
-@pytest.mark.parametrize("row", table.ROWS, ids=lambda row: row.path)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.path)
 def test_layout(row):
     tensor = hf_tensor(row)
     ours = table.read_region(row, table.whole(row, SIZE), SIZE, lambda slices: tensor[slices])
     expected = EXPECTED[row.path](tensor)
     np.testing.assert_array_equal(ours, expected)
     np.testing.assert_array_equal(table.copy_blocked(ours), expected)
-    assert table.shape(row, MODEL)[1 if row.stacked else 0 :] == expected.shape
+    assert table.shape(row, SPARSE)[len(row.stack) :] == expected.shape
     back = np.zeros_like(tensor)
     table.write_region(row, table.whole(row, SIZE), SIZE, tensor=back, block=ours)
     np.testing.assert_array_equal(back, tensor)
@@ -60,7 +84,7 @@ def test_layout(row):
 
 @given(data=st.data())
 def test_regions_are_slices_of_the_whole(data):
-    row = data.draw(st.sampled_from(table.ROWS))
+    row = data.draw(st.sampled_from(ROWS))
     region = {}
     for dim in row.dims:
         start = data.draw(st.integers(0, SIZE[dim] - 1))
@@ -98,7 +122,27 @@ def test_parameters_add_up():
 
 
 def test_nest_and_flatten_are_inverse():
-    flat = {row.path: i for i, row in enumerate(table.ROWS)}
+    flat = {row.path: i for i, row in enumerate(ROWS)}
     tree = table.nest(flat)
     assert tree["layers"]["attention"]["q"]["kernel"] == 2
     assert table.flatten(tree) == flat
+
+
+def test_tensors_of_a_stack_by_layer_and_expert():
+    rows = {row.path: row for row in table.rows(SPARSE)}
+    gate = rows["layers.moe.experts.gate.kernel"]
+    assert table.shape(gate, SPARSE) == (2, 8, 10, 3)
+    # The second layer of the stack is the model's third; its sixth expert pads.
+    name = "model.layers.2.mlp.experts.4.gate_proj.weight"
+    assert table.hf_name(gate, SPARSE, (1, 4)) == name
+    assert table.hf_name(gate, SPARSE, (1, 5)) is None
+    dense = rows["dense_layers.mlp.up.kernel"]
+    assert table.hf_name(dense, SPARSE, (0,)) == "model.layers.1.mlp.up_proj.weight"
+    assert "layers.mlp.up.kernel" not in rows
+    assert len(table.hf_names(SPARSE)) == 3 + 3 * 9 + 3 + 2 * (1 + 3 * 5 + 4)
+
+
+def test_published_models_have_the_tensors_of_their_files():
+    # 24 layers of 9 for norms and attention, 60 x 3 for experts, 5 beside them; three outside.
+    assert len(table.hf_names(qwen2_moe.a2_7b())) == 24 * (9 + 180 + 5) + 3
+    assert len(table.hf_names(qwen2_moe.a14b())) == 28 * (9 + 192 + 5) + 3

@@ -1,0 +1,27 @@
+"""Values of a parsed config.json or generation_config.json, checked by type and name."""
+
+from typing import Any
+
+
+def typed(key: str, value: Any, kind: type, *, file: str = "config.json") -> Any:
+    """`value` as `kind`: a whole number may stand for a float, a boolean never for a number."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{file}: {key}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def means(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether `value` is one of `allowed`; False is not 0 and True is not 1."""
+    return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
+
+
+def refuse_unknown(values: dict, known: set[str], *, what: str) -> None:
+    """Raises `ValueError` naming the keys that are not known."""
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{what}: unknown keys {', '.join(unknown)}; they may change what the model computes, "
+            f"so they are not ignored. Remove them if you know they do not"
+        )
