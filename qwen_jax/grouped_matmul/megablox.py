@@ -15,9 +15,10 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 # A kernel may use 16 MiB of VMEM on every generation unless it asks for more; the compiler needs
 # some for itself (masks, float32 copies of the blocks).
 _VMEM = 11 * 2**20
-# bfloat16 operations a byte of HBM, between v5p's 166 and v6e's 560: which of the two binds decides
-# little, since the search looks for blocks that keep both low.
+# Rough costs in bfloat16 operations, of a byte of HBM (166 on v5p, 240 on v5e, 560 on v6e) and of
+# the start of a step of a kernel's loop (a third of a microsecond). They rank blocks, nothing else.
 _FLOPS_PER_BYTE = 300
+_FLOPS_PER_STEP = 7e7
 _LANES = 128
 
 
@@ -95,7 +96,7 @@ def rows_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
         steps_k = -(-K // b.k)
         rhs_reads = E if steps_k == 1 else visits
         moved = size * (columns * (visits * b.m * K + rhs_reads * K * b.n) + M * N)
-        return _cost(2 * visits * b.m * steps_k * b.k * columns * b.n, moved)
+        return _cost(b, visits * steps_k * columns, moved)
 
     return min(filter(fits, _candidates(M, K, N, dtype)), key=cost)
 
@@ -113,21 +114,22 @@ def outer_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
         visits = M // b.m + E - 1
         blocks = -(-K // b.k) * -(-N // b.n)
         moved = size * (blocks * visits * b.m * (b.k + b.n) + E * K * N)
-        return _cost(2 * visits * b.m * blocks * b.k * b.n, moved)
+        return _cost(b, visits * blocks, moved)
 
     return min(filter(fits, _candidates(M, K, N, dtype)), key=cost)
 
 
-def _cost(flops: float, moved: float) -> float:
-    """Seconds up to a constant: the larger term, and a little of the other."""
-    terms = sorted((flops, moved * _FLOPS_PER_BYTE))
-    return terms[1] + 0.1 * terms[0]
+def _cost(b: Blocks, steps: int, moved: float) -> float:
+    """Time in operations: the larger of arithmetic and traffic, a tenth of the other, steps."""
+    # The matrix unit takes as long for fewer rows than it has.
+    arithmetic = steps * 2 * max(b.m, _LANES) * b.k * b.n
+    terms = sorted((arithmetic, moved * _FLOPS_PER_BYTE))
+    return terms[1] + 0.1 * terms[0] + steps * _FLOPS_PER_STEP
 
 
 def _candidates(M: int, K: int, N: int, dtype) -> list[Blocks]:
-    widths = [128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1408, 1536, 2048, 2560, 3584]
-    ks = [k for k in widths if K % k == 0] or [_LANES]
-    ns = [n for n in widths if n <= N]
+    ks = [k for k in range(_LANES, K + 1, _LANES) if K % k == 0]
+    ns = range(_LANES, N + 1, _LANES)
     return [Blocks(*b) for b in itertools.product(_row_blocks(M, dtype), ks, ns)]
 
 
