@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_divide_is_refused(helpers, monkeypatch):
     config = helpers.tiny_config(batch_size=4, accumulate_steps=2)
     with pytest.raises(ValueError, match="micro-batch of 2 .* multiple of 8"):
         step.check_batch(config, layout)
-    with pytest.raises(ValueError, match="sequence_length=16 .* context=3"):
+    with pytest.raises(ValueError, match="sequence length 16 .* context=3"):
         step.check_batch(helpers.tiny_config(batch_size=4), layout)
 
 
