@@ -40,14 +40,14 @@ def _interpreted(implementation: str, monkeypatch):
     if implementation == "hopper":
         if jax.__version_info__ < (0, 11):
             pytest.skip("the GPU interpreter before JAX 0.11 knows no transposed references")
-        small = hopper.Blocks(m=128, n=128, slots=2, store_n=64)
+        small = hopper.Blocks(n=256, slots=2, store_n=128)
         few = types.SimpleNamespace(
             rows=functools.partial(hopper.rows, blocks=small),
             outer=functools.partial(hopper.outer, blocks=small),
             why_not=hopper.shape_reason,
         )
         monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", few)
-        monkeypatch.setattr(hopper, "_MULTIPROCESSORS", 2)
+        monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
         settings = mosaic_gpu.InterpretGPUParams(uninitialized_memory="nan")
         with mosaic_gpu.force_gpu_interpret_mode(settings):
             yield
