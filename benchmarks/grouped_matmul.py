@@ -3,8 +3,11 @@
     python benchmarks/grouped_matmul.py            # on a Hopper GPU, about three minutes
     python benchmarks/grouped_matmul.py --tiny     # rehearsal on a CPU
 
-`up` is 2048 -> 1408, `down` 1408 -> 2048 (Qwen1.5-MoE-A2.7B), `gate_up` both input matrices in one.
-`fwd` is the product, `dlhs` and `drhs` its derivatives. Errors are taken against float32 on groups
+`up` is 2048 -> 1408, `down` 1408 -> 2048 (Qwen1.5-MoE-A2.7B), `gate_up` both input matrices in one,
+`57b up` 3584 -> 2560 with 64 experts, `8 local` the same with the 8 experts of one of 8 devices.
+`fwd` is the product, `dlhs` and `drhs` its derivatives, `rows` fwd and dlhs in one program, `all`
+the three through `jax.vjp`. `dense` is one product of the same size with one matrix, by XLA.
+Errors are taken against float32 on groups
 that are uneven, partly empty, and leave rows over; times on even and on uneven groups that fill
 all rows, several calls in a row over several inputs. A candidate that hangs or breaks the device
 costs its own rows only: candidates run in a child process that is started again after it.
@@ -23,10 +26,16 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
 
-# shape: (K, N)
-SHAPES = {"up": (2048, 1408), "down": (1408, 2048), "gate_up": (2048, 2816)}
-FULL = {"M": 32_768, "E": 60, "inputs": 3, "calls": 12, "repeats": 5}
-TINY = {"M": 256, "E": 6, "inputs": 2, "calls": 2, "repeats": 2}
+# shape: (E, K, N)
+SHAPES = {
+    "up": (60, 2048, 1408),
+    "down": (60, 1408, 2048),
+    "gate_up": (60, 2048, 2816),
+    "57b up": (64, 3584, 2560),
+    "8 local": (8, 3584, 2560),
+}
+FULL = {"M": 32_768, "inputs": 3, "calls": 12, "repeats": 5}
+TINY = {"M": 256, "inputs": 2, "calls": 2, "repeats": 2}
 HANG = 60  # seconds without a line after which the child is taken for hung
 FAILED = 3  # the child's exit code after a device error
 
@@ -45,38 +54,53 @@ class Candidate:
 def candidates(tiny: bool) -> list[Candidate]:
     ops = ("fwd", "dlhs", "drhs")
     if tiny:
-        return [Candidate(shape, op, "reference") for shape in ("up", "down") for op in ops]
-    rows = [(128, 256, 4, 128), (128, 256, 3, 256), (256, 128, 4, 64), (128, 128, 6, 128)]
-    table = [Candidate("up", op, "hopper", rows[0]) for op in ops]
+        return [Candidate(shape, op, "reference") for shape in ("up", "8 local") for op in ops]
+    table = []
+    for op in ops:
+        table += [Candidate("up", op, "hopper"), Candidate("up", op, "hopper", (128, 6, 128))]
+    table += [Candidate("up", op, "hopper") for op in ("rows", "all")]
     table += [Candidate("up", "fwd", "shipped"), Candidate("up", "drhs", "shipped")]
-    for shape in ("up", "down"):
-        for op in ops:
-            table += [Candidate(shape, op, "hopper", blocks) for blocks in rows]
-    table += [Candidate("gate_up", op, "hopper", rows[0]) for op in ops]
-    table += [Candidate("up", "fwd", "reference"), Candidate("up", "fwd", "metadata")]
-    return list(dict.fromkeys(table))
+    table += [Candidate("up", "fwd", "dense"), Candidate("up", "fwd", "reference")]
+    for shape in ("down", "gate_up", "57b up", "8 local"):
+        table += [Candidate(shape, op, "hopper") for op in ops]
+        table += [Candidate(shape, "fwd", "dense")]
+    return table
 
 
 def function(candidate: Candidate):
     """f(lhs_MK, rhs_EKN, dout_MN, sizes_E) of the candidate."""
-    from qwen_jax.grouped_matmul import hopper, reference
+    import jax
+
+    from qwen_jax.grouped_matmul import api, hopper, reference
 
     if candidate.way == "shipped":
         return shipped(candidate.op)
-    if candidate.way == "metadata":  # what the multiprocessors' work list costs by itself
-        return lambda lhs, rhs, dout, sizes: hopper.Tiles.of(sizes, M=len(lhs), block=128)
+    if candidate.way == "dense":
+        return lambda lhs, rhs, dout, sizes: lhs @ rhs[0]
+    if candidate.op == "all":
+
+        def whole(lhs, rhs, dout, sizes):
+            out, pull = jax.vjp(lambda lhs, rhs: api.grouped_matmul(lhs, rhs, sizes), lhs, rhs)
+            return out, *pull(dout)
+
+        return whole
     module, options = reference, {}
     if candidate.way == "hopper":
         module, options = hopper, {"blocks": hopper.Blocks(*candidate.blocks)}
-    return {
-        "fwd": lambda lhs, rhs, dout, sizes: module.rows(
-            lhs, rhs, sizes, rhs_order="EKN", **options
-        ),
-        "dlhs": lambda lhs, rhs, dout, sizes: module.rows(
-            dout, rhs, sizes, rhs_order="ENK", **options
-        ),
-        "drhs": lambda lhs, rhs, dout, sizes: module.outer(lhs, dout, sizes, **options),
-    }[candidate.op]
+
+    def fwd(lhs, rhs, dout, sizes):
+        return module.rows(lhs, rhs, sizes, rhs_order="EKN", **options)
+
+    def dlhs(lhs, rhs, dout, sizes):
+        return module.rows(dout, rhs, sizes, rhs_order="ENK", **options)
+
+    def drhs(lhs, rhs, dout, sizes):
+        return module.outer(lhs, dout, sizes, **options)
+
+    def rows(*arguments):
+        return fwd(*arguments), dlhs(*arguments)
+
+    return {"fwd": fwd, "dlhs": dlhs, "drhs": drhs, "rows": rows}[candidate.op]
 
 
 def shipped(op: str):
@@ -140,8 +164,9 @@ def inputs(shape: str, seed: int, *, tiny: bool):
     import jax.numpy as jnp
 
     size = TINY if tiny else FULL
-    K, N = (d // 16 if tiny else d for d in SHAPES[shape])
-    M, E = size["M"], size["E"]
+    E, K, N = SHAPES[shape]
+    E, K, N = (min(E, 6), K // 16, N // 16) if tiny else (E, K, N)
+    M = size["M"]
     keys = jax.random.split(jax.random.key(seed), 3)
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     return [draw(key, s) for key, s in zip(keys, [(M, K), (E, K, N), (M, N)], strict=True)]
@@ -199,11 +224,6 @@ def run(start: int, *, tiny: bool) -> None:
     size = TINY if tiny else FULL
     top = ceiling(tiny)
     print(f"# {jax.devices()[0].device_kind}, jax {jax.__version__}, 8192^3: {top:.0f} TFLOP/s")
-    sizes = {k: group_sizes(k, M=size["M"], E=size["E"]) for k in ("even", "uneven", "ragged")}
-    if start == 0:
-        for kind, s in sizes.items():
-            print(f"# {kind}: sum {s.sum()}, smallest {s.min()}, largest {s.max()}")
-    sizes = {kind: jnp.asarray(s, jnp.int32) for kind, s in sizes.items()}
     shape, sets, want = None, [], {}
     for index, c in enumerate(candidates(tiny)):
         if index < start:
@@ -212,13 +232,18 @@ def run(start: int, *, tiny: bool) -> None:
         if c.shape != shape:
             shape, want, sets = c.shape, {}, []  # drops the last shape's arrays first
             sets = [inputs(shape, seed, tiny=tiny) for seed in range(size["inputs"])]
+            E = len(sets[0][1])
+            sizes = {k: group_sizes(k, M=size["M"], E=E) for k in ("even", "uneven", "ragged")}
+            for kind, s in sizes.items():
+                print(f"# {shape} {kind}: sum {s.sum()}, smallest {s.min()}, largest {s.max()}")
+            sizes = {kind: jnp.asarray(s, jnp.int32) for kind, s in sizes.items()}
         try:
             begin = time.perf_counter()
             f = jax.jit(function(c))
             f = f.lower(*sets[0], sizes["even"]).compile()
             compiled = time.perf_counter() - begin
             verdict = "-"
-            if c.way not in ("metadata", "shipped"):
+            if c.way not in ("dense", "shipped") and c.op in ("fwd", "dlhs", "drhs"):
                 if c.op not in want:
                     want = {
                         c.op: jax.jit(functools.partial(exact, c.op))(*sets[0], sizes["ragged"])
@@ -228,7 +253,7 @@ def run(start: int, *, tiny: bool) -> None:
                 poison.delete()  # its memory is what the next result gets
                 verdict = errors(f(*sets[0], sizes["ragged"]), want[c.op])
             K, N = sets[0][1].shape[1:]
-            flops = 2 * size["M"] * K * N
+            flops = 2 * size["M"] * K * N * {"rows": 2, "all": 3}.get(c.op, 1)
             rates = []
             for kind in ("even", "uneven"):
                 slow = c.way == "reference"

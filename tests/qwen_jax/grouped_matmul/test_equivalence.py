@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as mosaic_tpu
 
-from qwen_jax.grouped_matmul import api, hopper
+from qwen_jax.grouped_matmul import api, hopper, hopper_kernels
 
 M, K, N, E = 384, 128, 320, 5
 SIZES = {
@@ -26,8 +26,7 @@ WIDTH = {"megablox": 256}
 RUNS = [
     *(("reference", "float32", kind) for kind in SIZES),
     ("reference", "bfloat16", "uneven"),
-    ("megablox", "bfloat16", "uneven"),
-    *(("megablox", "float32", kind) for kind in ("one group", "few rows", "nothing")),
+    *(("megablox", "bfloat16", kind) for kind in SIZES),
     ("hopper", "bfloat16", "uneven"),
     ("hopper", "bfloat16", "few rows"),
     ("hopper", "bfloat16", "nothing"),
@@ -40,14 +39,14 @@ def _interpreted(implementation: str, monkeypatch):
     if implementation == "hopper":
         if jax.__version_info__ < (0, 11):
             pytest.skip("the GPU interpreter before JAX 0.11 knows no transposed references")
-        small = hopper.Blocks(m=128, n=128, slots=2, store_n=64)
+        small = hopper.Blocks(n=256, slots=2, store_n=128)
         few = types.SimpleNamespace(
             rows=functools.partial(hopper.rows, blocks=small),
             outer=functools.partial(hopper.outer, blocks=small),
             why_not=hopper.shape_reason,
         )
         monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", few)
-        monkeypatch.setattr(hopper, "_MULTIPROCESSORS", 2)
+        monkeypatch.setattr(hopper_kernels, "_multiprocessors", lambda: 2)
         settings = mosaic_gpu.InterpretGPUParams(uninitialized_memory="nan")
         with mosaic_gpu.force_gpu_interpret_mode(settings):
             yield
@@ -142,6 +141,18 @@ def test_what_cannot_run_is_refused_with_the_reason(case):
             jnp.array([4, 4]),
             implementation=implementation,
         )
+
+
+def test_shapes_that_the_hopper_kernels_do_not_take_are_told_apart():
+    def reason(M, K, N, dtype=jnp.bfloat16):
+        return hopper.shape_reason(jnp.ones((M, K), dtype), jnp.ones((2, K, N), dtype))
+
+    assert reason(136, 128, 192) is None
+    assert "M=132 rows" in reason(132, 128, 128)
+    assert "M=64 rows" in reason(64, 128, 128)
+    assert "K=96" in reason(128, 96, 128)
+    assert "N=64" in reason(128, 128, 64)
+    assert "float32" in reason(128, 128, 128, jnp.float32)
 
 
 def test_operands_of_two_dtypes_or_fractional_sizes_are_refused():
