@@ -6,8 +6,8 @@ input, which is always there:
 
     save:q,k,v,attention_out offload:mlp_gate,mlp_up
 
-B sequences of T tokens; D embed, N heads, K key-value heads, H head dim, F ffn. `qwen_jax/remat.py`
-turns policies into those of `jax.checkpoint`.
+B sequences of T tokens; D embed, N heads, K key-value heads, H head dim, F ffn; R rows sent to
+experts, one a token and choice. `qwen_jax/remat.py` turns policies into those of `jax.checkpoint`.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,17 @@ TENSORS = {
     "v": "[B, T, K, H] values",
     "attention_out": "[B, T, N, H] what attention returns, and its log-sum-exp [B, N, T]",
     "attention_residual": "[B, T, D] the residual stream between attention and MLP",
-    "mlp_gate": "[B, T, F] before the activation function",
+    "mlp_gate": "[B, T, F] before the activation function; a shared expert's too",
     "mlp_up": "[B, T, F] what the gate multiplies",
     "mlp_hidden": "[B, T, F] their product, which enters the down projection",
+    "expert_rows": "[R, D] what experts read: kept, tokens are not sent to them twice",
+    "expert_gate": "[R, F] as mlp_gate, of routed experts",
+    "expert_up": "[R, F] as mlp_up, of routed experts",
 }
 
 _ATTENTION = "q,k,v,attention_out"
-_PRODUCTS = f"{_ATTENTION},attention_residual,mlp_gate,mlp_up"
+_MLP = "mlp_gate,mlp_up,expert_gate,expert_up"
+_PRODUCTS = f"{_ATTENTION},attention_residual,{_MLP}"
 LISTS = {
     "full": "",
     "save_qkv": "save:q,k,v",
@@ -35,7 +39,7 @@ LISTS = {
     "minimal": f"save:{_PRODUCTS}",
     "offload_layer_input": "offload:layer_input",
     "offload_qkv": "offload:q,k,v",
-    "offload_mlp": f"save:{_ATTENTION},attention_residual offload:mlp_gate,mlp_up",
+    "offload_mlp": f"save:{_ATTENTION},attention_residual offload:{_MLP}",
     "offload_minimal": f"offload:{_PRODUCTS}",
 }
 POLICIES = ("none", "dots", *LISTS)

@@ -269,7 +269,7 @@ def apply(
     )
     turn = rope.rotation(cfg, positions_BT)
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
-    body = remat.wrap(body, remat_policy)
+    body = remat.wrap(body, remat_policy, layer_loop=layer_loop)
     x_BTD, stats = stack.run(cfg, params, body, x_BTD, layer_loop=layer_loop)
     return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD), stats)
 

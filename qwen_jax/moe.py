@@ -238,6 +238,7 @@ def grouped_matmul(lhs_RD: jax.Array, rhs_EDF: jax.Array, sizes_E: jax.Array) ->
 
 
 def _grouped(kernels: dict, rows_RD: jax.Array, weights_R: jax.Array, sizes_E: jax.Array):
+    rows_RD = checkpoint_name(rows_RD, "expert_rows")
     gate_RF = checkpoint_name(grouped_matmul(rows_RD, kernels["gate"], sizes_E), "expert_gate")
     up_RF = checkpoint_name(grouped_matmul(rows_RD, kernels["up"], sizes_E), "expert_up")
     # Weighted before the last product: the sum over choices then needs no row in its gradient.
@@ -246,6 +247,7 @@ def _grouped(kernels: dict, rows_RD: jax.Array, weights_R: jax.Array, sizes_E: j
 
 
 def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
+    rows_BECD = checkpoint_name(rows_BECD, "expert_rows")
     gate_BECF = jnp.einsum("becd,edf->becf", rows_BECD, kernels["gate"])
     up_BECF = jnp.einsum("becd,edf->becf", rows_BECD, kernels["up"])
     gate_BECF = checkpoint_name(gate_BECF, "expert_gate")

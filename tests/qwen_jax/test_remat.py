@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen2_5
+from configs import qwen2_5, qwen2_moe, schema
 from configs import remat as policies
 from qwen_jax import model, remat, stack
 from qwen_jax.attention import api, splash
@@ -40,13 +40,17 @@ SHAPES = {
     "mlp_hidden": (B, T, 56),
     "layer_input": (B, T, 40),
 }
+# Three of twelve experts a token, and a shared one.
+MOE = dataclasses.replace(qwen2_moe.tiny(), vocab_size=64, num_hidden_layers=2)
+ROWS = B * T * 3
+EXPERT_SHAPES = {"expert_rows": (ROWS, 128), "expert_gate": (ROWS, 96), "expert_up": (ROWS, 96)}
 MIXED = "save:q,mlp_hidden offload:attention_out,layer_input"
 
 
-def _loss(policy: str, layer_loop: str):
+def _loss(policy: str, layer_loop: str, cfg: schema.Model = CFG):
     def loss(params):
         options = {"remat_policy": policy, "layer_loop": layer_loop}
-        hidden_BTD = model.apply(CFG, params, jnp.asarray(TOKENS), **options).hidden_BTD
+        hidden_BTD = model.apply(cfg, params, jnp.asarray(TOKENS), **options).hidden_BTD
         return jnp.sum(jnp.sin(hidden_BTD))
 
     return loss
@@ -59,15 +63,15 @@ def _compiled(policy: str, layer_loop: str):
 
 
 @functools.cache
-def _kept(policy: str) -> dict[str, collections.Counter]:
+def _kept(policy: str, cfg: schema.Model = CFG) -> dict[str, collections.Counter]:
     """Shapes of what the scan's backward pass is given for all layers, by the memory they lie in.
 
     Kept tensors of layers are stacked, so parameters and rotations are told apart by their shape.
     """
-    trace = jax.make_jaxpr(lambda params: jax.vjp(_loss(policy, "scan"), params)[1])
+    trace = jax.make_jaxpr(lambda params: jax.vjp(_loss(policy, "scan", cfg), params)[1])
     found = {"Device": collections.Counter(), "Host": collections.Counter()}
-    for aval in trace(model.shapes(CFG)).out_avals:
-        if aval.shape[:3] == (CFG.num_hidden_layers, B, T):
+    for aval in trace(model.shapes(cfg)).out_avals:
+        if aval.shape[:3] == (2, B, T) or aval.shape[1:] in EXPERT_SHAPES.values():
             found[aval.memory_space.name][aval.shape[1:]] += 1
     return found
 
@@ -115,11 +119,28 @@ def test_full_keeps_the_layers_input_alone():
     assert _kept("full") == {"Device": {SHAPES["layer_input"]: 1}, "Host": {}}
 
 
-@pytest.mark.parametrize("name", [name for name in policies.TENSORS if name != "layer_input"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "layer_input"])
 def test_every_tensor_can_be_kept_on_either_side(name):
     one = collections.Counter([SHAPES[name]])
     assert _kept(f"save:{name}") == {"Device": _kept("full")["Device"] + one, "Host": {}}
     assert _kept(f"offload:{name}") == {"Device": _kept("full")["Device"], "Host": one}
+
+
+@pytest.mark.parametrize("name", EXPERT_SHAPES)
+def test_what_experts_read_and_make_can_be_kept(name):
+    one = collections.Counter([EXPERT_SHAPES[name]])
+    device = _kept("full", MOE)["Device"]
+    assert _kept(f"save:{name}", MOE) == {"Device": device + one, "Host": {}}
+    assert _kept(f"offload:{name}", MOE) == {"Device": device, "Host": one}
+
+
+def test_products_of_experts_are_products():
+    got = _kept("dots", MOE)["Device"]
+    assert got[EXPERT_SHAPES["expert_gate"]] == 2 and not got[EXPERT_SHAPES["expert_rows"]]
+
+
+def test_every_tensor_is_tried_here():
+    assert {*SHAPES, *EXPERT_SHAPES} == set(policies.TENSORS)
 
 
 def test_the_layers_input_leaves_the_device():
@@ -131,8 +152,8 @@ def test_a_named_list_keeps_what_it_says(policy):
     chosen = policies.tensors(policy)
     device = {*chosen.save, "layer_input"} - {*chosen.offload}
     assert _kept(policy) == {
-        "Device": collections.Counter(SHAPES[name] for name in device),
-        "Host": collections.Counter(SHAPES[name] for name in chosen.offload),
+        "Device": collections.Counter(SHAPES[name] for name in device if name in SHAPES),
+        "Host": collections.Counter(SHAPES[name] for name in chosen.offload if name in SHAPES),
     }
 
 
@@ -164,6 +185,14 @@ def _forward_kernels(jaxpr) -> int:
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
             found += _forward_kernels(inner)
     return found
+
+
+def test_unrolled_layers_are_held_to_the_policy():
+    """But for `dots`, no recomputation may be merged with the forward pass."""
+    for policy, held in (("full", True), ("minimal", True), ("dots", False)):
+        loss = jax.grad(_loss(policy, "unrolled"))
+        text = jax.jit(loss).lower(model.shapes(CFG)).as_text()
+        assert ("optimization_barrier" in text) == held, policy
 
 
 def test_an_unknown_name_is_refused():
