@@ -98,6 +98,7 @@ DECODE = Rules(
     (
         *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_batch")),
         ("outer_batch", TRAIN.mesh_axes("batch")),
+        ("outer_length", TRAIN.mesh_axes("length")),
     ),
 )
 
