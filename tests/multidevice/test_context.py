@@ -177,6 +177,35 @@ def test_a_model_equals_one_device(variant, text, remat):
         assert gap < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("text", "remat", "looped"),
+    [
+        # Forward 2 + 3, backward 6 + 9: kept o and log-sum-exp leave no forward ring in it.
+        ("context=4,tensor=2", "save_attention", 20),
+        _slow("context=8", "dots", 20),
+        _slow("context=8", "full", 26),
+    ],
+)
+def test_a_step_moves_what_its_mesh_explains(text, remat, looped):
+    """Weights and the embedding's rows move over context as over fsdp; tokens alone are whole."""
+    program = cases.program(text, context_parallel="ring", remat=remat)
+    over_context = [c for c in program.collectives if c.axes == ("context",)]
+    assert Counter(("looped" if c.looped else "once", c.kind) for c in over_context) == {
+        ("looped", "collective-permute"): looped,
+        # Into zigzag order: five arrays [B, T], two permutes each. Segment ids' first hop.
+        ("once", "collective-permute"): 2 * 5 + 1,
+        ("looped", "all-gather"): 7 + 7,  # a layer's matrices, forward and backward
+        ("once", "all-gather"): 2,  # the output kernel, the tokens
+        ("once", "all-to-all"): 2,  # the embedding's rows, and their gradients
+        ("looped", "all-reduce"): 12,  # a layer's gradients: reduce-scatters on TPU and GPU
+        ("once", "all-reduce"): 4,  # final norm and output kernel, loss and weight
+    }
+    assert "rematerialization" not in program.warnings, program.warnings
+    for c in program.collectives:
+        share = cases.B * cases.T * cases.MODEL.hidden_size // cases.layout(text).size("length")
+        assert cases.T not in c.shape or np.prod(c.shape) <= share, c
+
+
 def test_bad_meshes_are_named():
     layout = _layout("context=8")
     with pytest.raises(
