@@ -93,7 +93,7 @@ def _slow(*values):
     [
         ("ring", "context=8", True, 8),
         _slow("ring", "context=8", False, 2),
-        ("ring", "context=4,tensor=2", False, 2),
+        _slow("ring", "context=4,tensor=2", False, 2),
         _slow("ring", "context=4,tensor=2", True, 2),
         _slow("ring", "context=2,tensor=4,kv_heads=replicated", True, 2),
         ("ring", "context=2,data=2,fsdp=2", True, 2),
@@ -135,14 +135,14 @@ def test_exactly_the_expected_collectives():
 
 def test_memory_of_a_device_falls_as_one_over_their_number():
     """Lengths are so short that queries outweigh a block's scores: nothing is larger than they."""
-    for n in (2, 4, 8):
+    for n in (2, 8):
         program = _program("ring", f"context={n}", packed=False, K=2, devices=n)
         queries = B * T * N * H // n
         assert program.largest == queries
         memory = program.run.memory_analysis()
         whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
         whole += memory.temp_size_in_bytes
-        # Measured: 12.8, 15.2 and 13.1; two devices need no loop.
+        # Measured: 12.8 and 13.1 (15.2 for 4); two devices need no loop.
         assert whole < 16 * 4 * queries
 
 
