@@ -143,9 +143,9 @@ def attention(
 
 def _forward(schedule, blocks, axis, q, k, v, ids):
     forward, _ = _SCHEDULES[schedule]
-    o, lse = forward(blocks, axis, _scaled(q), k, v, ids)
-    o = checkpoint_name(o.astype(q.dtype), RESIDUAL_NAME)
-    lse = checkpoint_name(lse, RESIDUAL_NAME)
+    (early_o, early_lse), (late_o, late_lse) = forward(blocks, axis, _scaled(q), k, v, ids)
+    o = checkpoint_name(jnp.concatenate([early_o, late_o], axis=1).astype(q.dtype), RESIDUAL_NAME)
+    lse = checkpoint_name(jnp.concatenate([early_lse, late_lse], axis=2), RESIDUAL_NAME)
     return o, (q, k, v, ids, o, lse)
 
 
@@ -156,6 +156,7 @@ def _backward(schedule, blocks, axis, residuals, do):
     di = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32)
     rows = Rows(o, do, lse, di)
     dq, dk, dv = backward(blocks, axis, _scaled(q), k, v, ids, rows)
+    dq = jnp.concatenate(dq, axis=1)
     return _scaled(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -171,11 +172,11 @@ def _ring_forward(blocks, axis, q, k, v, ids):
     def round_(carry, distance):
         total, visitors = carry
         coming = _shift(visitors, axis)  # issued before the block, which does not need it
-        return (_merge(total, visit(visitors, distance)), coming), None
+        return (visit(total, visitors, distance), coming), None
 
     if n > 2:
         (total, visitors), _ = jax.lax.scan(round_, (total, visitors), jnp.arange(1, n - 1))
-    return _merge(total, visit(visitors, n - 1))
+    return visit(total, visitors, n - 1)
 
 
 def _ring_backward(blocks, axis, q, k, v, ids, rows):
@@ -187,19 +188,19 @@ def _ring_backward(blocks, axis, q, k, v, ids, rows):
     def round_(carry, distance):
         dq, visitors, sums = carry
         coming, sums = _shift((visitors, sums), axis)
-        more, *d_visitors = visit(visitors, distance)
-        return (dq + more, coming, _add(sums, d_visitors)), None
+        dq, *d_visitors = visit(dq, visitors, distance)
+        return (dq, coming, _add(sums, d_visitors)), None
 
     # Gradients travel with their keys and values from the first device that has some to add.
     coming = _shift(visitors, axis) if n > 2 else None
-    more, *sums = _float32(visit(visitors, 1))
-    dq = dq + more
+    dq, *sums = visit(dq, visitors, 1)
+    sums = _float32(sums)
     if n > 2:
         carry = (dq, coming, sums)
         (dq, visitors, sums), _ = jax.lax.scan(round_, carry, jnp.arange(2, n - 1))
         sums = _shift(sums, axis)
-        more, *d_visitors = visit(visitors, n - 1)
-        dq, sums = dq + more, _add(sums, d_visitors)
+        dq, *d_visitors = visit(dq, visitors, n - 1)
+        sums = _add(sums, d_visitors)
     return dq, *_add(_shift(sums, axis), d_own)
 
 
@@ -210,7 +211,7 @@ def _gather_forward(blocks, axis, q, k, v, ids):
 
     def round_(total, distance):
         visitors = jax.tree.map(lambda x: x[(i - distance) % n], everyone)
-        return _merge(total, visit(visitors, distance)), None
+        return visit(total, visitors, distance), None
 
     total = _own_forward(blocks, q, k, v, ids)
     return jax.lax.scan(round_, total, jnp.arange(1, n))[0]
@@ -224,8 +225,8 @@ def _gather_backward(blocks, axis, q, k, v, ids, rows):
     def round_(carry, distance):
         dq, sums = carry
         j = (i - distance) % n
-        more, *d_visitors = visit(jax.tree.map(lambda x: x[j], everyone), distance)
-        return (dq + more, set_row(sums, d_visitors, j)), None
+        dq, *d_visitors = visit(dq, jax.tree.map(lambda x: x[j], everyone), distance)
+        return (dq, set_row(sums, d_visitors, j)), None
 
     def set_row(sums, d_visitors, j):
         return [to.at[j].set(x.astype(to.dtype)) for to, x in zip(sums, d_visitors, strict=True)]
@@ -244,12 +245,16 @@ _SCHEDULES = {
 
 
 def _own_forward(blocks, q, k, v, ids):
+    """(o, lse) of either chunk's queries over the own two chunks, in float32."""
     o, lse = blocks.forward(q, k, v, mask=BlockMask(True, ids, ids))
-    return o.astype(jnp.float32), lse
+    return tuple(zip(_halves(o.astype(jnp.float32)), _halves(lse), strict=True))
 
 
 def _own_backward(blocks, q, k, v, ids, rows):
-    return _float32(blocks.backward(q, k, v, mask=BlockMask(True, ids, ids), rows=rows))
+    """The gradients of either chunk's queries, and those of keys and values, in float32."""
+    gradients = blocks.backward(q, k, v, mask=BlockMask(True, ids, ids), rows=rows)
+    dq, dk, dv = _float32(gradients)
+    return tuple(_halves(dq)), dk, dv
 
 
 def _both_and_second(*trees):
@@ -260,45 +265,47 @@ def _both_and_second(*trees):
     return trees, jax.lax.optimization_barrier(_second(trees))
 
 
-def _visit_forward(blocks, axis, queries, visitors, distance):
-    """(o, lse) of the local queries over the chunks of the device `distance` before this one."""
+def _visit_forward(blocks, axis, queries, total, visitors, distance):
+    """`total`, of either chunk, with the keys of the device `distance` before this one.
+
+    Chunks are apart, and added to inside the branches: the early one is often left as it is.
+    """
     (q, ids), (late_q, late_ids) = queries
 
     def from_before():
         k, v, kv_ids = _first(visitors)
-        return blocks.forward(q, k, v, mask=BlockMask(False, ids, kv_ids))
+        o, lse = blocks.forward(q, k, v, mask=BlockMask(False, ids, kv_ids))
+        parts = zip(_halves(o), _halves(lse), strict=True)
+        return tuple(map(_merge, total, parts))
 
     def from_behind():
         k, v, kv_ids = visitors
-        o, lse = blocks.forward(late_q, k, v, mask=BlockMask(False, late_ids, kv_ids))
-        return _after(o), jnp.concatenate([jnp.full_like(lse, -jnp.inf), lse], axis=2)
+        part = blocks.forward(late_q, k, v, mask=BlockMask(False, late_ids, kv_ids))
+        return total[0], _merge(total[1], part)
 
-    return _cond(axis, distance, from_before, from_behind)
+    return jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
 
 
-def _visit_backward(blocks, axis, queries, visitors, distance):
-    """(dq, dk, dv), as `_visit_forward`."""
+def _visit_backward(blocks, axis, queries, dq, visitors, distance):
+    """(dq, dk, dv), as `_visit_forward`; dk and dv are the visit's own."""
     (q, ids, rows), (late_q, late_ids, late_rows) = queries
 
     def from_before():
         k, v, kv_ids = _first(visitors)
-        dq, dk, dv = blocks.backward(q, k, v, mask=BlockMask(False, ids, kv_ids), rows=rows)
-        return dq, _before(dk), _before(dv)
+        mask = BlockMask(False, ids, kv_ids)
+        more, dk, dv = blocks.backward(q, k, v, mask=mask, rows=rows)
+        return tuple(_add(dq, _halves(more))), _padded(dk), _padded(dv)
 
     def from_behind():
         k, v, kv_ids = visitors
         mask = BlockMask(False, late_ids, kv_ids)
-        dq, dk, dv = blocks.backward(late_q, k, v, mask=mask, rows=late_rows)
-        return _after(dq), dk, dv
+        more, dk, dv = blocks.backward(late_q, k, v, mask=mask, rows=late_rows)
+        return (dq[0], dq[1] + more), dk, dv
 
-    return _cond(axis, distance, from_before, from_behind)
-
-
-def _cond(axis, distance, from_before, from_behind):
+    before = jax.lax.axis_index(axis) >= distance
+    dq, *d_visitors = jax.lax.cond(before, from_before, from_behind)
     # The barrier keeps XLA from moving casts to float32 into the branches: twice the bytes.
-    return jax.lax.optimization_barrier(
-        jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
-    )
+    return dq, *jax.lax.optimization_barrier(d_visitors)
 
 
 def _merge(total, part):
@@ -343,10 +350,6 @@ def _halves(x: jax.Array) -> list[jax.Array]:
     return jnp.split(x, 2, axis=2 if x.ndim == 3 else 1)
 
 
-def _before(x_BTNH: jax.Array) -> jax.Array:
-    """`x` and as many zeros, along the length."""
+def _padded(x_BTNH: jax.Array) -> jax.Array:
+    """The first chunk's gradient, and zeros for the second's."""
     return jnp.concatenate([x_BTNH, jnp.zeros_like(x_BTNH)], axis=1)
-
-
-def _after(x_BTNH: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.zeros_like(x_BTNH), x_BTNH], axis=1)

@@ -26,6 +26,7 @@ LOGICAL_AXES = (
     "cache_length",  # positions of a key-value cache
     "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
     "outer_length",  # tokens of a sequence, over those of `length` that do not shard `embed`
+    "outer_embed",  # the residual stream's width, over those of `embed` that do not shard `length`
     "act_embed",  # the residual stream's width in an activation
     "act_heads",
     "act_kv_heads",
@@ -84,6 +85,7 @@ TRAIN = Rules(
         ("batch", ("data", "expert", "fsdp")),
         ("outer_batch", ("data", "expert")),
         ("length", ("context",)),
+        ("outer_embed", ("fsdp",)),
         ("act_heads", ("tensor",)),
         ("act_kv_heads", ("tensor",)),
         ("act_ffn", ("tensor",)),
@@ -96,8 +98,9 @@ TRAIN = Rules(
 DECODE = Rules(
     "decode",
     (
-        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_batch")),
+        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_embed", "outer_batch")),
         ("outer_batch", TRAIN.mesh_axes("batch")),
+        ("outer_length", TRAIN.mesh_axes("length")),
     ),
 )
 

@@ -83,7 +83,7 @@ def check_divisible(shape: tuple[int, ...], axes: Axes, layout: Layout, *, what:
     for size, logical in zip(shape, axes, strict=True):
         parts = layout.size(logical)
         if size % parts:
-            mesh_axes = "*".join(layout.rules.mesh_axes(logical))
+            mesh_axes = _spread_over(logical, layout)
             raise ValueError(
                 f"{what}: dimension {logical}={size} is not divisible by {mesh_axes}={parts}; "
                 f"use {_divisors(size, limit=parts)}"
@@ -101,7 +101,7 @@ def check_model(cfg: schema.Model, layout: Layout) -> None:
         parts = layout.size(logical)
         if size % parts == 0:
             continue
-        mesh_axes = "*".join(layout.rules.mesh_axes(logical))
+        mesh_axes = _spread_over(logical, layout)
         # What divides this size alone may not divide what else lies on the same mesh axes.
         beside = [n for other, _, n in sizes if _same_axes(other, logical, layout)]
         remedy = f"use {_divisors(math.gcd(*beside), limit=parts)}"
@@ -157,6 +157,11 @@ def legal_tensor_sizes(cfg: schema.Model, *, limit: int = 64) -> tuple[int, ...]
     over = ("heads", "kv_heads", "ffn", "vocab")
     common = math.gcd(*(size for logical, _, size in _sizes(cfg) if logical in over))
     return tuple(n for n in range(1, min(common, limit) + 1) if common % n == 0)
+
+
+def _spread_over(logical: str, layout: Layout) -> str:
+    """The mesh axes that a dimension is spread over, for messages: `fsdp*context`."""
+    return "*".join(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
 
 
 def _same_axes(one: str, other: str, layout: Layout) -> bool:

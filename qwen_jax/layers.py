@@ -82,8 +82,8 @@ class Embed(nnx.Module):
         """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
 
         With the table's columns over X = fsdp and Y = context, each device reads its columns for
-        every token of its group: [B, T, D_XY] -> all-to-all -> [B_X, T_Y, D]. The table, larger
-        than a batch, is never gathered, and neither is its gradient.
+        every token of its group: [B, T, D_XY] -> all-to-all -> [B, T_Y, D_X] -> all-to-all ->
+        [B_X, T_Y, D]. The table, larger than a batch, is never gathered, nor is its gradient.
         """
         outer = ("outer_batch", "outer_length")
         tokens_BT = sharding.constrain(tokens_BT, outer, layout)
@@ -91,6 +91,8 @@ class Embed(nnx.Module):
         rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
         rows = sharding.constrain(rows.astype(dtype), (*outer, "embed"), layout)
+        # One axis at a time: at once, XLA would gather every token's row on every device.
+        rows = sharding.constrain(rows, ("outer_batch", "length", "outer_embed"), layout)
         return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
 
 

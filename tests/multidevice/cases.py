@@ -10,6 +10,7 @@ import numpy as np
 from configs import qwen2_5, schema
 from partitioning import mesh, rules, sharding
 from qwen_jax import model
+from qwen_jax.attention import context
 from tests.multidevice import hlo
 from train.losses import language_model
 
@@ -49,6 +50,12 @@ def layout(text: str) -> sharding.Layout:
 
 
 def loss(params, tokens, targets, weights, segments, positions, *, cfg, dtype, layout, options):
+    arrange = functools.partial(
+        context.arrange, variant=options.get("context_parallel"), layout=layout
+    )
+    with jax.named_scope("arrange"):
+        rows = map(arrange, (tokens, targets, weights, segments, positions))
+        tokens, targets, weights, segments, positions = rows
     with jax.named_scope("model"):
         hidden_BTD = model.apply(
             cfg,
@@ -93,14 +100,24 @@ def one_device(cfg: schema.Model):
 
 @functools.cache
 def program(
-    text: str, *, cfg: schema.Model = MODEL, dtype: str = "float32", layer_loop: str = "scan"
+    text: str,
+    *,
+    cfg: schema.Model = MODEL,
+    dtype: str = "float32",
+    layer_loop: str = "scan",
+    remat: str = "full",
+    context_parallel: str | None = None,
 ) -> hlo.Program:
-    """Loss and gradients compiled for a mesh, with every layer recomputed in the backward pass."""
+    """Loss and gradients compiled for a mesh, by default with every layer recomputed."""
     placed = layout(text)
     sharding.check_model(cfg, placed)
     of_params = sharding.shardings(model.axes(cfg), placed)
     of_batch = sharding.sharding(("batch", "length"), placed)
-    options = {"remat_policy": "full", "layer_loop": layer_loop}
+    options = {
+        "remat_policy": remat,
+        "layer_loop": layer_loop,
+        "context_parallel": context_parallel,
+    }
     run = functools.partial(loss, cfg=cfg, dtype=jnp.dtype(dtype), layout=placed, options=options)
     step = jax.jit(
         jax.value_and_grad(run),

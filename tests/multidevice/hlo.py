@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?[\w.\-]+ \(.*\{\s*$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(KINDS)})\(")
 _ARRAY = re.compile(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]")
 
@@ -85,16 +85,40 @@ def _stderr():
 
 
 def _collectives(text: str, mesh: jax.sharding.Mesh):
+    looped_in = _looped(text)
     looped = False
     for line in text.splitlines():
         if heading := _COMPUTATION.match(line):
-            looped = heading[1] is None
+            looped = heading[2] in looped_in
         if found := _INSTRUCTION.search(line):
             dtype, dims, kind = found.groups()
             shape = tuple(int(d) for d in dims.split(",") if d)
-            yield Collective(kind, dtype, shape, _axes(line, mesh), _scope(line), looped)
+            axes = _axes(line, mesh)
+            if axes:  # a group of one moves nothing
+                yield Collective(kind, dtype, shape, axes, _scope(line), looped)
         else:
             assert not re.search(rf"\s({'|'.join(KINDS)})(-start)?\(", line), f"not read: {line}"
+
+
+def _looped(text: str) -> set[str]:
+    """The computations that a loop's body is, calls or branches to."""
+    called: dict[str, set[str]] = {}
+    bodies, inside = set(), set()
+    for line in text.splitlines():
+        if heading := _COMPUTATION.match(line):
+            inside = called.setdefault(heading[2], set())
+        else:
+            inside.update(re.findall(r"(?:to_apply|calls|\w+_computation)=%?([\w.\-]+)", line))
+            for names in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                inside.update(re.findall(r"[\w.\-]+", names))
+            bodies.update(re.findall(r"body=%?([\w.\-]+)", line))
+    reached, left = set(), list(bodies)
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            left.extend(called.get(name, ()))
+    return reached
 
 
 def _elements(dims: str) -> int:

@@ -81,7 +81,9 @@ def test_each_device_holds_its_slice_of_parameters_and_moments(folder):
         assert moments["layers"]["mlp"]["gate"]["kernel"].sharding == kernel.sharding
 
 
-@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "text", ["data=2,fsdp=2,tensor=2", pytest.param("context=4,fsdp=2", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_goes_on_on_another_mesh(folder, one_device, text):
     program = program_on(text, num_devices=8)
     with state.Store(folder, CONFIG.checkpoint, CFG) as store:
