@@ -1,15 +1,18 @@
 """Bytes that one device needs, by kind, at the moment of a step when it needs most.
 
-Three moments compete (read off the buffers of compiled steps, v5e and v5p, all policies):
+Four moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
 
-loss      all kept activations, the output kernel gathered, one chunk of float32 logits, and the
-          kernel's float32 gradient twice: the loop's sum, and the sum with the next chunk added,
-          which XLA does not write over the first. Mostly the greatest, for short rows.
-backward  all kept activations, the layers' gradients so far, one layer's gathered weights and
-          its working set. The greatest for long rows.
+kernel    all kept activations, the float32 gradient of the output kernel, whole, and the gathered
+          kernel twice: XLA writes the gather as an all-reduce of a padded copy where a side of a
+          torus of three dimensions is not a ring by itself. The greatest on v5p, for short rows.
+loss      all kept activations, that gradient, the kernel, one chunk of float32 logits. The greatest
+          on v5e and v6e, for short rows.
+backward  all kept activations, that gradient, the layers' gradients, one layer's gathered weights
+          and its working set. The greatest for long rows.
 update    all gradients, and nothing kept.
 
-A compiled program's heap has holes, and its code lies beside it: neither is in these figures.
+The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its
+`temp_size_in_bytes` is no such sum: it adds up what the loops need one after the other.
 """
 
 import math
@@ -84,19 +87,27 @@ def _train(job: Job) -> Memory:
         "copy": itemsize * stacked + _padded_copies(job, leaves),
     }
     kernel_gradient = FLOAT32 * job.cfg.hidden_size * _vocab(job)
-    own_kernel_gradient = kernel_gradient / job.layout.size("embed")
+    kernel = itemsize * job.cfg.hidden_size * _vocab(job)
     stack_gradients = itemsize * stacked
+    residual = job.tokens * job.cfg.hidden_size * itemsize
+    gathers = 2 if job.where.chip.torus_rank == 3 and job.layout.size("embed") > 1 else 1
     moments = {
+        "kernel": {
+            "kept": kept,
+            "gradients": accumulated + kernel_gradient,
+            "weights": gathers * kernel,
+            "working": 3 * residual,
+        },
         "loss": {
             "kept": kept,
-            "gradients": accumulated + 2 * kernel_gradient,
-            "weights": itemsize * job.cfg.hidden_size * _vocab(job),
+            "gradients": accumulated + kernel_gradient,
+            "weights": kernel,
             "logits": _logits(job),
-            "working": 3 * job.tokens * job.cfg.hidden_size * itemsize,
+            "working": 3 * residual,
         },
         "backward": {
             "kept": kept,
-            "gradients": accumulated + own_kernel_gradient + stack_gradients,
+            "gradients": accumulated + kernel_gradient + stack_gradients,
             "weights": _layer_weights(job, leaves) * itemsize,
             "working": _working(job) * itemsize + in_flight,
         },

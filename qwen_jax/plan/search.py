@@ -11,8 +11,7 @@ from qwen_jax.plan import job as job_lib
 from qwen_jax.plan import layer, memory, roofline
 from qwen_jax.plan.job import Job, Purpose
 
-# Of a device's memory, kept free: for the heap's holes and the program's code (the estimate was up
-# to 11% below compiled steps).
+# Of a device's memory, kept free: for the heap's holes, the program's code and our own error.
 RESERVE = 0.1
 ROWS = (1, 2, 4, 8, 16)
 DECODE_ROWS = (1, 4, 16, 64, 256)
@@ -195,7 +194,7 @@ def larger_slice(least: Candidate) -> Job | None:
 
 
 def slices(chip: chips.Chip) -> list[Slice]:
-    """Slices of a chip that are proposed, smallest first: standard shapes of 2^n chips; GPU hosts."""
+    """Slices that are proposed, smallest first: standard shapes of 2^n chips; GPU hosts."""
     if chip.platform == "gpu":
         small = [f"{chip.name}-{n}" for n in (1, 2, 4)]
         whole = [f"{chip.name}-8", *(f"{n}x{chip.name}-8" for n in _HOSTS[1:])]
