@@ -58,6 +58,42 @@ def shardings(
     return 0
 
 
+@app.command
+def plan(
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    topology: str = "any",
+    mesh: str = "",
+    length: int | None = None,
+    rows: int | None = None,
+    remat: str | None = None,
+    purpose: Literal["train", "eval", "decode"] = "train",
+    picture: str | None = None,
+) -> int:
+    """Say what a run needs: which slice to rent, mesh, memory and time of a step.
+
+    Args:
+        model: A preset's name (`qwen-jax models`); by default the recipe's.
+        recipe: A recipe's name (`qwen-jax train --help`), for length, precision and optimizer.
+        topology: A slice, such as v5p-128, v6e-256, 2xv5e-256, h100-8 or cpu-8; any ranks slices.
+        mesh: Axis sizes, for example fsdp=16,tensor=4; by default every legal one is tried.
+        length: Tokens of a row; in decoding, positions of the cache.
+        rows: Sequences that a device works on at one time; by default several are tried.
+        remat: Rematerialisation policy; by default those without offloading are tried.
+        purpose: What runs: a training step, an evaluation, or the decoding of a token.
+        picture: File for a picture of memory and sharding, for example plan.png.
+    """
+    from qwen_jax.plan import command
+
+    request = command.Request(
+        model=model, recipe=recipe, topology=topology, mesh=mesh, length=length, rows=rows,
+        remat=remat, purpose=purpose,
+    )  # fmt: skip
+    command.run(request, picture=picture)
+    return 0
+
+
 @tokenizer_app.command(name="train")
 def tokenizer_train(
     paths: Positional[tuple[str, ...]],

@@ -1,0 +1,93 @@
+"""One layer in elements and operations: what a remat policy keeps of it, and what it repeats."""
+
+from configs import remat
+from qwen_jax.plan.job import Job
+
+# What a layer without rematerialisation keeps beyond `minimal`, in arrays [B, T, F]: the five that
+# SiLU's and the product's derivatives keep, counted in a compiled step (1.5B, v5e, scan).
+_ARRAYS_OF_NONE = 5
+LANES = 128
+
+
+def widths(job: Job) -> dict[str, float]:
+    """Elements a token of each tensor that a policy may keep, on one device, in one layer.
+
+    Averaged over layers, where some have experts and others do not; a shared expert's tensors go
+    by the names of the dense network's. The log-sum-exp is float32: two elements.
+    """
+    cfg, size = job.cfg, job.layout.size
+    heads, kv_heads = cfg.num_attention_heads / size("act_heads"), cfg.num_key_value_heads
+    kv_heads = kv_heads / size("act_kv_heads")
+    H = padded(job, cfg.head_dim)
+    F = mean_ffn(job) / size("act_ffn")
+    return {
+        "layer_input": cfg.hidden_size,
+        "q": heads * H,
+        "k": kv_heads * H,
+        "v": kv_heads * H,
+        "attention_out": heads * (H + 2),
+        "attention_residual": cfg.hidden_size,
+        "mlp_gate": F,
+        "mlp_up": F,
+        "mlp_hidden": F,
+    }
+
+
+def padded(job: Job, size: int) -> int:
+    """`size` as a minor dimension: a TPU pads it to its lanes."""
+    return -(-size // LANES) * LANES if job.where.chip.platform == "tpu" else size
+
+
+def mean_ffn(job: Job) -> float:
+    """Hidden width of the feed-forward network that every token passes, mean of the layers."""
+    cfg = job.cfg
+    shared = cfg.moe.shared_expert_intermediate_size if cfg.moe else 0
+    dense = len(cfg.dense_layers) if cfg.sparse_layers else cfg.num_hidden_layers
+    total = dense * cfg.intermediate_size + len(cfg.sparse_layers) * shared
+    return total / cfg.num_hidden_layers
+
+
+def kept(policy: str) -> remat.Tensors:
+    """The tensors that a policy keeps; `dots` and `none` keep at least those of `minimal`."""
+    return remat.tensors("minimal" if policy in ("dots", "none") else policy)
+
+
+def kept_elements(job: Job) -> tuple[float, float]:
+    """Elements a token that each layer keeps on the device, and in host memory."""
+    width, policy = widths(job), job.config.remat
+    tensors = kept(policy)
+    saved = {"layer_input", *tensors.save} - set(tensors.offload)
+    device = sum(width[name] for name in saved)
+    if policy == "none":
+        device += _ARRAYS_OF_NONE * width["mlp_hidden"]
+    return device, sum(width[name] for name in tensors.offload)
+
+
+def repeated_per_token(job: Job) -> float:
+    """Operations that the backward pass does again for a token, of all layers, over all devices.
+
+    What lies between kept tensors is computed again, but nothing that only the residual stream
+    behind it needs: never the down projection.
+    """
+    cfg, policy = job.cfg, job.config.remat
+    if policy in ("none", "dots"):
+        return 0.0
+    tensors = kept(policy)
+    have = {*tensors.save, *tensors.offload}
+    D, H = cfg.hidden_size, cfg.head_dim
+    N, K = cfg.num_attention_heads, cfg.num_key_value_heads
+    again = 0.0
+    again += 0 if "q" in have else 2 * D * N * H
+    again += sum(2 * D * K * H for name in ("k", "v") if name not in have)
+    again += 0 if "attention_out" in have else 2 * N * H * job.length  # causal
+    again += 0 if "attention_residual" in have else 2 * N * H * D
+    F = mean_ffn(job)
+    again += sum(2 * D * F for name in ("mlp_gate", "mlp_up") if name not in have)
+    if cfg.moe:
+        routed = 4 * D * cfg.moe.moe_intermediate_size * cfg.moe.num_experts_per_tok
+        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(job)
+    return again * cfg.num_hidden_layers
+
+
+def _sparse_share(job: Job) -> float:
+    return len(job.cfg.sparse_layers) / job.cfg.num_hidden_layers

@@ -1,0 +1,261 @@
+"""Bytes that one device needs, by kind, at the moment of a step when it needs most.
+
+Four moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
+
+kernel    all kept activations, the float32 gradient of the output kernel, whole, and the gathered
+          kernel twice: XLA writes the gather as an all-reduce of a padded copy where a side of a
+          torus of three dimensions is not a ring by itself. The greatest on v5p, for short rows.
+loss      all kept activations, that gradient, the kernel, one chunk of float32 logits. The greatest
+          on v5e and v6e, for short rows.
+backward  all kept activations, that gradient, the layers' gradients, one layer's gathered weights
+          and its working set. The greatest for long rows.
+update    all gradients, and nothing kept.
+
+The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its
+`temp_size_in_bytes` is no such sum: it adds up what the loops need one after the other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from qwen_jax import kv_cache
+from qwen_jax.plan import job as job_lib
+from qwen_jax.plan import layer
+from qwen_jax.plan.job import Job
+
+FLOAT32 = 4
+KINDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer moments",
+    "batch": "batch",
+    "copy": "layers in the arithmetic's dtype",
+    "kept": "activations kept",
+    "gradients": "gradients",
+    "weights": "gathered weights",
+    "working": "working set",
+    "logits": "logits",
+    "cache": "key-value cache",
+}
+# Arrays of a layer's working set that live together in its backward pass, each [M, F] or [M, N H]:
+# gate, up, their product and their gradients; q, o and their gradients.
+_FFN_ARRAYS = 5
+_ATTENTION_ARRAYS = 4
+_RESIDUAL_ARRAYS = 4  # [M, D]: the stream, its gradient, and a norm's input and output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes a device, by the names of `KINDS`, at the moment `peak`; and in host memory."""
+
+    kinds: dict[str, float]
+    peak: str
+    moments: dict[str, float]  # the total at each moment
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds.values())
+
+    @property
+    def state(self) -> float:
+        """What the program is given: a compiled program's arguments."""
+        return sum(self.kinds.get(name, 0.0) for name in ("parameters", "optimizer", "batch"))
+
+
+def estimate(job: Job) -> Memory:
+    """The memory of one device."""
+    return {"train": _train, "eval": _evaluate, "decode": _decode}[job.purpose](job)
+
+
+def _train(job: Job) -> Memory:
+    itemsize = jnp.dtype(job.config.compute_dtype).itemsize
+    moment = jnp.dtype(job.config.optimizer.moment_dtype).itemsize
+    leaves = job_lib.parameters(job)
+    held = sum(leaf.local_size for leaf in leaves)
+    stacked = sum(leaf.local_size for leaf in leaves if leaf.stacked)
+    device, host = layer.kept_elements(job)
+    layers = job.cfg.num_hidden_layers
+    kept = job.tokens * layers * device * itemsize
+    in_flight = 2 * job.tokens * host * itemsize  # two layers' worth comes back at one time
+    accumulated = FLOAT32 * held if job.config.accumulate_steps > 1 else 0
+    always = {
+        "parameters": FLOAT32 * held,
+        "optimizer": (moment + FLOAT32) * held,
+        "batch": job.config.accumulate_steps * _batch(job),
+        "copy": itemsize * stacked + _padded_copies(job, leaves),
+    }
+    kernel_gradient = FLOAT32 * job.cfg.hidden_size * _vocab(job)
+    kernel = itemsize * job.cfg.hidden_size * _vocab(job)
+    stack_gradients = itemsize * stacked
+    residual = job.tokens * job.cfg.hidden_size * itemsize
+    gathers = 2 if job.where.chip.torus_rank == 3 and job.layout.size("embed") > 1 else 1
+    moments = {
+        "kernel": {
+            "kept": kept,
+            "gradients": accumulated + kernel_gradient,
+            "weights": gathers * kernel,
+            "working": 3 * residual,
+        },
+        "loss": {
+            "kept": kept,
+            "gradients": accumulated + kernel_gradient,
+            "weights": kernel,
+            "logits": _logits(job),
+            "working": 3 * residual,
+        },
+        "backward": {
+            "kept": kept,
+            "gradients": accumulated + kernel_gradient + stack_gradients,
+            "weights": _layer_weights(job, leaves) * itemsize,
+            "working": _working(job) * itemsize + in_flight,
+        },
+        "update": {
+            "gradients": accumulated + stack_gradients + 2 * (held - stacked) * FLOAT32,
+        },
+    }
+    return _at_the_peak(always, moments, host=job.tokens * layers * host * itemsize)
+
+
+def _evaluate(job: Job) -> Memory:
+    itemsize = jnp.dtype(job.config.compute_dtype).itemsize
+    leaves = job_lib.parameters(job)
+    stacked = sum(leaf.local_size for leaf in leaves if leaf.stacked)
+    always = {
+        "parameters": FLOAT32 * sum(leaf.local_size for leaf in leaves),
+        "batch": _batch(job),
+        "copy": itemsize * stacked + _padded_copies(job, leaves),
+    }
+    moments = {
+        "layers": {
+            "weights": _layer_weights(job, leaves) * itemsize,
+            "working": _working(job) * itemsize / 2,  # no gradients beside
+        },
+        "loss": {
+            "weights": itemsize * job.cfg.hidden_size * _vocab(job),
+            "logits": _logits(job),
+            "working": 2 * job.tokens * job.cfg.hidden_size * itemsize,
+        },
+    }
+    return _at_the_peak(always, moments)
+
+
+def _decode(job: Job) -> Memory:
+    """Weights in the arithmetic's dtype, a cache of whole rows, one token a row."""
+    dtype = jnp.dtype(job.config.compute_dtype)
+    cache = kv_cache.num_bytes(job.cfg, num_slots=job.rows, length=job.length, dtype=dtype)
+    held = sum(leaf.local_size for leaf in job_lib.parameters(job))
+    always = {
+        "parameters": dtype.itemsize * held,
+        "cache": cache / job.layout.size("act_kv_heads"),
+    }
+    moments = {
+        "token": {
+            # The logits, and their copy in sorted order from which a sampler draws.
+            "logits": 2 * FLOAT32 * job.rows * _vocab(job),
+            "working": FLOAT32 * job.rows * job.cfg.hidden_size * _RESIDUAL_ARRAYS,
+        }
+    }
+    return _at_the_peak(always, moments)
+
+
+def _at_the_peak(always: dict, moments: dict, *, host: float = 0.0) -> Memory:
+    totals = {name: sum(always.values()) + sum(kinds.values()) for name, kinds in moments.items()}
+    peak = max(totals, key=totals.get)
+    kinds = {**always, **moments[peak]}
+    ordered = {name: float(kinds[name]) for name in KINDS if name in kinds}
+    return Memory(kinds=ordered, peak=peak, moments=totals, host=host)
+
+
+def _batch(job: Job) -> float:
+    """Tokens, targets, segments and positions in int32, weights in float32."""
+    return 5 * 4 * job.tokens
+
+
+def _vocab(job: Job) -> int:
+    return -(-job.cfg.vocab_size // job.layout.size("act_vocab"))
+
+
+def _logits(job: Job) -> float:
+    """One chunk of every row, whole along its length, in float32."""
+    chunk = min(job.config.loss_chunk, job.length)
+    return FLOAT32 * job.rows * chunk * _vocab(job)
+
+
+def _padded_copies(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
+    """What a TPU's tiles add where `embed` is a minor dimension of less than 128 lanes.
+
+    The embedding is copied into rows that a lookup can read; with tied embeddings, so are its
+    moments, whose gradient arrives that way.
+    """
+    if job.where.chip.platform != "tpu":
+        return 0.0
+    added = 0.0
+    for leaf in leaves:
+        if leaf.axes[-1] != "embed" or leaf.local[-1] % layer.LANES == 0:
+            continue
+        rows, width = math.prod(leaf.local[:-1]), leaf.local[-1]
+        if leaf.stacked:
+            added += rows * (layer.padded(job, width) - width) * 2
+        else:
+            copies = 3 if job.cfg.tie_word_embeddings else 1
+            added += copies * rows * layer.padded(job, width) * FLOAT32
+    return added
+
+
+def _layer_weights(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
+    """Elements of gathered weights at one time: the two largest matrices of a layer.
+
+    One is at work while the next arrives, or while its gradient, as large, leaves.
+    """
+    if job.layout.size("embed") == 1:
+        return max(leaf.local_size / leaf.shape[0] for leaf in leaves if leaf.stacked)
+    sizes = [
+        leaf.gathered_size / leaf.shape[0]
+        for leaf in leaves
+        if leaf.stacked and "embed" in leaf.axes
+    ]
+    return sum(sorted(sizes)[-2:])
+
+
+def _working(job: Job) -> float:
+    """Elements of one layer's forward and backward pass."""
+    cfg, size = job.cfg, job.layout.size
+    F = max(_widest_ffn(job) / size("act_ffn"), 0)
+    heads = cfg.num_attention_heads / size("act_heads") * layer.padded(job, cfg.head_dim)
+    feed_forward = _FFN_ARRAYS * F
+    attention = _ATTENTION_ARRAYS * heads
+    per_token = max(feed_forward, attention) + _RESIDUAL_ARRAYS * cfg.hidden_size
+    return job.tokens * per_token + _routed(job)
+
+
+def _widest_ffn(job: Job) -> float:
+    cfg = job.cfg
+    shared = cfg.moe.shared_expert_intermediate_size if cfg.moe else 0
+    has_dense = bool(cfg.dense_layers) or not cfg.sparse_layers
+    return max(shared, cfg.intermediate_size if has_dense else 0)
+
+
+def _routed(job: Job) -> float:
+    """Elements of tokens on their way through the experts: rows [R, D] and [R, F] with gradients.
+
+    Dropless over X devices, a device may get every token of its X (`expert_parallel`).
+    """
+    moe = job.cfg.moe
+    if moe is None:
+        return 0.0
+    X = job.layout.size("experts")
+    held = moe.num_held // X
+    rows = job.tokens * X * min(moe.num_experts_per_tok, held)
+    if moe.capacity_factor is not None:
+        rows = math.ceil(job.tokens * moe.num_experts_per_tok * moe.capacity_factor)
+    F = moe.moe_intermediate_size / job.layout.size("ffn")
+    gathered = 2 * job.tokens * X * job.cfg.hidden_size if X > 1 else 0
+    return rows * (2 * job.cfg.hidden_size + _FFN_ARRAYS * F) + gathered
+
+
+def limit(job: Job, *, reserve: float) -> float | None:
+    """Bytes that a plan may fill of one device: its memory less the reserve; None: not known."""
+    usable = job.where.chip.device_hbm_bytes
+    return None if usable is None else usable * (1.0 - reserve)
