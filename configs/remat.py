@@ -6,8 +6,8 @@ input, which is always there:
 
     save:q,k,v,attention_out offload:mlp_gate,mlp_up
 
-B sequences of T tokens; D embed, N heads, K key-value heads, H head dim, F ffn. `qwen_jax/remat.py`
-turns policies into those of `jax.checkpoint`.
+B sequences of T tokens; D embed, N heads, K key-value heads, H head dim, F ffn; R a row for each
+expert that a token chose. `qwen_jax/remat.py` turns policies into those of `jax.checkpoint`.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,13 @@ TENSORS = {
     "mlp_gate": "[B, T, F] before the activation function",
     "mlp_up": "[B, T, F] what the gate multiplies",
     "mlp_hidden": "[B, T, F] their product, which enters the down projection",
+    "expert_gate": "[R, F] mlp_gate of the routed experts, R rows",
+    "expert_up": "[R, F] mlp_up of the routed experts",
 }
 
 _ATTENTION = "q,k,v,attention_out"
-_PRODUCTS = f"{_ATTENTION},attention_residual,mlp_gate,mlp_up"
+_MLP = "mlp_gate,mlp_up,expert_gate,expert_up"
+_PRODUCTS = f"{_ATTENTION},attention_residual,{_MLP}"
 LISTS = {
     "full": "",
     "save_qkv": "save:q,k,v",
@@ -35,7 +38,7 @@ LISTS = {
     "minimal": f"save:{_PRODUCTS}",
     "offload_layer_input": "offload:layer_input",
     "offload_qkv": "offload:q,k,v",
-    "offload_mlp": f"save:{_ATTENTION},attention_residual offload:mlp_gate,mlp_up",
+    "offload_mlp": f"save:{_ATTENTION},attention_residual offload:{_MLP}",
     "offload_minimal": f"offload:{_PRODUCTS}",
 }
 POLICIES = ("none", "dots", *LISTS)

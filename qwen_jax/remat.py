@@ -3,7 +3,7 @@
 | name | kept per layer | recomputed |
 | --- | --- | --- |
 | none | everything | nothing |
-| dots | outputs of matrix products and of the flash kernel | norms, RoPE, activations |
+| dots | outputs of matrix and grouped products, and of the flash kernel | norms, activations |
 | a list of tensors | those, and the layer's input | what lies between them |
 | full, the empty list | the layer's input | the whole layer |
 
@@ -36,7 +36,8 @@ def _keep_products(primitive, *_, **params) -> bool:
     if primitive.name == "dot_general":
         (_, _), (batch_dims, _) = params["dimension_numbers"]
         return not batch_dims  # attention's own score products are too large to keep
-    return _name(primitive, params) == "attention_out"
+    # Of the grouped products those that the backward pass reads; their kernels have many names.
+    return _name(primitive, params) in ("attention_out", "expert_gate", "expert_up")
 
 
 def _keep(tensors: remat.Tensors) -> Callable:

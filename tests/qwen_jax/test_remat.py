@@ -111,11 +111,15 @@ def test_policies_keep_less_and_less():
     assert kept[0] > kept[1] > kept[2]
 
 
+def test_the_tensors_of_a_dense_layer_are_all_but_the_experts():
+    assert {*policies.TENSORS} - {*SHAPES} == {"expert_gate", "expert_up"}
+
+
 def test_full_keeps_the_layers_input_alone():
     assert _kept("full") == {"Device": {SHAPES["layer_input"]: 1}, "Host": {}}
 
 
-@pytest.mark.parametrize("name", [name for name in policies.TENSORS if name != "layer_input"])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "layer_input"])
 def test_every_tensor_can_be_kept_on_either_side(name):
     one = collections.Counter([SHAPES[name]])
     assert _kept(f"save:{name}") == {"Device": _kept("full")["Device"] + one, "Host": {}}
@@ -131,8 +135,8 @@ def test_a_named_list_keeps_what_it_says(policy):
     chosen = policies.tensors(policy)
     device = {*chosen.save, "layer_input"} - {*chosen.offload}
     assert _kept(policy) == {
-        "Device": collections.Counter(SHAPES[name] for name in device),
-        "Host": collections.Counter(SHAPES[name] for name in chosen.offload),
+        "Device": collections.Counter(SHAPES[name] for name in device & {*SHAPES}),
+        "Host": collections.Counter(SHAPES[name] for name in chosen.offload if name in SHAPES),
     }
 
 
