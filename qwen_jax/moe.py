@@ -148,7 +148,7 @@ class MoE(nnx.Module):
         if routing.real_BT is not None:
             experts_BTJ = jnp.where(routing.real_BT[..., None], experts_BTJ, moe.num_held)
         y_BTD, dropped_BP = expert_parallel.run(
-            _compute(layout),
+            compute(layout),
             x_BTD,
             weights_BTJ.astype(x_BTD.dtype),
             experts_BTJ,
@@ -254,7 +254,8 @@ def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
     return jnp.einsum("becf,efd->becd", h_BECF, kernels["down"])
 
 
-def _compute(layout: Layout | None) -> expert_parallel.Compute:
+def compute(layout: Layout | None) -> expert_parallel.Compute:
+    """The arithmetic of experts on the devices of `layout`."""
     platform = jax.default_backend() if layout is None else layout.platform
     grouped = functools.partial(_grouped, platform=platform)
     return expert_parallel.Compute(grouped=grouped, batched=_batched, axes=EXPERT_AXES)
