@@ -30,6 +30,9 @@ Grouped = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 Batched = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
+_ROW_ALIGNMENT = 16  # kernels take whole tiles of rows, of so many in bfloat16
+
+
 @dataclass(frozen=True)
 class Compute:
     """An expert's arithmetic in the two forms, and the logical axes of its kernels."""
@@ -124,7 +127,8 @@ class Routes:
 def sort(experts_MJ: jax.Array, *, num_experts: int, num_rows: int) -> Routes:
     """Rows in the order of their experts, of equal ones in the order of tokens.
 
-    Choices outside [0, num_experts) get no row; `num_rows` must suffice for the others.
+    Choices outside [0, num_experts) get no row; `num_rows` must suffice for the others, and may be
+    more.
     """
     M, J = experts_MJ.shape
     flat = experts_MJ.reshape(M * J)
@@ -132,8 +136,9 @@ def sort(experts_MJ: jax.Array, *, num_experts: int, num_rows: int) -> Routes:
     choices = jnp.arange(M * J, dtype=jnp.int32)
     in_order, order = jax.lax.sort((flat, choices), num_keys=1, is_stable=True)
     place = jnp.zeros_like(choices).at[order].set(choices, unique_indices=True)
-    exists = in_order[:num_rows] < num_experts
-    order_R = jnp.where(exists, order[:num_rows], M * J)
+    order = jnp.where(in_order < num_experts, order, M * J)[:num_rows]
+    order_R = jnp.pad(order, (0, num_rows - len(order)), constant_values=M * J)
+    exists = order_R < M * J
     slots_MJ = jnp.where(flat < num_experts, place, num_rows).reshape(M, J)
     # Counted by comparison: a scatter of ones would take turns at few addresses.
     sizes_E = jnp.sum(flat[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
@@ -195,6 +200,7 @@ def _dropless(
         experts_MJ = experts_MJ - jax.lax.axis_index(axes) * num_experts
     # A token's choices differ from each other, so few experts on a device bound its rows.
     num_rows = x_MD.shape[0] * min(J, num_experts)
+    num_rows += -num_rows % _ROW_ALIGNMENT
     routes = sort(experts_MJ, num_experts=num_experts, num_rows=num_rows)
     rows_RD = spread(x_MD, routes.source_R, routes.slots_MJ)
     weights_R = _spread_weights(weights_MJ, routes.order_R, routes.slots_MJ)

@@ -6,6 +6,7 @@ all experts, divided by their sum only where the model's `norm_topk_prob` says s
 J: choices a token (`num_experts_per_tok`). P: parts of a length that is split over devices.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +18,7 @@ from configs import schema
 from partitioning import expert_parallel, sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, module
+from qwen_jax.grouped_matmul import api as grouped_matmul
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class MoE(nnx.Module):
         if routing.real_BT is not None:
             experts_BTJ = jnp.where(routing.real_BT[..., None], experts_BTJ, moe.num_held)
         y_BTD, dropped_BP = expert_parallel.run(
-            COMPUTE,
+            compute(layout),
             x_BTD,
             weights_BTJ.astype(x_BTD.dtype),
             experts_BTJ,
@@ -232,18 +234,16 @@ def _statistics(
     )
 
 
-def grouped_matmul(lhs_RD: jax.Array, rhs_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """[R, F]: rows of each expert times its matrix; rows beyond the experts' mean nothing."""
-    return jax.lax.ragged_dot(lhs_RD, rhs_EDF, sizes_E)
-
-
-def _grouped(kernels: dict, rows_RD: jax.Array, weights_R: jax.Array, sizes_E: jax.Array):
+def _grouped(
+    kernels: dict, rows_RD: jax.Array, weights_R: jax.Array, sizes_E: jax.Array, *, platform: str
+) -> jax.Array:
+    product = functools.partial(grouped_matmul.grouped_matmul, platform=platform)
     rows_RD = checkpoint_name(rows_RD, "expert_rows")
-    gate_RF = checkpoint_name(grouped_matmul(rows_RD, kernels["gate"], sizes_E), "expert_gate")
-    up_RF = checkpoint_name(grouped_matmul(rows_RD, kernels["up"], sizes_E), "expert_up")
+    gate_RF = checkpoint_name(product(rows_RD, kernels["gate"], sizes_E), "expert_gate")
+    up_RF = checkpoint_name(product(rows_RD, kernels["up"], sizes_E), "expert_up")
     # Weighted before the last product: the sum over choices then needs no row in its gradient.
     h_RF = jax.nn.silu(gate_RF) * up_RF * weights_R[:, None]
-    return grouped_matmul(h_RF, kernels["down"], sizes_E)
+    return product(h_RF, kernels["down"], sizes_E)
 
 
 def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
@@ -256,7 +256,11 @@ def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
     return jnp.einsum("becf,efd->becd", h_BECF, kernels["down"])
 
 
-COMPUTE = expert_parallel.Compute(grouped=_grouped, batched=_batched, axes=EXPERT_AXES)
+def compute(layout: Layout | None) -> expert_parallel.Compute:
+    """The arithmetic of experts on the devices of `layout`."""
+    platform = jax.default_backend() if layout is None else layout.platform
+    grouped = functools.partial(_grouped, platform=platform)
+    return expert_parallel.Compute(grouped=grouped, batched=_batched, axes=EXPERT_AXES)
 
 
 @dataclass(frozen=True)

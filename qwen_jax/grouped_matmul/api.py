@@ -26,6 +26,7 @@ def grouped_matmul(
     group_sizes_E: jax.Array,
     *,
     implementation: str | None = None,
+    platform: str | None = None,
 ) -> jax.Array:
     """out[m] = lhs[m] rhs[e], e the group of row m: the first group_sizes[0] rows are group 0's...
 
@@ -38,12 +39,12 @@ def grouped_matmul(
 
     Knows nothing of meshes: inside `shard_map` it multiplies this device's rows and experts.
 
-    `implementation=None` takes the best that can run here; a named one that cannot raises
-    `ValueError`, as do shapes and dtypes that do not fit together.
+    `implementation=None` takes the best that can run on `platform`, by default JAX's own; a named
+    one that cannot raises `ValueError`, as do shapes and dtypes that do not fit together.
     """
     _check(lhs_MK, rhs_EKN, group_sizes_E)
     if implementation is None:
-        implementation = _best(lhs_MK, rhs_EKN)
+        implementation = _best(lhs_MK, rhs_EKN, platform or jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown grouped_matmul implementation {implementation!r}; known: "
@@ -55,8 +56,8 @@ def grouped_matmul(
     return _product(implementation, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
 
 
-def _best(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str:
-    choice = {"tpu": "megablox", "gpu": "hopper"}.get(jax.default_backend(), "reference")
+def _best(lhs_MK: jax.Array, rhs_EKN: jax.Array, platform: str) -> str:
+    choice = {"tpu": "megablox", "gpu": "hopper"}.get(platform, "reference")
     return choice if IMPLEMENTATIONS[choice].why_not(lhs_MK, rhs_EKN) is None else "reference"
 
 

@@ -115,6 +115,10 @@ def test_policies_keep_less_and_less():
     assert kept[0] > kept[1] > kept[2]
 
 
+def test_the_tensors_of_a_dense_layer_are_all_but_the_experts():
+    assert {*policies.TENSORS} - {*SHAPES} == {"expert_gate", "expert_up"}
+
+
 def test_full_keeps_the_layers_input_alone():
     assert _kept("full") == {"Device": {SHAPES["layer_input"]: 1}, "Host": {}}
 
