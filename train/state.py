@@ -127,7 +127,9 @@ class Store:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         # Waits for a save that is under way. When something has failed already, that failure is
-        # the one to report.
+        # the one to report; and other processes, with which a save is finished, may be gone.
+        if kind and jax.process_count() > 1:
+            return
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self._manager.close()
 

@@ -32,7 +32,11 @@ def program_on(text: str, *, num_devices: int) -> step.Program:
 def train(program: step.Program, at: step.State, steps: range) -> tuple[step.State, list[dict]]:
     history = []
     for n in steps:
-        rows = batches.place(helpers.random_batch(n, 16), program.batch_sharding, parts=1)
+        rows = batches.place(
+            helpers.random_batch(n, 16),
+            program.batch_sharding,
+            part=batches.Share(index=0, count=1),
+        )
         at, values = program.step(at, rows)
         history.append(jax.device_get(values))
     return at, history
