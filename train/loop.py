@@ -68,9 +68,9 @@ def run(cfg: schema.Model, config: schema.Train, program: Program, inputs: Input
         stack.enter_context(state_lib.explain_full_disk(output))
         stack.callback(inputs.source.close)
         asked = stack.enter_context(interrupt.catch())
-        store = stack.enter_context(state_lib.Store(output, config.checkpoint, cfg))
+        store = stack.enter_context(state_lib.Store(output, config.checkpoint, cfg, program.state))
         distributed.stage("reading the last checkpoint")
-        restored = store.restore(program.state)
+        restored = store.restore()
         step = 0 if restored is None else restored.step
         history = metrics.rewind(output, -1 if restored is None else step, keep=guard_lib.WINDOW)
         log = stack.enter_context(metrics.Log(output, step=step, num_steps=config.num_steps))
