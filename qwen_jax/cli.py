@@ -1,7 +1,8 @@
 """`qwen-jax`: the composition root. Commands import what they need when they run.
 
 Exit codes: 0 done, 1 done but for records that were refused (each is named), 2 a user's error, 3
-training diverged, 75 interrupted and resumable, 130 stopped from the keyboard.
+training diverged, 75 interrupted or without one of its processes: start it again, 130 stopped from
+the keyboard.
 """
 
 import json
@@ -342,13 +343,11 @@ def _train_command(name: str) -> None:
     def command(
         config: Annotated[schema.Train, tyro.conf.arg(name="")] = default,
     ) -> int:
-        from train import guard, pretrain
+        from partitioning import distributed
+        from train import pretrain
 
-        try:
+        with distributed.joined(config.cluster):
             result = pretrain.run(config)
-        except guard.Diverged as error:
-            print(f"qwen-jax: {error}", file=sys.stderr)
-            return 3
         print(f"{config.output}: {result.status} at step {result.step}")
         return result.exit_code
 
@@ -430,9 +429,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output left; nothing is left to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (ValueError, OSError) as error:  # a user's error is one readable message
+    except Exception as error:  # a user's error, or one with a code of its own, is one message
+        if not isinstance(error, ValueError | OSError) and not hasattr(error, "exit_code"):
+            raise
         print(f"qwen-jax: {error}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("qwen-jax: stopped", file=sys.stderr)
         code = 130

@@ -1,15 +1,15 @@
 """Host-local batches of numpy arrays to global arrays on the devices, a few steps ahead."""
 
 import collections
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+
+from partitioning import distributed
 
 HostBatch = dict[str, np.ndarray]
 
@@ -51,14 +51,22 @@ def share(where: NamedSharding, shape: tuple[int, int]) -> Share:
     return Share(index=parts.index((min(mine), max(mine) + 1)), count=len(parts))
 
 
-def place(batch: HostBatch, where: NamedSharding, *, parts: int) -> dict[str, jax.Array]:
-    """This process's rows [B / parts, T] as its piece of global arrays [B, T]."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            where, rows, (rows.shape[0] * parts, *rows.shape[1:])
-        )
-        for name, rows in batch.items()
-    }
+def place(batch: HostBatch, where: NamedSharding, *, part: Share) -> dict[str, jax.Array]:
+    """This process's rows [B / count, T] as its piece of global arrays [B, T].
+
+    The rows are whole. Where `length` is spread over processes, each device takes its columns.
+    """
+
+    def put(rows: np.ndarray) -> jax.Array:
+        first, length = part.index * rows.shape[0], rows.shape[1]
+
+        def take(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(part.count * rows.shape[0])
+            return rows[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback((part.count * rows.shape[0], length), where, take)
+
+    return {name: put(rows) for name, rows in batch.items()}
 
 
 def prefetch(
@@ -74,13 +82,6 @@ def prefetch(
 
 
 def gather_states(state: dict, part: Share) -> list[dict]:
-    """The data states of all parts, in their order, on every process (a collective)."""
-    if jax.process_count() == 1:
-        return [state]
-    text = np.frombuffer(json.dumps([part.index, state]).encode(), np.uint8)
-    size = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
-    padded = np.full(size, ord(" "), np.uint8)
-    padded[: len(text)] = text
-    rows: Sequence[np.ndarray] = multihost_utils.process_allgather(padded)
-    states = dict(json.loads(bytes(row)) for row in rows)
+    """The data states of all parts, in their order, on every process; all call it together."""
+    states = dict(distributed.gather([part.index, state]))
     return [states[index] for index in range(part.count)]

@@ -14,6 +14,8 @@ _ENOUGH = 10  # steps before the mean says something
 class Diverged(RuntimeError):
     """Training went wrong; nothing was saved since."""
 
+    exit_code = 3
+
 
 class Guard:
     """Watches the loss of every step; `recent` are losses before the first, where a run goes on."""

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT as a question asked between steps."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +14,13 @@ from jax.experimental import multihost_utils
 def catch() -> Iterator[Callable[[int], bool]]:
     """Gives a function: has the run been asked to stop before step n?
 
-    A second SIGINT interrupts at once. With several processes, JAX's preemption service lets all of
-    them stop at the same step when one is told to, so nothing is caught here; and outside the main
-    thread Python cannot catch signals.
+    A second SIGINT interrupts at once. With several processes, JAX's preemption service, which has
+    caught SIGTERM since the start, lets all of them stop at the same step when one is told to;
+    SIGINT is handed on to it. Outside the main thread Python cannot catch signals.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        with _first_interrupt_terminates():
+            yield multihost_utils.reached_preemption_sync_point
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
@@ -36,3 +38,16 @@ def catch() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _first_interrupt_terminates() -> Iterator[None]:
+    def hand_on(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 
 from configs import schema
+from partitioning import distributed
 from train import batches, evaluate, interrupt, metrics, profile
 from train import guard as guard_lib
 from train import state as state_lib
@@ -67,11 +68,13 @@ def run(cfg: schema.Model, config: schema.Train, program: Program, inputs: Input
         stack.enter_context(state_lib.explain_full_disk(output))
         stack.callback(inputs.source.close)
         asked = stack.enter_context(interrupt.catch())
-        store = stack.enter_context(state_lib.Store(output, config.checkpoint, cfg))
-        restored = store.restore(program.state)
+        store = stack.enter_context(state_lib.Store(output, config.checkpoint, cfg, program.state))
+        distributed.stage("reading the last checkpoint")
+        restored = store.restore()
         step = 0 if restored is None else restored.step
         history = metrics.rewind(output, -1 if restored is None else step, keep=guard_lib.WINDOW)
         log = stack.enter_context(metrics.Log(output, step=step, num_steps=config.num_steps))
+        distributed.stage("the first state")
         if restored is None:
             state = inputs.start()
         else:
@@ -120,6 +123,7 @@ class _Loop:
             config.profile_steps, Path(config.output) / metrics.TENSORBOARD
         ) as mark:
             while step < config.num_steps and not asked(step):
+                distributed.stage(f"step {step + 1}")
                 batch, data = _next(rows, step)
                 mark(step + 1, state.step)
                 # A value that comes from the host by accident would stall every step: an error.
@@ -157,7 +161,7 @@ class _Loop:
         return step % self._config.log_every_steps == 0 or step == self._config.num_steps
 
     def _put(self, batch: batches.HostBatch) -> dict[str, jax.Array]:
-        return batches.place(batch, self._program.batch_sharding, parts=self._part.count)
+        return batches.place(batch, self._program.batch_sharding, part=self._part)
 
     def _read(self) -> None:
         """Fetch the metrics of the last step that was not read: guard, log, show."""
@@ -178,6 +182,7 @@ class _Loop:
     def _evaluate(self, state: State, step: int) -> None:
         if self._inputs.held_out is None:
             return
+        distributed.stage(f"the evaluation after step {step}")
         with self._meter.pause():
             values = evaluate.evaluate(
                 self._program, state.params, self._inputs.held_out(), put=self._put
@@ -186,6 +191,7 @@ class _Loop:
         self._last["eval"] = {"step": step, **values}
 
     def _save(self, step: int, state: State, data: dict) -> None:
+        distributed.stage(f"saving step {step}")
         with self._meter.pause():
             states = batches.gather_states(data, self._part)
             self._store.save(step, state, self._inputs.merge_states(states))

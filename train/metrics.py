@@ -7,6 +7,7 @@ there once.
 
 import collections
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import rich.progress
 from rich.console import Console
 
 from configs import schema
+from partitioning import distributed
 from qwen_jax import flops
 from train import tensorboard
 
@@ -37,10 +39,15 @@ class History:
 def rewind(output: Path, step: int, *, keep: int) -> History:
     """Cut metrics.jsonl behind `step`, and give the last `keep` losses before it.
 
-    Also cuts a last line that a crash left unfinished. Lines are in order of their steps. Every
-    process reads; the first one cuts.
+    Also cuts a last line that a crash left unfinished. Lines are in order of their steps. The first
+    process reads and cuts, and tells the others, which all call this.
     """
-    path = output / FILE
+    found = _rewind(output / FILE, step, keep) if jax.process_index() == 0 else None
+    first = distributed.gather(found and dataclasses.asdict(found))[0]
+    return History(**{**first, "losses": tuple(first["losses"])})
+
+
+def _rewind(path: Path, step: int, keep: int) -> History:
     losses: collections.deque[float] = collections.deque(maxlen=keep)
     last: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
     if not path.exists():
@@ -56,9 +63,8 @@ def rewind(output: Path, step: int, *, keep: int) -> History:
             last[kind] = values
             if kind == "train":
                 losses.append(values["loss"])
-    if jax.process_index() == 0:
-        with path.open("r+b") as file:
-            file.truncate(end)
+    with path.open("r+b") as file:
+        file.truncate(end)
     return History(tuple(losses), last["train"], last["eval"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from configs import presets, schema
-from partitioning import mesh, rules
+from partitioning import distributed, mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import checkpoint, tokenizer
 from qwen_jax.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ def run(config: schema.Train) -> loop.Result:
     output = Path(config.output)
     with state_lib.explain_full_disk(output):
         recipe.claim(output, config, cfg)
+        distributed.agree({"data.tokenizer": words.fingerprint})
         if jax.process_index() == 0:
             _keep_assets(output / ASSETS, config, words)
     inputs = loop.Inputs(

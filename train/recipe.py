@@ -3,19 +3,26 @@
 import dataclasses
 import json
 import os
+import socket
+import time
+import uuid
 from pathlib import Path
 
+import jax
+
 from configs import schema
+from partitioning import distributed
 
 FILE = "recipe.json"
+_SEEN_SECONDS = 10
 
 # What may change between two starts of one run, because it leaves every number of a step as it is
 # up to rounding, or only says when to stop, to look or to save.
 HARMLESS = frozenset(
     (
         "output", "accumulate_steps", "remat", "attention", "loss_chunk", "mesh", "checkpoint",
-        "log_every_steps", "eval_every_steps", "eval_batches", "profile_steps", "spike_factor",
-        "spike_patience", "data.worker_count", "data.prefetch",
+        "cluster", "log_every_steps", "eval_every_steps", "eval_batches", "profile_steps",
+        "spike_factor", "spike_patience", "data.worker_count", "data.prefetch",
     )
 )  # fmt: skip
 # With these schedules the length is no part of the curve before the decay.
@@ -25,16 +32,52 @@ _OPEN_ENDED = {"constant": {"num_steps"}, "wsd": {"num_steps", "optimizer.decay_
 def claim(output: Path, config: schema.Train, cfg: schema.Model) -> None:
     """Write the recipe to `output`, or check it against the one that is there.
 
-    Raises `ValueError` naming every field that differs and would break the run's continuity.
+    Every process calls it; the first one reads and writes, when all have agreed on one recipe.
+    Raises `ValueError` naming every field that differs and would break the run's continuity, or
+    that differs between processes; and the processes to which `output` is another folder.
     """
     path = output / FILE
     values = json.loads(json.dumps(schema.to_dict(dataclasses.replace(config, model=cfg))))
+    distributed.agree(_flatten({**values, "cluster": None, "output": None}))
+    if jax.process_index() == 0:
+        _claim(path, values, config)
+    _check_shared(output)
+
+
+def _claim(path: Path, values: dict, config: schema.Train) -> None:
+    output = path.parent
     if path.exists():
         _check_same(path, json.loads(path.read_text(encoding="utf-8")), values, config)
     output.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f"{FILE}.{os.getpid()}")
     written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     written.replace(path)
+
+
+def _check_shared(output: Path) -> None:
+    """Raises `ValueError`, in every process, where not all see what process 0 writes there."""
+    if jax.process_count() == 1:
+        return
+    name = distributed.gather(f".shared-{uuid.uuid4().hex}")[0]
+    if jax.process_index() == 0:
+        (output / name).write_bytes(b"")
+    distributed.gather(None)
+    # A network file system may remember for some seconds that a name was not there.
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not (seen := (output / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    apart = [
+        f"process {n} on {host}"
+        for n, (host, sees) in enumerate(distributed.gather([socket.gethostname(), seen]))
+        if not sees
+    ]
+    if jax.process_index() == 0:
+        (output / name).unlink()
+    if apart:
+        raise ValueError(
+            f"output={output} is not the same folder for all processes: {', '.join(apart)} cannot "
+            f"see what process 0 writes there; give a folder on a shared file system, or gs://"
+        )
 
 
 def _check_same(path: Path, saved: dict, values: dict, config: schema.Train) -> None:

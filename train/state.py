@@ -3,14 +3,20 @@
     OUTPUT/checkpoints/STEP/params      parameters, a plain tree (OCDBT)
                             optimizer   step and moments
                             data        where the data stands, JSON
-                            model       {"format": 1, "model": its config, "step": STEP}, JSON
+                            model       {"format": 1, "model": its config, "step": STEP,
+                                        "checksums": {"params": .., "optimizer": ..}}, JSON
 
 A step's folder appears under its name when everything in it is written; what a killed save left
 behind has another name, is not looked at, and is removed at the next start.
+
+A save takes one copy of this process's shards to host memory, and training goes on while that is
+written. What writing needs beside it is bounded (`in_flight`). A second save waits for the first.
 """
 
 import contextlib
 import errno
+import functools
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from configs import schema
@@ -25,6 +32,9 @@ from train.step import State
 
 FORMAT = 1
 _CHUNK_BYTES = 256 * 2**20
+_IN_FLIGHT_BYTES = 256 * 2**20
+_STACKS = ("layers", "dense_layers")
+_KEYS = ("key", "idx", "name")  # of a dictionary, a sequence, an attribute
 
 
 class DiskFull(OSError):
@@ -41,10 +51,16 @@ class Restored:
 
 
 class Store:
-    """The checkpoints of one run. Saving is asynchronous; leaving `with` waits for it."""
+    """The checkpoints of one run. Saving is asynchronous; leaving `with` waits for it.
 
-    def __init__(self, output: Path, config: schema.Checkpoint, cfg: schema.Model) -> None:
+    like: shapes, dtypes and shardings of the state that is saved and restored.
+    """
+
+    def __init__(
+        self, output: Path, config: schema.Checkpoint, cfg: schema.Model, like: State
+    ) -> None:
         self.folder = output / "checkpoints"
+        self._like = like
         self._model = schema.to_dict(cfg)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
@@ -52,10 +68,9 @@ class Store:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        # Compressing float32 weights costs more time than it saves space.
         handlers = {
-            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
-            "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "params": _handler(like.params),
+            "optimizer": _handler(like.optimizer),
             "data": ocp.JsonCheckpointHandler(),
             "model": ocp.JsonCheckpointHandler(),
         }
@@ -69,27 +84,26 @@ class Store:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
-    def restore(self, like: State) -> Restored | None:
-        """The newest state, in the shapes and shardings of `like`; `None` where there is none.
+    def restore(self) -> Restored | None:
+        """The newest state, in the shardings of `like`; `None` where there is none.
 
-        Raises `ValueError` if the checkpoint belongs to another model.
+        Raises `ValueError` if the checkpoint belongs to another model, or is damaged. An older one
+        is never taken in its place: that is for a person to say, by removing the newer.
         """
         step = self.latest()
         if step is None:
             return None
-        saved = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.JsonRestore()))
-        self._check_model(saved["model"], step)
-        optimizer = {"step": like.step, "state": like.optimizer}
-        saved = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore_args(like.params),
-                optimizer=_restore_args(optimizer),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
-        optimizer = saved["optimizer"]
-        state = State(optimizer["step"], saved["params"], optimizer["state"])
+        read = ocp.args.JsonRestore()
+        with self._explain_damage(step):
+            model = self._manager.restore(step, args=ocp.args.Composite(model=read))["model"]
+        self._check_model(model, step)
+        trees = {name: _restore_args(tree) for name, tree in _parts(self._like).items()}
+        with self._explain_damage(step):
+            saved = self._manager.restore(step, args=ocp.args.Composite(**trees, data=read))
+            optimizer = saved["optimizer"]
+            state = State(optimizer["step"], saved["params"], optimizer["state"])
+            if "checksums" in model:  # older checkpoints have none
+                _compare(model["checksums"], checksums(state))
         return Restored(step, state, saved["data"])
 
     def save(self, step: int, state: State, data: dict) -> None:
@@ -100,14 +114,17 @@ class Store:
         """
         if step == self.latest():
             return
-        optimizer = {"step": state.step, "state": state.optimizer}
-        model = {"format": FORMAT, "model": self._model, "step": step}
         self._check_room(state)
+        trees = {
+            name: ocp.args.PyTreeSave(tree, save_args=_chunks(tree))
+            for name, tree in _parts(state).items()
+        }
+        model = {"format": FORMAT, "model": self._model, "step": step}
+        model["checksums"] = checksums(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(state.params, save_args=_chunks(state.params)),
-                optimizer=ocp.args.PyTreeSave(optimizer),
+                **trees,
                 data=ocp.args.JsonSave(data),
                 model=ocp.args.JsonSave(model),
             ),
@@ -127,7 +144,9 @@ class Store:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         # Waits for a save that is under way. When something has failed already, that failure is
-        # the one to report.
+        # the one to report; and other processes, with which a save is finished, may be gone.
+        if kind and jax.process_count() > 1:
+            return
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self._manager.close()
 
@@ -141,6 +160,19 @@ class Store:
                 errno.ENOSPC,
                 f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free",
             )
+
+    @contextlib.contextmanager
+    def _explain_damage(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            older = [n for n in self._manager.all_steps() if n < step]
+            instead = f"the checkpoint of step {max(older)}" if older else "the beginning"
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{self.folder / str(step)} is damaged: {reason}. `qwen-jax checkpoint verify` "
+                f"names all that is; remove the folder to go on from {instead}"
+            ) from error
 
     def _check_model(self, saved: dict, step: int) -> None:
         if saved.get("format") != FORMAT:
@@ -184,19 +216,82 @@ def explain_full_disk(output: Path) -> Iterator[None]:
     )
 
 
+def in_flight(like) -> int:
+    """Bytes that may be read or written at one time beside the state: two of the largest shards.
+
+    At least 256 MiB. Orbax's own limit is 96 GB, which is none: while stacked layers are cut into
+    chunks, the whole state is in memory once more.
+    """
+    leaves = jax.tree.leaves(like)
+    shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    largest = max(n * leaf.dtype.itemsize for n, leaf in zip(shards, leaves, strict=True))
+    return max(2 * largest + 1, _IN_FLIGHT_BYTES)
+
+
+def checksums(state: State) -> dict[str, dict[str, int]]:
+    """Of every array by the name it is stored under: the sum of its words modulo 2^32.
+
+    The same on any mesh. A changed bit changes it; `qwen_jax/verify.py` computes it from the files.
+    """
+    sums = jax.device_get(_sum_words(_parts(state), where=state.step.sharding))
+
+    def name(path: tuple) -> str:
+        return ".".join(str(getattr(key, k)) for key in path for k in _KEYS if hasattr(key, k))
+
+    return {
+        part: {name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(tree)}
+        for part, tree in sums.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _sum_words(tree, *, where):
+    def add(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        total = jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+        return jax.lax.with_sharding_constraint(total, where)
+
+    return jax.tree.map(add, tree)
+
+
+def _compare(saved: dict, found: dict) -> None:
+    for part, sums in found.items():
+        for name, value in sums.items():
+            if saved[part][name] != value:
+                raise ValueError(f"the values of {part} {name} are not those that were saved")
+
+
+def _parts(state: State) -> dict[str, dict]:
+    """The state as it is stored: two trees."""
+    optimizer = {"step": state.step, "state": state.optimizer}
+    return {"params": state.params, "optimizer": optimizer}
+
+
+def _handler(like) -> ocp.PyTreeCheckpointHandler:
+    """For trees like `like`. Compressing float32 weights takes more time than it saves space."""
+    bound = in_flight(like)
+    # Read are whole chunks, and those of another mesh may be larger than this one's shards.
+    whole = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        save_concurrent_gb=bound / 1e9,
+        restore_concurrent_gb=max(bound, 2 * whole + 1) / 1e9,
+    )
+
+
 def _restore_args(like) -> ocp.args.PyTreeRestore:
     args = ocp.checkpoint_utils.construct_restore_args(like)
     return ocp.args.PyTreeRestore(item=like, restore_args=args)
 
 
-def _chunks(params: dict):
+def _chunks(tree: dict):
     """Stacked layers are stored layer by layer, so that one can be read without the others."""
 
     def choose(path, leaf: jax.Array) -> ocp.SaveArgs:
-        axes = (0,) if path[0].key in ("layers", "dense_layers") else ()
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+        stacked = any(getattr(key, "key", None) in _STACKS for key in path)
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
-    return jax.tree_util.tree_map_with_path(choose, params)
+    return jax.tree_util.tree_map_with_path(choose, tree)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -66,7 +66,8 @@ def write(texts: Mapping[str, str], job: launch.Launch, *, folder: Path) -> str:
 
 def command(job: launch.Launch) -> list[str]:
     """What every machine runs, and runs again after an interruption."""
-    return ["qwen-jax", "train", *job.train_words, "--output", job.output]
+    ours = ["--output", job.output, "--cluster.launch", "auto"]
+    return ["qwen-jax", "train", *job.train_words, *ours]
 
 
 def _values(job: launch.Launch) -> dict[str, object]:

@@ -32,7 +32,11 @@ def program_on(text: str, *, num_devices: int) -> step.Program:
 def train(program: step.Program, at: step.State, steps: range) -> tuple[step.State, list[dict]]:
     history = []
     for n in steps:
-        rows = batches.place(helpers.random_batch(n, 16), program.batch_sharding, parts=1)
+        rows = batches.place(
+            helpers.random_batch(n, 16),
+            program.batch_sharding,
+            part=batches.Share(index=0, count=1),
+        )
         at, values = program.step(at, rows)
         history.append(jax.device_get(values))
     return at, history
@@ -65,7 +69,7 @@ def folder(tmp_path_factory, one_device):
     for leaf, like in zip(jax.tree.leaves(at), jax.tree.leaves(program.state), strict=True):
         assert leaf.sharding == like.sharding
     at, begin = train(program, at, range(2))
-    with state.Store(folder, CONFIG.checkpoint, CFG) as store:
+    with state.Store(folder, CONFIG.checkpoint, CFG, program.state) as store:
         store.save(2, at, {"rows": 2})
         at, end = train(program, at, range(2, 4))  # donates what is being saved
     check_same(at.params, begin + end, one_device, first=0)
@@ -86,8 +90,8 @@ def test_each_device_holds_its_slice_of_parameters_and_moments(folder):
 )
 def test_a_checkpoint_goes_on_on_another_mesh(folder, one_device, text):
     program = program_on(text, num_devices=8)
-    with state.Store(folder, CONFIG.checkpoint, CFG) as store:
-        saved = store.restore(program.state)
+    with state.Store(folder, CONFIG.checkpoint, CFG, program.state) as store:
+        saved = store.restore()
     assert (saved.step, saved.data) == (2, {"rows": 2})
     for leaf, like in zip(
         jax.tree.leaves(saved.state), jax.tree.leaves(program.state), strict=True

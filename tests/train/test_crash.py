@@ -16,23 +16,9 @@ from pathlib import Path
 import pytest
 
 from configs import schema
+from tests.train import processes
 
-ROOT = Path(__file__).parents[2]
-MEASURED = ("tokens_per_second", "tflops_causal", "tflops_full")
 EVERY = 2  # steps between checkpoints: most of the time one is being written
-
-PROGRAM = """
-import json, sys
-from configs import schema
-from train import pretrain
-values = json.loads(sys.argv[1])
-for name in ("data", "optimizer", "mesh", "checkpoint"):
-    kind = type(getattr(schema.Train(), name))
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()}
-    values[name] = kind(**fields)
-values["model"] = schema.model_from_dict(values["model"])
-sys.exit(pretrain.run(schema.Train(**values)).exit_code)
-"""
 
 
 @pytest.fixture
@@ -51,34 +37,10 @@ def config(tmp_path, helpers):
     )  # fmt: skip
 
 
-def start(config: schema.Train, cache: Path) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    text = json.dumps(schema.to_dict(config))
-    with Path(f"{config.output}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, text], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-
-
 def finish(config: schema.Train, cache: Path) -> list[dict]:
-    code = start(config, cache).wait()
+    code = processes.start(config, cache).wait()
     assert code == 0, Path(f"{config.output}.log").read_text()
-    text = Path(config.output, "metrics.jsonl").read_text()
-    rows = [json.loads(row) for row in text.splitlines()]
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
-
-
-def last_step(folder: Path) -> int:
-    """The step of the last whole line of metrics.jsonl; 0 before there is one."""
-    path = folder / "metrics.jsonl"
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [row for row in rows if row.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
+    return processes.metrics(config.output)
 
 
 def last_checkpoint(folder: Path) -> int:
@@ -88,8 +50,8 @@ def last_checkpoint(folder: Path) -> int:
 
 def kill_at(step: int, wait: float, config: schema.Train, cache: Path) -> None:
     """Start the run, and kill it `wait` seconds after it has done `step`."""
-    process = start(config, cache)
-    while last_step(Path(config.output)) < step:
+    process = processes.start(config, cache)
+    while processes.last_step(Path(config.output)) < step:
         assert process.poll() is None, Path(f"{config.output}.log").read_text()
         time.sleep(0.005)
     time.sleep(wait)
@@ -110,14 +72,15 @@ def check(config: schema.Train, tmp_path: Path, *, kills: int, seed: int) -> int
     folder, hits = Path(killed.output), 0
     for n in range(kills):
         kill_at(
-            max(last_step(folder), n * config.num_steps // (kills + 1)) + moments.randrange(1, 5),
+            max(processes.last_step(folder), n * config.num_steps // (kills + 1))
+            + moments.randrange(1, 5),
             moments.uniform(0, 0.15),
             killed,
             cache,
         )
         hits += half_written(folder)
         # One checkpoint may be in the making while the next steps run, and they wait for it.
-        assert last_step(folder) - last_checkpoint(folder) <= 2 * EVERY
+        assert processes.last_step(folder) - last_checkpoint(folder) <= 2 * EVERY
     assert finish(killed, cache) == expected
     steps = [row["step"] for row in expected if row["kind"] == "train"]
     assert steps == list(range(1, config.num_steps + 1))
@@ -141,8 +104,9 @@ def test_a_save_that_fails_half_way_is_said_and_leaves_nothing_behind(config, tm
     config = dataclasses.replace(config, output=str(tmp_path / "run"))
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({50_000}, -1))"
     done = subprocess.run(
-        [sys.executable, "-c", limit + PROGRAM, json.dumps(schema.to_dict(config))],
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        [sys.executable, "-c", limit + processes.PROGRAM, json.dumps(schema.to_dict(config))],
+        cwd=processes.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "train.state.DiskFull: no space left" in done.stderr
     assert last_checkpoint(tmp_path / "run") == 0

@@ -12,7 +12,7 @@ from train import batches, evaluate
 
 
 def put(program, batch):
-    return batches.place(batch, program.batch_sharding, parts=1)
+    return batches.place(batch, program.batch_sharding, part=batches.Share(index=0, count=1))
 
 
 def take(helpers, config, *, steps=1, batch=None):

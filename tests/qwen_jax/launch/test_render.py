@@ -99,7 +99,7 @@ def test_words_reach_the_run_as_they_were_written(job):
     # Kubernetes writes $ for $$, and would put a variable in place of $(HOME).
     assert pod["containers"][0]["command"] == [
         *("qwen-jax", "train", "pretrain-7b", "--data.paths", '$$(HOME) "x".jsonl'),
-        *("--output", "gs://bucket/run"),
+        *("--output", "gs://bucket/run", "--cluster.launch", "auto"),
     ]
 
 
@@ -154,10 +154,8 @@ def test_the_startup_script_goes_on_or_stops_by_exit_code(job, tmp_path, codes, 
     _stand_in(commands, "sleep", "true")
     assert _run(script, commands).returncode == 0, (tmp_path / "log").read_text()
     lines = (tmp_path / "runs").read_text().splitlines()
-    assert (
-        lines
-        == ["train pretrain-7b --data.paths gs://bucket/a b.jsonl --output gs://bucket/run"] * runs
-    )
+    words = "pretrain-7b --data.paths gs://bucket/a b.jsonl --output gs://bucket/run"
+    assert lines == [f"train {words} --cluster.launch auto"] * runs
     assert (tmp_path / "ended").read_text().strip() == ended
     assert _run(script, commands).returncode == 0  # the machine boots again after the end
     assert len((tmp_path / "runs").read_text().splitlines()) == runs
