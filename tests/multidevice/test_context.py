@@ -102,7 +102,7 @@ def _slow(*values):
         _slow("all_gather", "context=2,data=2,fsdp=2", False, 2),
         ("ulysses", "context=2,data=2,tensor=2", True, 4),
         _slow("ulysses", "context=8", True, 8),
-        _slow("ulysses", "context=2,tensor=4,kv_heads=replicated", False, 4),
+        _slow("ulysses", "context=4,tensor=2", False, 8),
     ],
 )
 def test_values_and_gradients_equal_one_device(variant, text, packed, K):

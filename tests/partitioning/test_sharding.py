@@ -72,7 +72,7 @@ def test_check_divisible():
     sharding.check_divisible((8, 6), ("embed", "ffn"), layout, what="w")
     with pytest.raises(ValueError, match=r"w: dimension ffn=7 is not divisible by tensor=2; use 1"):
         sharding.check_divisible((8, 7), ("embed", "ffn"), layout, what="w")
-    with pytest.raises(ValueError, match="batch=6 is not divisible by data.*=4; use 1, 2, 3"):
+    with pytest.raises(ValueError, match="batch=6 is not divisible by fsdp=4; use 1, 2, 3"):
         sharding.check_divisible((6,), ("batch",), layout, what="tokens")
 
 
