@@ -104,10 +104,10 @@ def _mesh_axes(logical: str, *, layout: Layout) -> tuple[str, ...]:
 
 def _gather_width(kernel: jax.Array, axes: sharding.Axes, *, layout: Layout) -> jax.Array:
     """[E, D_X, F] -> all-gather -> [E, D, F]; the gradient's way back is a reduce-scatter."""
-    mesh_axes = _mesh_axes("embed", layout=layout)
+    mesh_axes = _mesh_axes("expert_embed", layout=layout)
     if not mesh_axes:
         return kernel
-    return jax.lax.all_gather(kernel, mesh_axes, axis=axes.index("embed"), tiled=True)
+    return jax.lax.all_gather(kernel, mesh_axes, axis=axes.index("expert_embed"), tiled=True)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ LOGICAL_AXES = (
     "head_dim",
     "ffn",
     "experts",
+    "expert_embed",  # the residual stream's width in an expert's matrix
     "batch",  # sequences
     "length",  # tokens of a sequence
     "cache_length",  # positions of a key-value cache
@@ -69,23 +70,26 @@ def check_axis(logical: str) -> None:
         raise ValueError(f"unknown logical axis {logical!r}; known: {', '.join(LOGICAL_AXES)}")
 
 
-# FSDP (ZeRO-3) over `fsdp` and `context`, Megatron tensor parallelism over `tensor`, batch over all
-# data axes. Devices that share a sequence hold other tokens of it, as those of `fsdp` hold other
-# sequences: weights are as well split over the one as over the other.
+# FSDP (ZeRO-3) over `fsdp`, `expert` and `context`, Megatron tensor parallelism over `tensor`, the
+# batch over all data axes. Devices that share a sequence hold other tokens of it, as those of
+# `fsdp` hold other sequences: weights are as well split over the one as over the other. So are,
+# over `expert`, all but those of the experts themselves. Axes are in the mesh's own order: of
+# groups in another one, the TPU compiler makes all-reduces where it could gather and scatter.
 TRAIN = Rules(
     "train",
     (
         ("vocab", ("tensor",)),
-        ("embed", ("fsdp", "context")),
+        ("embed", ("fsdp", "expert", "context")),
+        ("expert_embed", ("fsdp", "context")),
         ("heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
         ("experts", ("expert",)),
-        # fsdp comes last, so that between outer_batch and batch it is split or gathered alone.
-        ("batch", ("data", "expert", "fsdp")),
-        ("outer_batch", ("data", "expert")),
+        # Those of embed come last, so that from outer_batch to batch they alone are split.
+        ("batch", ("data", "fsdp", "expert")),
+        ("outer_batch", ("data",)),
         ("length", ("context",)),
-        ("outer_embed", ("fsdp",)),
+        ("outer_embed", ("fsdp", "expert")),
         ("act_heads", ("tensor",)),
         ("act_kv_heads", ("tensor",)),
         ("act_ffn", ("tensor",)),
@@ -98,7 +102,11 @@ TRAIN = Rules(
 DECODE = Rules(
     "decode",
     (
-        *(pair for pair in TRAIN.table if pair[0] not in ("embed", "outer_embed", "outer_batch")),
+        *(
+            pair
+            for pair in TRAIN.table
+            if pair[0] not in ("embed", "outer_embed", "expert_embed", "outer_batch")
+        ),
         ("outer_batch", TRAIN.mesh_axes("batch")),
         ("outer_length", TRAIN.mesh_axes("length")),
     ),

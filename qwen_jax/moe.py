@@ -103,9 +103,9 @@ class Experts(nnx.Module):
 
 
 EXPERT_AXES = {
-    "gate": ("experts", "embed", "ffn"),
-    "up": ("experts", "embed", "ffn"),
-    "down": ("experts", "ffn", "embed"),
+    "gate": ("experts", "expert_embed", "ffn"),
+    "up": ("experts", "expert_embed", "ffn"),
+    "down": ("experts", "ffn", "expert_embed"),
 }
 
 

@@ -57,11 +57,12 @@ def _check_stretches(config: schema.Optimizer, num_steps: int) -> None:
 def decays(axes: Axes) -> bool:
     """Whether weight decay acts on a parameter with these logical axes.
 
-    Matrices and embeddings join the residual stream (`embed`) to something else. Norm scales have
-    `embed` alone, and biases, although those of q, k and v have two dimensions, do not have it.
+    Matrices and embeddings join the residual stream (`embed`, in an expert `expert_embed`) to
+    something else. Norm scales and biases, although those of q, k and v have two dimensions, do not
+    have it.
     """
     own = [axis for axis in axes if axis != "layers"]
-    return "embed" in own and len(own) > 1
+    return len(own) > 1 and ("embed" in own or "expert_embed" in own)
 
 
 def make(

@@ -5,7 +5,8 @@ Of a layer with experts, with every layer recomputed in the backward pass; what 
 
 fsdp    the experts' three matrices are gathered forward and again backward, and their gradients
         reduce-scattered; then summed over what is left of the batch's axes (`data` alone: an expert
-        is on one device of the axis `expert`). Router and shared expert are as the other matrices.
+        is on one device of the axis `expert`). Router and shared expert are as the other matrices,
+        which `expert` splits as `fsdp` does.
 tensor  one all-reduce more than a dense layer: the routed experts' sum. Backward: the gradients of
         the tokens sent, and of their weights.
 expert, dropless    tokens, weights and choices are gathered, forward and again backward, and the
@@ -93,15 +94,13 @@ MATRICES = {
     ("", "looped", "all-gather", "fsdp"): 6,
     ("", "looped", "reduce-scatter", "fsdp"): 3,
     # Four of attention, three of the shared expert, the router.
-    ("model", "looped", "all-gather", "fsdp"): 8,
-    ("model'", "looped", "all-gather", "fsdp"): 8,
-    ("model'", "looped", "all-reduce", "fsdp"): 7,
+    ("model", "looped", "all-gather", "fsdp+expert"): 8,
+    ("model'", "looped", "all-gather", "fsdp+expert"): 8,
     # Embedding and output kernel, as in a dense model.
-    ("model", "once", "all-gather", "fsdp"): 1,
-    ("model", "once", "all-to-all", "fsdp"): 1,
-    ("model'", "once", "all-to-all", "fsdp"): 1,
-    ("loss", "once", "all-gather", "fsdp"): 1,
-    ("loss", "once", "all-reduce", "fsdp"): 1,
+    ("model", "once", "all-gather", "fsdp+expert"): 1,
+    ("model", "once", "all-to-all", "fsdp+expert"): 1,
+    ("model'", "once", "all-to-all", "fsdp+expert"): 1,
+    ("loss", "once", "all-gather", "fsdp+expert"): 1,
 }
 DROPLESS = MATRICES | {
     ("", "looped", "all-gather", "expert"): 7,
@@ -112,21 +111,24 @@ DROPLESS = MATRICES | {
     ("model'", "looped", "all-reduce", "tensor"): 7,
     ("loss", "looped", "all-reduce", "tensor"): 2,
     ("loss", "looped", "all-gather", "tensor"): 2,
-    ("model'", "looped", "all-reduce", "expert"): 7,
-    ("model'", "looped", "all-reduce", "fsdp+expert"): 7,  # router, shared gate, biases, norms
-    ("model'", "once", "all-reduce", "expert"): 1,
-    ("model'", "once", "all-reduce", "fsdp+expert"): 1,
-    ("loss", "once", "all-reduce", "expert"): 1,
-    ("loss", "once", "all-reduce", "fsdp+expert"): 7,  # loss, weight, the router's statistics
+    # Seven matrices, router, shared gate, three biases, two norms.
+    ("model'", "looped", "all-reduce", "fsdp+expert"): 14,
+    ("model'", "once", "all-reduce", "fsdp+expert"): 1,  # final norm
+    # Output kernel, loss, weight, and the router's statistics.
+    ("loss", "once", "all-reduce", "fsdp+expert"): 8,
 }
 WITH_CAPACITY = MATRICES | {
     ("", "looped", "all-to-all", "expert"): 8,
     ("", "looped", "all-reduce", "data"): 3,
-    ("model'", "looped", "all-reduce", "data+expert"): 7,
+    # Gradients of matrices over the devices that share them first, the slices over data; what is
+    # whole everywhere, the router's too, over all at once.
+    ("model'", "looped", "all-reduce", "fsdp+expert"): 7,
+    ("model'", "looped", "all-reduce", "data"): 7,
     ("model'", "looped", "all-reduce", "data+fsdp+expert"): 7,
-    ("model'", "once", "all-reduce", "data+expert"): 1,
+    ("model'", "once", "all-reduce", "data"): 1,
     ("model'", "once", "all-reduce", "data+fsdp+expert"): 1,
-    ("loss", "once", "all-reduce", "data+expert"): 1,
+    ("loss", "once", "all-reduce", "data"): 1,
+    ("loss", "once", "all-reduce", "fsdp+expert"): 1,
     ("loss", "once", "all-reduce", "data+fsdp+expert"): 7,
 }
 DEFAULT = (("expert=2,fsdp=2,tensor=2", PADDED), ("data=2,expert=2,fsdp=2", CAPACITY))
