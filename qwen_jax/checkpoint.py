@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from configs import huggingface, schema
+from qwen_jax import paths
 from qwen_jax.convert import loader, source, store, table
 
 
@@ -40,7 +41,7 @@ def resolve(path: Path | str) -> Resolved:
 
     Raises `ValueError` saying what is missing where it is none of these.
     """
-    path = Path(path)
+    path = paths.folder(path)
     if not path.is_dir():
         partial = path.with_name(path.name + ".partial")
         hint = f"; {partial} is an unfinished import: run it again" if partial.is_dir() else ""
@@ -60,6 +61,8 @@ def resolve(path: Path | str) -> Resolved:
 
 
 def _resolve_huggingface(path: Path) -> Resolved:
+    if paths.is_remote(path):
+        raise ValueError(f"{path} is a Hugging Face folder in a bucket; copy it to a disk")
     config = source.read_json(path / "config.json")
     model = huggingface.read_model(config, name=path.resolve().name)
     if source.weight_files(path) is None:
@@ -68,7 +71,9 @@ def _resolve_huggingface(path: Path) -> Resolved:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / "params" / "_METADATA").is_file() and (path / "model" / "metadata").is_file()
+    whole = (path / "params" / "_METADATA").is_file() and (path / "model" / "metadata").is_file()
+    # In a bucket, where nothing can be renamed, Orbax writes this file last.
+    return whole and (not paths.is_remote(path) or (path / "commit_success.txt").is_file())
 
 
 def _resolve_native(path: Path) -> Resolved:
@@ -89,8 +94,9 @@ def _resolve_native(path: Path) -> Resolved:
         raise ValueError(f"{path / 'model' / 'metadata'}: {error}") from None
     # A step of a training run shares the run's assets.
     candidates = [path / "assets"]
-    if path.resolve().parent.name == "checkpoints":
-        candidates.append(path.resolve().parent.parent / "assets")
+    home = paths.absolute(path).parent
+    if home.name == "checkpoints":
+        candidates.append(home.parent / "assets")
     assets = next((folder for folder in candidates if folder.is_dir()), None)
     return Resolved(kind="native", path=path, assets=assets, model=model, metadata=values)
 
@@ -212,7 +218,7 @@ def load_params(
     }
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
-            resolved.path.resolve() / "params",
+            paths.absolute(resolved.path) / "params",
             args=ocp.args.PyTreeRestore(restore_args=table.nest(restore_args)),
         )
     return table.nest({**table.flatten(restored), **fresh}) if fresh else restored

@@ -28,6 +28,7 @@ app = tyro.extras.SubcommandApp()
 tokenizer_app = tyro.extras.SubcommandApp()
 convert_app = tyro.extras.SubcommandApp()
 train_app = tyro.extras.SubcommandApp()
+checkpoint_app = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -185,6 +186,30 @@ def convert_export(
         )
     print(f"{output}: exported from {source}")
     return 0
+
+
+@checkpoint_app.command(name="verify")
+def checkpoint_verify(path: Positional[str]) -> int:
+    """Read a checkpoint from end to end and name what is damaged; 0 whole, 2 not.
+
+    Args:
+        path: Native checkpoint, a step of a training run, or the run's output (its newest step).
+    """
+    from qwen_jax import verify
+
+    return verify.show_verification(path)
+
+
+@checkpoint_app.command(name="list")
+def checkpoint_list(output: Positional[str]) -> int:
+    """List the checkpoints of a training run; 2 where the newest is not whole.
+
+    Args:
+        output: The run's output.
+    """
+    from qwen_jax import verify
+
+    return verify.show_steps(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,6 +440,7 @@ for _name in recipes.RECIPES:
     _train_command(_name)
 app.command(train_app, name="train", help="Train a recipe; any field: --data.paths ...")
 app.command(convert_app, name="convert", help="Hugging Face folders to and fro.")
+app.command(checkpoint_app, name="checkpoint", help="List and verify checkpoints.")
 app.command(tokenizer_app, name="tokenizer", help="Train tokenizers.")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax import tokenizer_backends, tokenizer_formats
+from qwen_jax import paths, tokenizer_backends, tokenizer_formats
 from qwen_jax.tokenizer_backends import Backend
 from qwen_jax.tokenizer_formats import ControlToken
 
@@ -227,7 +227,8 @@ def load(path: str | Path) -> Tokenizer:
     honoured. Formats that carry no splitting rule and no control tokens get Qwen's. `ValueError`
     names what cannot be read.
     """
-    files = tokenizer_formats.read(path)
+    with paths.local(paths.folder(path)) as files_here:
+        files = tokenizer_formats.read(files_here)
     controls = {token.content: token.id for token in files.control_tokens}
 
     def role(key: str, default: str | None) -> int | None:

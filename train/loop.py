@@ -7,13 +7,13 @@ keeps the device busy: the metrics of step n are read when step n + 1 has been d
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import jax
 
 from configs import schema
 from partitioning import distributed
+from qwen_jax import paths
 from train import batches, evaluate, interrupt, metrics, profile
 from train import guard as guard_lib
 from train import state as state_lib
@@ -63,7 +63,7 @@ def run(cfg: schema.Model, config: schema.Train, program: Program, inputs: Input
     loss is no longer finite or has left its level (nothing is saved then), `state.DiskFull` where
     the disk is full, and `ValueError` for a checkpoint of another model.
     """
-    output = Path(config.output)
+    output = paths.folder(config.output)
     with contextlib.ExitStack() as stack:
         stack.enter_context(state_lib.explain_full_disk(output))
         stack.callback(inputs.source.close)
@@ -119,9 +119,8 @@ class _Loop:
             self._evaluate(state, step)
         rows = batches.prefetch(self._inputs.source, self._put)
         overdue = False  # a checkpoint is due, but the loss is not calm
-        with profile.window(
-            config.profile_steps, Path(config.output) / metrics.TENSORBOARD
-        ) as mark:
+        traces = paths.folder(config.output) / metrics.TENSORBOARD
+        with profile.window(config.profile_steps, traces) as mark:
             while step < config.num_steps and not asked(step):
                 distributed.stage(f"step {step + 1}")
                 batch, data = _next(rows, step)
@@ -154,6 +153,7 @@ class _Loop:
         elif trained:
             self._log.say(f"step {step} is not saved: its loss is far above the level it had")
         self._store.wait()
+        self._log.publish()
         self._log.say(f"{status} at step {step}; checkpoints in {self._store.folder}")
         return Result(status, step, self._last["train"], self._last["eval"])
 
@@ -192,6 +192,7 @@ class _Loop:
 
     def _save(self, step: int, state: State, data: dict) -> None:
         distributed.stage(f"saving step {step}")
+        self._log.publish()
         with self._meter.pause():
             states = batches.gather_states(data, self._part)
             self._store.save(step, state, self._inputs.merge_states(states))

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from configs import schema
 from partitioning import distributed
-from qwen_jax import flops
+from qwen_jax import flops, paths
 from train import tensorboard
 
 Values = Mapping[str, float]
@@ -63,8 +64,11 @@ def _rewind(path: Path, step: int, keep: int) -> History:
             last[kind] = values
             if kind == "train":
                 losses.append(values["loss"])
-    with path.open("r+b") as file:
-        file.truncate(end)
+    if paths.is_remote(path):
+        path.write_bytes(path.read_bytes()[:end])
+    else:
+        with path.open("r+b") as file:
+            file.truncate(end)
     return History(tuple(losses), last["train"], last["eval"])
 
 
@@ -117,7 +121,10 @@ class Meter:
 
 
 class Log:
-    """Writes and shows metrics; in processes other than the first it does nothing."""
+    """Writes and shows metrics; in processes other than the first it does nothing.
+
+    In a bucket, where nothing can be appended to, files appear with each checkpoint (`publish`).
+    """
 
     def __init__(self, output: Path, *, step: int, num_steps: int) -> None:
         self._enabled = jax.process_index() == 0
@@ -126,8 +133,14 @@ class Log:
         self._progress: rich.progress.Progress | None = None
         if not self._enabled:
             return
-        self._file = (output / FILE).open("a", encoding="utf-8")
-        self._board = tensorboard.Board(output / TENSORBOARD, first=step + 1)
+        self._output, self._here = output, output
+        if paths.is_remote(output):
+            self._staged = tempfile.TemporaryDirectory()
+            self._here = Path(self._staged.name)
+            if (output / FILE).exists():
+                (self._here / FILE).write_bytes((output / FILE).read_bytes())
+        self._file = (self._here / FILE).open("a", encoding="utf-8")
+        self._board = tensorboard.Board(self._here / TENSORBOARD, first=step + 1)
         console = Console()
         if console.is_terminal:
             self._progress = _progress_bar(console)
@@ -158,6 +171,11 @@ class Log:
             f"accuracy {values['accuracy']:.2%}"
         )
 
+    def publish(self) -> None:
+        """Put what was written where the run lives, if that is not here."""
+        if self._enabled and self._here != self._output:
+            paths.copy_tree(self._here, self._output)
+
     def say(self, text: str) -> None:
         """One line for the person who watches."""
         if self._progress is not None:
@@ -177,6 +195,9 @@ class Log:
         with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():
             self._board.close()
             self._file.close()
+            self.publish()
+        if self._here != self._output:
+            self._staged.cleanup()
 
     def _write(self, kind: str, step: int, values: Values) -> None:
         # One write a line, handed to the system at once: a killed run loses no finished step.

@@ -1,6 +1,6 @@
 """Pre-training, and going on with it: next-token prediction over packed text."""
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import jax
 from configs import presets, schema
 from partitioning import distributed, mesh, rules
 from partitioning.sharding import Layout
-from qwen_jax import checkpoint, tokenizer
+from qwen_jax import checkpoint, paths, tokenizer
 from qwen_jax.tokenizer import Tokenizer
 from train import batches, loop, recipe
 from train import state as state_lib
@@ -48,7 +48,7 @@ def run(config: schema.Train) -> loop.Result:
     def held_out() -> Iterator[batches.HostBatch]:
         return pipeline.eval_batches(config.data, **reading, limit=config.eval_batches)
 
-    output = Path(config.output)
+    output = paths.folder(config.output)
     with state_lib.explain_full_disk(output):
         recipe.claim(output, config, cfg)
         distributed.agree({"data.tokenizer": words.fingerprint})
@@ -106,6 +106,11 @@ def _check_paths(config: schema.Train) -> None:
     ):
         if not value:
             raise ValueError(f"{name} is empty; give {meaning}")
+    if remote := [path for path in (*config.data.paths, *config.data.eval_paths) if "://" in path]:
+        raise ValueError(
+            f"data.paths {remote[0]} is in a bucket; text is read from disks: copy it, or mount "
+            f"the bucket (gcsfuse)"
+        )
 
 
 def _start(config: schema.Train, cfg: schema.Model, program: Program) -> State:
@@ -129,12 +134,10 @@ def _keep_assets(folder: Path, config: schema.Train, words: Tokenizer) -> None:
                 f"which is in {folder}; use that one, or choose another output"
             )
         return
-    written = folder.with_name(f"{ASSETS}.partial")
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
-    words.save(written)
     assets = checkpoint.resolve(config.init_from).assets if config.init_from else None
-    for name in ("config.json", "generation_config.json"):
-        if assets is not None and (assets / name).is_file():
-            shutil.copy(assets / name, written / name)
-    written.rename(folder)
+    with tempfile.TemporaryDirectory() as made:
+        words.save(made)
+        for name in ("config.json", "generation_config.json"):
+            if assets is not None and (assets / name).is_file():
+                Path(made, name).write_bytes((assets / name).read_bytes())
+        paths.publish(Path(made), folder)

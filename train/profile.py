@@ -1,13 +1,15 @@
 """A window of steps under JAX's profiler, for TensorBoard's profile plugin or Perfetto."""
 
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
+from qwen_jax import paths
 
-@contextmanager
+
+@contextlib.contextmanager
 def window(
     steps: tuple[int, int] | None, folder: Path
 ) -> Iterator[Callable[[int, jax.Array], None]]:
@@ -25,11 +27,12 @@ def window(
         if tracing:
             jax.profiler.stop_trace()
         else:
-            jax.profiler.start_trace(folder)
+            jax.profiler.start_trace(here)
         tracing = not tracing
 
-    try:
-        yield mark
-    finally:
-        if tracing:
-            jax.profiler.stop_trace()
+    with paths.staged(folder) if steps else contextlib.nullcontext() as here:
+        try:
+            yield mark
+        finally:
+            if tracing:
+                jax.profiler.stop_trace()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import socket
 import time
 import uuid
@@ -12,6 +11,7 @@ import jax
 
 from configs import schema
 from partitioning import distributed
+from qwen_jax import paths
 
 FILE = "recipe.json"
 _SEEN_SECONDS = 10
@@ -49,9 +49,7 @@ def _claim(path: Path, values: dict, config: schema.Train) -> None:
     if path.exists():
         _check_same(path, json.loads(path.read_text(encoding="utf-8")), values, config)
     output.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f"{FILE}.{os.getpid()}")
-    written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    written.replace(path)
+    paths.write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _check_shared(output: Path) -> None:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from configs import schema
+from qwen_jax import paths
 from train.step import State
 
 FORMAT = 1
@@ -75,7 +76,7 @@ class Store:
             "model": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(
-            self.folder.resolve(),
+            paths.absolute(self.folder),
             options=options,
             item_handlers=handlers,
         )
@@ -153,6 +154,8 @@ class Store:
     def _check_room(self, state: State) -> None:
         # Asked for before, a full disk is one error. Met on the way, it is one of every array.
         self.wait()
+        if paths.is_remote(self.folder):
+            return
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:

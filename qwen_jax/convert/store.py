@@ -16,6 +16,7 @@ from typing import Any
 import tensorstore as ts
 
 from configs import schema
+from qwen_jax import paths
 from qwen_jax.convert import plan
 
 FORMAT = 1  # of native checkpoints, in model/metadata
@@ -46,7 +47,7 @@ def context() -> ts.Context:
 def _kvstore(folder: Path, path: str = "") -> dict:
     return {
         "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{folder.resolve()}/"},
+        "base": paths.kvstore(folder),
         "path": path,
     }
 
@@ -93,6 +94,7 @@ def open_all_for_reading(folder: Path, ctx: ts.Context) -> dict[str, ts.TensorSt
         names = [
             ".".join(key["key"] for key in entry["key_metadata"])
             for entry in form["tree_metadata"].values()
+            if not entry["value_metadata"]["skip_deserialize"]
         ]
         driver = "zarr3" if form["use_zarr3"] else "zarr"
         ocdbt = form["use_ocdbt"]
@@ -100,10 +102,9 @@ def open_all_for_reading(folder: Path, ctx: ts.Context) -> dict[str, ts.TensorSt
         raise ValueError(f"{path} is no Orbax metadata: {error!r}") from None
     opening = {}
     for name in names:
-        file = {"driver": "file", "path": f"{folder.resolve()}/{name}/"}
         spec = {
             "driver": driver,
-            "kvstore": _kvstore(folder, f"{name}/") if ocdbt else file,
+            "kvstore": _kvstore(folder, f"{name}/") if ocdbt else paths.kvstore(folder / name),
             "fill_missing_data_reads": False,
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,

@@ -1,0 +1,122 @@
+"""Folders on file systems and in buckets of Google Cloud Storage, by one kind of path."""
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from etils import epath
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+def folder(path: Path | str) -> Path:
+    """`path` as a `pathlib.Path`, or an `epath.Path` that behaves like one for `gs://`.
+
+    Raises `ValueError` for what cannot be written to. Orbax writes its arrays to file systems and
+    to gs:// only (0.12: tensorstore_utils.py takes anything else for a file's name).
+    """
+    found = _SCHEME.match(str(path))
+    if found is None:
+        return Path(path)
+    if found[1] != "gs":
+        raise ValueError(
+            f"{path}: {found[1]}:// is not supported; use gs://, or mount the bucket as a folder "
+            f"(mountpoint-s3, s3fs, gcsfuse) and give that"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{path} needs the package gcsfs; install qwen-jax[gcs]")
+    return epath.Path(path)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether `path` is in a bucket: no file there can be appended to, renamed or mapped."""
+    return str(path).startswith("gs://")
+
+
+def absolute(path: Path) -> Path:
+    """`path` from the root of its file system or bucket."""
+    return path if is_remote(path) else path.resolve()
+
+
+def kvstore(path: Path) -> dict:
+    """The tensorstore key-value store of a folder."""
+    if not is_remote(path):
+        return {"driver": "file", "path": f"{path.resolve()}/"}
+    bucket, _, inside = str(path).removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{inside}/"}
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Every file below `source` to the same place below `target`; either may be in a bucket."""
+    for file in files(source):
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as read, to.open("wb") as write:
+            shutil.copyfileobj(read, write, 1 << 24)
+
+
+def publish(made: Path, target: Path) -> None:
+    """The files of the folder `made` as the folder `target`, which is not there half-way.
+
+    In a bucket, where no name can change, a reader may see some of the files before the others.
+    """
+    if is_remote(target):
+        copy_tree(made, target)
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_tree(made, partial)
+    partial.rename(target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole or not there."""
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")  # appears when all of it has arrived
+        return
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(text, encoding="utf-8")
+    written.replace(path)
+
+
+@contextmanager
+def local(path: Path) -> Iterator[Path]:
+    """A folder on this machine with the files of `path`: itself, or a copy for a while."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        copy_tree(path, Path(copy))
+        yield Path(copy)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A folder on this machine, for writers that know no bucket: what is in it goes to `path`."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            yield Path(made)
+        finally:
+            copy_tree(Path(made), path)
+
+
+def size(file: Path) -> int:
+    """Bytes in a file."""
+    return file.stat().length if is_remote(file) else file.stat().st_size
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, in order."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from files(path)
+        else:
+            yield path
