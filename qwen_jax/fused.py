@@ -33,8 +33,10 @@ class Attention(model.Attention):
         axes = ("heads", "head_dim", "embed")
         self.o = layers.Linear(key, shape=(N, H, D), axes=axes, init=init)
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_BTKJH = self.qkv(x_BTD, "btd,dkjh->btkjh")
+    def project(
+        self, x_BTD: jax.Array, *, layout: Layout | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        qkv_BTKJH = self.qkv(x_BTD, "btd,dkjh->btkjh", layout=layout)
         B, T, K, J, H = qkv_BTKJH.shape
         q_BTNH = qkv_BTKJH[:, :, :, : J - 2].reshape(B, T, K * (J - 2), H)
         return q_BTNH, qkv_BTKJH[:, :, :, J - 2], qkv_BTKJH[:, :, :, J - 1]
@@ -50,10 +52,10 @@ class SwiGLU(layers.SwiGLU):
         self.down = layers.Linear(key, shape=(hidden, size), axes=("ffn", "embed"), init=init)
 
     def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
-        both_BTCF = self.gate_up(x_BTD, "btd,dcf->btcf")
+        both_BTCF = self.gate_up(x_BTD, "btd,dcf->btcf", layout=layout)
         h_BTF = jax.nn.silu(both_BTCF[:, :, 0]) * both_BTCF[:, :, 1]
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "act_ffn"), layout)
-        return self.down(h_BTF, "btf,fd->btd")
+        return self.down(h_BTF, "btf,fd->btd", layout=layout)
 
 
 class MoE(moe.MoE):

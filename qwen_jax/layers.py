@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from partitioning import sharding
+from partitioning import gradients, sharding
 from partitioning.sharding import Axes, Layout
 from qwen_jax import module
 
@@ -59,11 +59,12 @@ class Linear(nnx.Module):
         self.kernel = module.param(key, shape, axes=axes, init=init)
         if bias_dims:
             self.bias = module.param(key, shape[-bias_dims:], axes=axes[-bias_dims:], init=_zeros)
-        self.has_bias = bias_dims > 0
+        self.axes, self.has_bias = axes, bias_dims > 0
 
-    def __call__(self, x: jax.Array, einsum: str) -> jax.Array:
-        """`einsum` contracts x with the kernel, for example `btd,dnh->btnh`."""
-        y = jnp.einsum(einsum, x, self.kernel[...].astype(x.dtype))
+    def __call__(self, x: jax.Array, einsum: str, *, layout: Layout | None) -> jax.Array:
+        """`einsum` contracts x [B, T, ...] with the kernel, for example `btd,dnh->btnh`."""
+        kernel = self.kernel[...].astype(x.dtype)
+        y = gradients.contract(einsum, x, kernel, axes=self.axes, layout=layout)
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -107,9 +108,9 @@ class SwiGLU(nnx.Module):
         self.down = Linear(key_down, shape=(hidden, size), axes=("ffn", "embed"), init=init)
 
     def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
-        gate_BTF = checkpoint_name(self.gate(x_BTD, "btd,df->btf"), "mlp_gate")
-        up_BTF = checkpoint_name(self.up(x_BTD, "btd,df->btf"), "mlp_up")
+        gate_BTF = checkpoint_name(self.gate(x_BTD, "btd,df->btf", layout=layout), "mlp_gate")
+        up_BTF = checkpoint_name(self.up(x_BTD, "btd,df->btf", layout=layout), "mlp_up")
         h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         h_BTF = sharding.constrain(h_BTF, ("batch", "length", "act_ffn"), layout)
         h_BTF = checkpoint_name(h_BTF, "mlp_hidden")
-        return self.down(h_BTF, "btf,fd->btd")
+        return self.down(h_BTF, "btf,fd->btd", layout=layout)

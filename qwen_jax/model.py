@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, layout=layout)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, turn), rope.rotate(k_BTKH, turn)
         heads = ("batch", "length", "act_heads", None)
         kv_heads = ("batch", "length", "act_kv_heads", None)
@@ -69,12 +69,15 @@ class Attention(nnx.Module):
         v_BTKH = checkpoint_name(sharding.constrain(v_BTKH, kv_heads, layout), "v")
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
         o_BTNH = sharding.constrain(o_BTNH, heads, layout)
-        return self.o(o_BTNH, "btnh,nhd->btd"), kept
+        return self.o(o_BTNH, "btnh,nhd->btd", layout=layout), kept
 
-    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x_BTD: jax.Array, *, layout: Layout | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
-        q_BTNH = self.q(x_BTD, "btd,dnh->btnh")
-        return q_BTNH, self.k(x_BTD, "btd,dkh->btkh"), self.v(x_BTD, "btd,dkh->btkh")
+        q_BTNH = self.q(x_BTD, "btd,dnh->btnh", layout=layout)
+        k_BTKH = self.k(x_BTD, "btd,dkh->btkh", layout=layout)
+        return q_BTNH, k_BTKH, self.v(x_BTD, "btd,dkh->btkh", layout=layout)
 
 
 class Block(nnx.Module):

@@ -159,7 +159,7 @@ class MoE(nnx.Module):
         )
         stats = Stats(**{**vars(stats), "dropped_BP": dropped_BP})
         if moe.shared_expert_intermediate_size:
-            gate_BT1 = jax.nn.sigmoid(self.shared_gate(x_BTD, "btd,dg->btg"))
+            gate_BT1 = jax.nn.sigmoid(self.shared_gate(x_BTD, "btd,dg->btg", layout=layout))
             y_BTD = y_BTD + gate_BT1 * self.shared(x_BTD, layout=layout)
         return y_BTD, stats
 

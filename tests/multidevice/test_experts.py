@@ -94,7 +94,9 @@ def program(text: str, cfg: schema.Model) -> hlo.Program:
 
 MATRICES = {
     ("", "looped", "all-gather", "fsdp"): 6,
-    ("", "looped", "reduce-scatter", "fsdp"): 3,
+    # Gradients: of the experts' three over fsdp; of the seven others, one axis after the other.
+    ("", "looped", "reduce-scatter", "fsdp"): 3 + 7,
+    ("", "looped", "reduce-scatter", "expert"): 7,
     # Four of attention, three of the shared expert, the router.
     ("model", "looped", "all-gather", "fsdp+expert"): 8,
     ("model'", "looped", "all-gather", "fsdp+expert"): 8,
@@ -103,34 +105,33 @@ MATRICES = {
     ("model", "once", "all-to-all", "fsdp+expert"): 1,
     ("model'", "once", "all-to-all", "fsdp+expert"): 1,
     ("loss", "once", "all-gather", "fsdp+expert"): 1,
+    ("", "once", "reduce-scatter", "fsdp"): 1,
+    ("", "once", "reduce-scatter", "expert"): 1,
 }
 DROPLESS = MATRICES | {
     ("", "looped", "all-gather", "expert"): 7,
-    ("", "looped", "reduce-scatter", "expert"): 3,
+    ("", "looped", "reduce-scatter", "expert"): 3 + 7,  # rows with their choices; gradients
     ("", "looped", "all-reduce", "tensor"): 2,
     ("model", "once", "all-reduce", "tensor"): 1,
     ("model", "looped", "all-reduce", "tensor"): 3,
     ("model'", "looped", "all-reduce", "tensor"): 7,
     ("loss", "looped", "all-reduce", "tensor"): 2,
     ("loss", "looped", "all-gather", "tensor"): 2,
-    # Seven matrices, router, shared gate, three biases, two norms.
-    ("model'", "looped", "all-reduce", "fsdp+expert"): 14,
+    # Router, shared gate, three biases, two norms.
+    ("model'", "looped", "all-reduce", "fsdp+expert"): 7,
     ("model'", "once", "all-reduce", "fsdp+expert"): 1,  # final norm
-    # Output kernel, loss, weight, and the router's statistics.
-    ("loss", "once", "all-reduce", "fsdp+expert"): 8,
+    # Loss, weight, and the router's statistics.
+    ("loss", "once", "all-reduce", "fsdp+expert"): 7,
 }
 WITH_CAPACITY = MATRICES | {
     ("", "looped", "all-to-all", "expert"): 8,
-    ("", "looped", "all-reduce", "data"): 3,
     # Gradients of matrices over the devices that share them first, the slices over data; what is
     # whole everywhere, the router's too, over all at once.
-    ("model'", "looped", "all-reduce", "fsdp+expert"): 7,
-    ("model'", "looped", "all-reduce", "data"): 7,
+    ("", "looped", "all-reduce", "data"): 3 + 7,
+    ("", "once", "all-reduce", "data"): 1,
     ("model'", "looped", "all-reduce", "data+fsdp+expert"): 7,
     ("model'", "once", "all-reduce", "data"): 1,
     ("model'", "once", "all-reduce", "data+fsdp+expert"): 1,
-    ("loss", "once", "all-reduce", "data"): 1,
-    ("loss", "once", "all-reduce", "fsdp+expert"): 1,
     ("loss", "once", "all-reduce", "data+fsdp+expert"): 7,
 }
 DEFAULT = (("expert=2,fsdp=2,tensor=2", PADDED), ("data=2,expert=2,fsdp=2", CAPACITY))

@@ -6,13 +6,11 @@ every layer recomputed in the backward pass:
 data    one all-reduce per gradient: 12 a layer in the backward loop; embedding, final norm and
         output kernel after it; two more for the sums of loss and weight.
 fsdp    a layer's 7 matrices are gathered in the forward loop and again in the backward one, the
-        output kernel once before the loss's loop. The 12 gradients of a layer and the others are
-        all-reduced; on TPU and GPU those of matrices become reduce-scatters, since only a slice of
-        each is used. The embedding's columns stay where they are: the group's token ids are
-        gathered, and rows of activations go to their sequences, and their gradients back, by one
-        all-to-all each.
-        With `data` beside it, gradients of matrices are reduced over fsdp first, and only the
-        slices over data.
+        output kernel once before the loss's loop. The gradients of matrices are reduce-scattered
+        under `shard_map`, those of biases and norms all-reduced. The embedding's columns stay where
+        they are: the group's token ids are gathered, and rows of activations go to their sequences,
+        and their gradients back, by one all-to-all each.
+        With `data` beside it, only the slices of matrices' gradients are reduced over it.
 tensor  two all-reduces of activations a layer (after attention, after the MLP) and one after the
         embedding. Backward: the one after attention again, for recomputation; then the gradients
         of the inputs of gate, up, q, k and v (TPU and GPU add before they reduce: two). In the
@@ -35,7 +33,8 @@ from tests.multidevice import cases, hlo
 DATA = {
     ("model'", "looped", "all-reduce", "data"): 12,
     ("model'", "once", "all-reduce", "data"): 2,  # embedding, final norm
-    ("loss", "once", "all-reduce", "data"): 3,  # output kernel, loss, weight
+    ("", "once", "all-reduce", "data"): 1,  # output kernel
+    ("loss", "once", "all-reduce", "data"): 2,  # loss, weight
 }
 FSDP_MOVES = {
     ("model", "looped", "all-gather", "fsdp"): 7,
@@ -46,18 +45,20 @@ FSDP_MOVES = {
     ("model'", "once", "all-to-all", "fsdp"): 1,
 }
 FSDP = FSDP_MOVES | {
-    ("model'", "looped", "all-reduce", "fsdp"): 12,
+    ("", "looped", "reduce-scatter", "fsdp"): 7,
+    ("", "once", "reduce-scatter", "fsdp"): 1,  # output kernel
+    ("model'", "looped", "all-reduce", "fsdp"): 5,  # biases and norms are whole everywhere
     ("model'", "once", "all-reduce", "fsdp"): 1,  # final norm; the embedding's needs none
-    ("loss", "once", "all-reduce", "fsdp"): 3,
+    ("loss", "once", "all-reduce", "fsdp"): 2,
 }
 DATA_AND_FSDP = FSDP_MOVES | {
-    ("model'", "looped", "all-reduce", "fsdp"): 7,
-    ("model'", "looped", "all-reduce", "data"): 7,
-    ("model'", "looped", "all-reduce", "data+fsdp"): 5,  # biases and norms are whole everywhere
+    ("", "looped", "reduce-scatter", "fsdp"): 7,
+    ("", "looped", "all-reduce", "data"): 7,
+    ("", "once", "reduce-scatter", "fsdp"): 1,
+    ("", "once", "all-reduce", "data"): 1,
+    ("model'", "looped", "all-reduce", "data+fsdp"): 5,
     ("model'", "once", "all-reduce", "data"): 1,  # embedding
     ("model'", "once", "all-reduce", "data+fsdp"): 1,  # final norm
-    ("loss", "once", "all-reduce", "fsdp"): 1,
-    ("loss", "once", "all-reduce", "data"): 1,
     ("loss", "once", "all-reduce", "data+fsdp"): 2,
 }
 TENSOR = {
@@ -145,8 +146,8 @@ def test_bfloat16_moves_as_bfloat16():
     assert wide == {
         ("model", "all-reduce", (cases.B // 2, cases.T, D // 2)): 1,  # rows, before their cast
         ("model'", "all-reduce", (V // 2, D // 2)): 1,  # the embedding's gradient
-        ("loss", "all-reduce", (1, D, V // 2)): 1,  # the output kernel's
-        ("loss", "all-reduce", (D // 2, V // 2)): 1,
+        ("", "reduce-scatter", (D // 2, V // 2)): 1,  # the output kernel's
+        ("", "all-reduce", (D // 2, V // 2)): 1,
         ("loss", "all-reduce", ()): 2,
         ("loss", "all-reduce", chunk): 1,  # sum of exponentials
         ("loss", "all-gather", (*chunk, 2)): 2,  # maxima

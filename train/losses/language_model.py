@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from partitioning import sharding
+from partitioning import gradients, sharding
 from partitioning.sharding import Layout
 
 
@@ -140,17 +140,16 @@ def _parts(logical: str, layout: Layout | None) -> int:
 
 
 def _meet(gradient_ZXDV: jax.Array, layout: Layout | None) -> jax.Array:
-    """The sum over Z and X: [Z_YU, X_W, D, V] -> reduce-scatter -> [Z_Y, D_UW, V] -> all-reduce.
-
-    U and W are the axes that shard `embed`, Y the rest of the batch's axes.
-    """
+    """The sum over Z and X, the devices' parts: [Z, X, D, V] -> [D, V]."""
     if layout is None:
         return gradient_ZXDV.sum(axis=(0, 1))
-    Z, X, D, V = gradient_ZXDV.shape
-    outer = layout.size("outer_batch")
-    gradient_YDV = gradient_ZXDV.reshape(outer, Z // outer, X, D, V).sum(axis=(1, 2))
-    gradient_YDV = sharding.constrain(gradient_YDV, ("outer_batch", "embed", "vocab"), layout)
-    return sharding.constrain(gradient_YDV.sum(axis=0), ("embed", "vocab"), layout)
+    return jax.shard_map(
+        lambda local_ZXDV: gradients.meet(local_ZXDV[0, 0], layout=layout),
+        mesh=layout.mesh,
+        in_specs=sharding.spec(("batch", "length", "act_embed", "act_vocab"), layout),
+        out_specs=sharding.spec(("embed", "vocab"), layout),
+        check_vma=False,  # the sum over groups of an axis is not known to vary over the axis
+    )(gradient_ZXDV)
 
 
 def _logits(hidden_BCD: jax.Array, kernel_DV: jax.Array, layout: Layout | None) -> jax.Array:
