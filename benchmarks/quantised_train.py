@@ -169,14 +169,14 @@ def measure(cfg: schema.Model, config: schema.Train, *, steps: int) -> dict:
     source = batches(cfg, config.batch_size, config.data.sequence_length)
     batch = next(source)
     begin = time.perf_counter()
-    compiled = program.step.lower(program.state, batch).compile()
+    compiled = program.step.lower(*program.inputs).compile()
     compile_s = time.perf_counter() - begin
     text = compiled.as_text()
     state = program.init(jax.random.key(0))
     times, losses = [], []
     for _ in range(steps):
         begin = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, program.learning_rate(0))
         losses.append(float(metrics["loss"]))
         times.append(1e3 * (time.perf_counter() - begin))
         batch = next(source)

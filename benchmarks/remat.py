@@ -32,17 +32,8 @@ def compile_for(topology: str, cfg: schema.Model, config: schema.Train) -> tuple
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     layout = sharding.Layout(mesh.make(config.mesh, devices=devices), rules.rule_set("train"))
     program = step_lib.make(cfg, config, layout)
-    batch = jax.eval_shape(
-        lambda: train_step.random_batch(
-            cfg, config.batch_size, config.data.sequence_length, packed=True
-        )
-    )
-    batch = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=program.batch_sharding)
-        for name, leaf in batch.items()
-    }
     begin = time.perf_counter()
-    compiled = program.step.lower(program.state, batch).compile()
+    compiled = program.step.lower(*program.inputs).compile()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     result = {

@@ -85,14 +85,14 @@ def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int
     program = step_lib.make(cfg, config, layout)
     batch = random_batch(cfg, config.batch_size, config.data.sequence_length, packed=packed)
     begin = time.perf_counter()
-    compiled = program.step.lower(program.state, batch).compile()
+    compiled = program.step.lower(*program.inputs).compile()
     compile_seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     state = program.init(jax.random.key(0))
     times, losses = [], []
     for _ in range(3 + steps):
         begin = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, program.learning_rate(0))
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - begin)
     return {

@@ -125,9 +125,10 @@ class _Loop:
                 distributed.stage(f"step {step + 1}")
                 batch, data = _next(rows, step)
                 mark(step + 1, state.step)
+                rate = self._program.learning_rate(step)
                 # A value that comes from the host by accident would stall every step: an error.
                 with jax.transfer_guard("disallow"):
-                    state, values = self._program.step(state, batch)
+                    state, values = self._program.step(state, batch, rate)
                 step += 1
                 if self._shows(step):
                     values["param_norm"] = self._program.param_norm(state.params)

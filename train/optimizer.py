@@ -1,5 +1,6 @@
 """AdamW on float32 masters, its learning-rate schedules, and which parameters decay."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,11 +11,11 @@ from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Axes
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[int], float]
 
 
 def schedule(config: schema.Optimizer, *, num_steps: int) -> Schedule:
-    """Learning rate of update n, counted from 0; float32.
+    """Learning rate of update n, counted from 0; computed on the host, and an input of the step.
 
     All begin with a linear warm-up, peak (n + 1) / warmup_steps, and then hold the peak
     (`constant`), follow a half cosine down to `final_learning_rate_fraction` at `num_steps`
@@ -27,14 +28,13 @@ def schedule(config: schema.Optimizer, *, num_steps: int) -> Schedule:
     final = config.final_learning_rate_fraction
     start = num_steps - decay if config.schedule == "wsd" else warmup
 
-    def rate(count: jax.Array | int) -> jax.Array:
-        count = jnp.asarray(count, jnp.float32)
-        ramp = jnp.minimum(1.0, (count + 1.0) / max(warmup, 1))
+    def rate(count: int) -> float:
+        ramp = min(1.0, (count + 1) / max(warmup, 1))
         if config.schedule == "constant":
             return config.peak_learning_rate * ramp
-        progress = jnp.clip((count - start) / (num_steps - start), 0.0, 1.0)
+        progress = min(max((count - start) / (num_steps - start), 0.0), 1.0)
         if config.schedule == "cosine":
-            progress = 0.5 * (1.0 - jnp.cos(jnp.pi * progress))
+            progress = 0.5 * (1.0 - math.cos(math.pi * progress))
         return config.peak_learning_rate * ramp * (1.0 - (1.0 - final) * progress)
 
     return rate
@@ -65,10 +65,8 @@ def decays(axes: Axes) -> bool:
     return len(own) > 1 and ("embed" in own or "expert_embed" in own)
 
 
-def make(
-    config: schema.Optimizer, *, num_steps: int, axes: dict
-) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, Adam, decoupled weight decay, schedule.
+def make(config: schema.Optimizer, *, axes: dict) -> optax.GradientTransformationExtraArgs:
+    """Clipping by the global norm, Adam, decoupled weight decay; not yet times the learning rate.
 
     `axes` is the tree of logical axes of the parameters. The first moment is kept in
     `moment_dtype`, the second in float32.
@@ -80,5 +78,4 @@ def make(
             b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.dtype(config.moment_dtype)
         ),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(schedule(config, num_steps=num_steps)),
     )

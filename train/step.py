@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -63,18 +64,31 @@ class Program:
     """The jitted functions of a run.
 
     init: key -> State, born sharded.            adopt: parameters -> State, fresh optimizer.
-    step: State (donated), batch -> State, metrics.   evaluate: parameters, batch -> Sums.
-    param_norm: parameters -> their global norm.
-    state: shapes, dtypes and shardings of the state.   batch_sharding: that of every [B, T].
+    step: State (donated), batch, learning rate -> State, metrics.
+    evaluate: parameters, batch -> Sums.    param_norm: parameters -> their global norm.
+    learning_rate: number of updates so far -> that of the next, a scalar on every device.
+    state: shapes, dtypes and shardings of the state.   batch: those of a batch.
     """
 
     init: Callable[[jax.Array], State]
     adopt: Callable[[dict], State]
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    step: Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
     evaluate: Callable[[dict, Batch], Sums]
     param_norm: Callable[[dict], jax.Array]
+    learning_rate: Callable[[int], jax.Array]
     state: State
-    batch_sharding: NamedSharding
+    batch: Batch
+
+    @property
+    def inputs(self) -> tuple[State, Batch, jax.ShapeDtypeStruct]:
+        """What `step` takes, as shapes, dtypes and shardings: enough to lower and compile it."""
+        replicated = NamedSharding(self.batch_sharding.mesh, PartitionSpec())
+        return self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """That of every [B, T]."""
+        return self.batch["tokens"].sharding
 
 
 def next_token_loss(cfg: schema.Model, config: schema.Train, layout: Layout) -> Loss:
@@ -140,7 +154,8 @@ def make(
     check_batch(config, layout)
     loss = next_token_loss(cfg, config, layout) if loss is None else loss
     axes = model.axes(cfg)
-    tx = optimizer_lib.make(config.optimizer, num_steps=config.num_steps, axes=axes)
+    tx = optimizer_lib.make(config.optimizer, axes=axes)
+    schedule = optimizer_lib.schedule(config.optimizer, num_steps=config.num_steps)
     state = _abstract_state(cfg, tx, axes, layout)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     replicated = NamedSharding(layout.mesh, PartitionSpec())
@@ -154,12 +169,16 @@ def make(
         bias_update_rate=None if cfg.moe is None else cfg.moe.bias_update_rate,
         loss=loss,
         tx=tx,
-        schedule=optimizer_lib.schedule(config.optimizer, num_steps=config.num_steps),
         dtype=dtype,
         parts=config.accumulate_steps,
         layout=layout,
         param_shardings=shardings.params,
     )
+
+    def learning_rate(count: int) -> jax.Array:
+        value = np.float32(schedule(count))
+        return jax.make_array_from_callback((), replicated, lambda _: value)
+
     return Program(
         init=jax.jit(lambda key: adopt(model.init(cfg, key)), out_shardings=shardings),
         adopt=jax.jit(adopt, out_shardings=shardings, donate_argnums=0),
@@ -169,18 +188,19 @@ def make(
             out_shardings=replicated,
         ),
         param_norm=jax.jit(optax.tree.norm, out_shardings=replicated),
+        learning_rate=learning_rate,
         state=state,
-        batch_sharding=sharding.sharding(("batch", "length"), layout),
+        batch=_abstract_batch(config, layout),
     )
 
 
 def train_step(
     state: State,
     batch: Batch,
+    learning_rate: jax.Array,
     *,
     loss: Loss,
     tx: optax.GradientTransformationExtraArgs,
-    schedule: optimizer_lib.Schedule,
     dtype: jnp.dtype,
     parts: int,
     layout: Layout,
@@ -188,6 +208,8 @@ def train_step(
     bias_update_rate: float | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """The state after one update on `batch`, and the step's metrics as float32 scalars.
+
+    The learning rate is an input, so that one compiled step serves every schedule.
 
     The batch is taken in `parts` micro-batches; losses and gradients are sums over tokens divided
     by the whole batch's weight. A router's biases move by `bias_update_rate`. Where the loss or the
@@ -200,6 +222,7 @@ def train_step(
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
 
     updates, moments = tx.update(gradients, state.optimizer, state.params)
+    updates = jax.tree.map(lambda update: -learning_rate * update, updates)
     params = optax.apply_updates(state.params, updates)
     if bias_update_rate is not None:
         params = moe.with_updated_bias(params, sums.router_load_LE, rate=bias_update_rate)
@@ -210,7 +233,7 @@ def train_step(
         "loss": sums.loss / sums.weight,
         **{name: value / sums.weight for name, value in sums.metrics.items()},
         "grad_norm": norm,
-        "learning_rate": schedule(state.step),
+        "learning_rate": learning_rate,
         "tokens": sums.weight,
         "finite": finite,
     }
@@ -262,6 +285,14 @@ def _abstract_state(cfg, tx, axes: dict, layout: Layout) -> State:
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return State(step, params, moments)
+
+
+def _abstract_batch(config: schema.Train, layout: Layout) -> Batch:
+    shape = (config.batch_size, config.data.sequence_length)
+    placed = sharding.sharding(("batch", "length"), layout)
+    whole = ("tokens", "targets", "segment_ids", "positions")
+    dtypes = dict.fromkeys(whole, jnp.int32) | {"loss_weights": jnp.float32}
+    return {n: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for n, dtype in dtypes.items()}
 
 
 def _gradients(loss: Loss, params: dict, batch: Batch, parts: int, layout, param_shardings):

@@ -37,7 +37,7 @@ def train(program: step.Program, at: step.State, steps: range) -> tuple[step.Sta
             program.batch_sharding,
             part=batches.Share(index=0, count=1),
         )
-        at, values = program.step(at, rows)
+        at, values = program.step(at, rows, program.learning_rate(n))
         history.append(jax.device_get(values))
     return at, history
 

@@ -22,7 +22,7 @@ def test_the_loss_curve_of_twenty_steps(helpers, remat):
     losses = []
     for number in range(20):
         batch = helpers.random_batch(number, config.batch_size)
-        state, values = program.step(state, batch)
+        state, values = program.step(state, batch, program.learning_rate(number))
         losses.append(float(values["loss"]))
     if os.environ.get("QWEN_JAX_UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps({"tiny, float32": [round(x, 6) for x in losses]}, indent=1))

@@ -35,7 +35,7 @@ def program(cfg: schema.Model = CFG, *, accumulate_steps: int = 1) -> step.Progr
 
 def after_one(made: step.Program, batch=None) -> tuple[step.State, dict]:
     rows = helpers.random_batch(0, 4) if batch is None else batch
-    state, metrics = made.step(made.init(jax.random.key(0)), rows)
+    state, metrics = made.step(made.init(jax.random.key(0)), rows, made.learning_rate(0))
     return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -69,7 +69,9 @@ def test_a_split_batch_makes_the_same_step_with_losses_of_sequences(plain):
 
 def test_the_bias_is_moved_by_the_load_of_the_whole_batch_and_saved(tmp_path):
     made = program(accumulate_steps=2)
-    state, _ = made.step(made.init(jax.random.key(0)), helpers.random_batch(0, 4))
+    state, _ = made.step(
+        made.init(jax.random.key(0)), helpers.random_batch(0, 4), made.learning_rate(0)
+    )
     bias_LE = np.asarray(state.params["layers"]["moe"]["router"]["bias"])
     sums = made.evaluate(made.init(jax.random.key(0)).params, helpers.random_batch(0, 4))
     load_LE = np.asarray(sums.router_load_LE)
@@ -97,6 +99,6 @@ def test_the_balance_loss_evens_the_load(scope):
     made = program(dataclasses.replace(CFG, moe=moe))
     state, history = made.init(jax.random.key(1)), []
     for n in range(20):
-        state, metrics = made.step(state, helpers.random_batch(n, 4))
+        state, metrics = made.step(state, helpers.random_batch(n, 4), made.learning_rate(n))
         history.append(float(metrics["router_balance"]))
     assert history[-1] < history[0] and history[-1] == pytest.approx(2.0, abs=0.1)

@@ -21,7 +21,7 @@ def config(**changes) -> schema.Optimizer:
 @settings(deadline=None)
 @given(st.integers(0, 150))
 def test_cosine(count):
-    rate = float(optimizer.schedule(config(schedule="cosine"), num_steps=100)(count))
+    rate = optimizer.schedule(config(schedule="cosine"), num_steps=100)(count)
     if count < 10:
         expected = 2e-3 * (count + 1) / 10
     else:
@@ -34,7 +34,7 @@ def test_cosine(count):
 @given(st.integers(0, 150))
 def test_wsd(count):
     made = config(schedule="wsd", decay_steps=20)
-    rate = float(optimizer.schedule(made, num_steps=100)(count))
+    rate = optimizer.schedule(made, num_steps=100)(count)
     if count < 10:
         expected = 2e-3 * (count + 1) / 10
     elif count <= 80:
@@ -47,13 +47,13 @@ def test_wsd(count):
 @settings(deadline=None)
 @given(st.integers(0, 150))
 def test_constant(count):
-    rate = float(optimizer.schedule(config(schedule="constant"), num_steps=100)(count))
+    rate = optimizer.schedule(config(schedule="constant"), num_steps=100)(count)
     assert rate == pytest.approx(2e-3 * min((count + 1) / 10, 1), rel=1e-5)
 
 
 def test_no_warmup_starts_at_the_peak():
     made = config(schedule="constant", warmup_steps=0)
-    assert float(optimizer.schedule(made, num_steps=5)(0)) == pytest.approx(2e-3)
+    assert optimizer.schedule(made, num_steps=5)(0) == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,11 @@ def test_matrices_and_embeddings_decay_norms_and_biases_do_not():
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_one_update_by_hand(moment_dtype):
-    made = config(
-        schedule="constant", warmup_steps=0, clip_norm=1.0, weight_decay=0.1,
-        moment_dtype=moment_dtype,
-    )  # fmt: skip
+    made = config(clip_norm=1.0, weight_decay=0.1, moment_dtype=moment_dtype)
     axes = {"kernel": ("embed", "ffn"), "scale": ("embed",)}
     params = {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full((2,), 5.0)}
     gradients = {"kernel": jnp.full((2, 2), 4.0), "scale": jnp.full((2,), -2.0)}
-    tx = optimizer.make(made, num_steps=10, axes=axes)
+    tx = optimizer.make(made, axes=axes)
     updates, state = tx.update(gradients, tx.init(params), params)
     norm = math.sqrt(4 * 16 + 2 * 4)
     # After one step both moments, bias corrected, are those of the clipped gradient itself.
@@ -94,7 +91,7 @@ def test_one_update_by_hand(moment_dtype):
         g = np.asarray(gradients[name]) / norm
         step = g / (np.abs(g) + made.eps) + decay * np.asarray(params[name])
         tolerance = 1e-5 if moment_dtype == "float32" else 1e-2
-        np.testing.assert_allclose(updates[name], -2e-3 * step, rtol=tolerance)
+        np.testing.assert_allclose(updates[name], step, rtol=tolerance)
     moments = state[1]
     assert moments.mu["kernel"].dtype == moment_dtype
     assert moments.nu["kernel"].dtype == jnp.float32

@@ -20,7 +20,7 @@ def take(helpers, config, *, steps=1, batch=None):
     state = program.init(jax.random.key(0))
     for n in range(steps):
         rows = batch if batch is not None else helpers.random_batch(n, config.batch_size)
-        state, values = program.step(state, put(program, rows))
+        state, values = program.step(state, put(program, rows), program.learning_rate(n))
     return jax.device_get((state, values))
 
 
@@ -67,17 +67,18 @@ def test_loss_falls(helpers):
 def test_a_gradient_that_is_not_finite_changes_nothing(helpers):
     config = helpers.tiny_config()
     program = helpers.program(config)
+    rate = program.learning_rate(0)
     state, _ = program.step(
-        program.init(jax.random.key(0)), put(program, helpers.random_batch(0, 4))
+        program.init(jax.random.key(0)), put(program, helpers.random_batch(0, 4)), rate
     )
     before = jax.device_get(state)
     bad = helpers.random_batch(1, 4)
     bad["loss_weights"][0, 0] = np.inf
-    state, values = program.step(state, put(program, bad))
+    state, values = program.step(state, put(program, bad), rate)
     after = jax.device_get(state)
     assert values["finite"] == 0
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    state, values = program.step(state, put(program, helpers.random_batch(2, 4)))
+    state, values = program.step(state, put(program, helpers.random_batch(2, 4)), rate)
     assert values["finite"] == 1 and state.step == 2
 
 
