@@ -4,12 +4,11 @@ Checked: that every part is there; that each parameter and moment has the shape 
 that every chunk can be read (tensorstore checks the CRC-32C of the database's manifest and nodes);
 that every value is finite; that each array's sum is the one that was computed on the devices before
 it was saved (`train/state.py`; imported and older checkpoints have none, which is said); and that
-the steps of state, data and metadata are one.
+the model's config and the data's state are those that were saved, and all parts of one step.
 """
 
 import collections
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import tensorstore as ts
 
 from configs import schema
 from qwen_jax import checkpoint, paths
-from qwen_jax.convert import store, table
+from qwen_jax.convert import source, store, table
 
 _IN_FLIGHT_BYTES = 256 * 2**20
 
@@ -60,13 +59,14 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) ->
         if not found:
             raise ValueError(f"{path} is a training run without a checkpoint yet")
         path = found[-1].path
+    if not (path / "params").is_dir() and not (path / "model").is_dir():
+        checkpoint.resolve(path)  # raises for all that is no checkpoint
+        raise ValueError(f"{path} is a Hugging Face folder; import it, and verify the checkpoint")
     report = Report(path)
     if missing := _missing(path):
         report.problems.append(f"{path} is half-written: it lacks {', '.join(missing)}")
         return report
     resolved = checkpoint.resolve(path)
-    if resolved.kind != "native":
-        raise ValueError(f"{path} is a Hugging Face folder; import it, and verify the checkpoint")
     context = store.context()
     arrays = {}
     for part in ("params", "optimizer"):
@@ -79,7 +79,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) ->
             continue
         _check_shapes(report, part, opened, resolved.model)
         arrays |= {(part, name): array for name, array in opened.items()}
-    _check_steps(report, resolved.metadata, arrays)
+    _check_json(report, resolved.metadata, arrays)
     _check_values(report, arrays, resolved.metadata.get("checksums", {}), on_progress)
     return report
 
@@ -165,17 +165,23 @@ def _check_shapes(
             )
 
 
-def _check_steps(report: Report, metadata: dict, arrays: dict) -> None:
+def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
+    """Of a training run: data and model are as they were saved, and all parts of one step."""
     path, said = report.path, {"model/metadata": metadata.get("step")}
     if not (path / "data").is_dir():
-        return  # not of a training run
+        return
     said["the folder's name"] = int(path.name) if path.name.isdecimal() else None
+    found = {"model": metadata["model"]}
     try:
-        data = json.loads((path / "data" / "metadata").read_text(encoding="utf-8"))
-        if "step" in data:
-            said["data/metadata"] = data["step"]
+        found["data"] = source.read_json(path / "data" / "metadata")
+        if "step" in found["data"]:
+            said["data/metadata"] = found["data"]["step"]
     except ValueError as error:
-        report.problems.append(f"{path / 'data' / 'metadata'} is not valid JSON: {error}")
+        report.problems.append(str(error))
+    sums = metadata.get("checksums", {}).get("json", {})
+    for part, values in found.items():
+        if part in sums and store.sum_json(values) != sums[part]:
+            report.problems.append(f"{part}/metadata does not hold the values that were saved")
     if ("optimizer", "step") in arrays:
         try:
             said["optimizer/step"] = int(arrays["optimizer", "step"].read().result())
@@ -220,7 +226,7 @@ def _check_values(
 
 def _chunks(array: ts.TensorStore) -> Iterator[tuple[str, np.ndarray | ValueError]]:
     """Every chunk as `[begin:end, ...]` with its values, or why it cannot be read; some ahead."""
-    sizes = array.chunk_layout.read_chunk.shape
+    sizes = array.chunk_layout.read_chunk.shape or ()  # a number has no chunks
     starts = itertools.product(
         *(range(0, n, step) for n, step in zip(array.shape, sizes, strict=True))
     )

@@ -4,7 +4,8 @@
                             optimizer   step and moments
                             data        where the data stands, JSON
                             model       {"format": 1, "model": its config, "step": STEP,
-                                        "checksums": {"params": .., "optimizer": ..}}, JSON
+                                        "checksums": {"params": .., "optimizer": ..,
+                                                      "json": ..}}, JSON
 
 A step's folder appears under its name when everything in it is written; what a killed save left
 behind has another name, is not looked at, and is removed at the next start.
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 
 from configs import schema
 from qwen_jax import paths
+from qwen_jax.convert import store
 from train.step import State
 
 FORMAT = 1
@@ -104,7 +106,8 @@ class Store:
             optimizer = saved["optimizer"]
             state = State(optimizer["step"], saved["params"], optimizer["state"])
             if "checksums" in model:  # older checkpoints have none
-                _compare(model["checksums"], checksums(state))
+                found = checksums(state, model=model["model"], data=saved["data"])
+                _compare(model["checksums"], found)
         return Restored(step, state, saved["data"])
 
     def save(self, step: int, state: State, data: dict) -> None:
@@ -121,7 +124,7 @@ class Store:
             for name, tree in _parts(state).items()
         }
         model = {"format": FORMAT, "model": self._model, "step": step}
-        model["checksums"] = checksums(state)
+        model["checksums"] = checksums(state, model=self._model, data=data)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -231,20 +234,22 @@ def in_flight(like) -> int:
     return max(2 * largest + 1, _IN_FLIGHT_BYTES)
 
 
-def checksums(state: State) -> dict[str, dict[str, int]]:
+def checksums(state: State, **json_values: dict) -> dict[str, dict[str, int]]:
     """Of every array by the name it is stored under: the sum of its words modulo 2^32.
 
     The same on any mesh. A changed bit changes it; `qwen_jax/verify.py` computes it from the files.
+    `json` holds the sums of `json_values`.
     """
     sums = jax.device_get(_sum_words(_parts(state), where=state.step.sharding))
 
     def name(path: tuple) -> str:
         return ".".join(str(getattr(key, k)) for key in path for k in _KEYS if hasattr(key, k))
 
-    return {
+    named = {
         part: {name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(tree)}
         for part, tree in sums.items()
     }
+    return named | {"json": {item: store.sum_json(values) for item, values in json_values.items()}}
 
 
 @functools.partial(jax.jit, static_argnames="where")

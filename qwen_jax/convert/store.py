@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,12 @@ def tree_metadata(arrays: Iterable[plan.Array]) -> dict:
 def metadata(model: schema.Model, **extra: Any) -> dict:
     """What the `model` item of a native checkpoint holds, as JSON values."""
     return {"format": FORMAT, "model": schema.to_dict(model), **extra}
+
+
+def sum_json(values: dict) -> int:
+    """The CRC-32 of values, the same before and after they were written as JSON."""
+    read = json.loads(json.dumps(values))
+    return zlib.crc32(json.dumps(read, sort_keys=True).encode())
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -77,9 +77,9 @@ def test_the_bias_is_moved_by_the_load_of_the_whole_batch_and_saved(tmp_path):
     load_LE = np.asarray(sums.router_load_LE)
     assert load_LE.sum() == 2 * 4 * helpers.LENGTH * 2
     np.testing.assert_array_equal(bias_LE, 0.25 * np.sign(load_LE.mean(1)[:, None] - load_LE))
-    with state_lib.Store(tmp_path, schema.Checkpoint(), CFG) as store:
+    with state_lib.Store(tmp_path, schema.Checkpoint(), CFG, made.state) as store:
         store.save(1, state, {})
-        restored = store.restore(made.state)
+        restored = store.restore()
     np.testing.assert_array_equal(restored.state.params["layers"]["moe"]["router"]["bias"], bias_LE)
 
 
