@@ -16,7 +16,8 @@ class Mask:
 
     causal: s <= t, counted from the sequence's start.
     segment_ids_BT: equal segments only (packed documents; 0 is padding).
-    lengths_B: s < length, for right-padded rows.
+    lengths_B: s < length, for right-padded rows. What queries t >= length get is not specified:
+        some implementations give zeros, others attend to the keys before the padding.
     """
 
     causal: bool = True

