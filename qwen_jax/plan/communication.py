@@ -56,12 +56,6 @@ def by_axes(found: list[Transfer]) -> dict[str, float]:
     return total
 
 
-def spans_torus(job: Job) -> bool:
-    """Whether weights are spread over a whole slice of TPUs: XLA then all-reduces gradients."""
-    whole = job.layout.size("embed") == job.where.devices_per_slice
-    return job.where.chip.platform == "tpu" and whole
-
-
 def _over(job: Job, logical: str) -> tuple[str, ...]:
     """The mesh axes that split `logical`, those of size 1 left out."""
     mesh = job.config.mesh
@@ -110,9 +104,9 @@ def _weights(job: Job, itemsize: int) -> list[Transfer]:
 
 
 def _gradients(job: Job, itemsize: int) -> list[Transfer]:
+    """Reduce-scattered over the axes that split the weight, then summed over those left."""
     if job.purpose != "train":
         return []
-    times, name = (2, "all-reduce") if spans_torus(job) else (1, "reduce-scatter")
     amounts = [
         (logical, itemsize * elements, "experts' gradients" if "expert" in logical else "gradients")
         for logical, elements in _gathered(job).items()
@@ -120,9 +114,8 @@ def _gradients(job: Job, itemsize: int) -> list[Transfer]:
     amounts.append(("embed", FLOAT32 * _kernel(job), "the output kernel's gradient"))
     found = []
     for logical, num_bytes, what in amounts:
-        count = _parts(job) * times * num_bytes * _others(job.layout.size(logical))
-        found.append(Transfer(_over(job, logical), f"{name} {what}", count, False))
-    # What a device holds in the end, it sums with those that hold the same.
+        count = _parts(job) * num_bytes * _others(job.layout.size(logical))
+        found.append(Transfer(_over(job, logical), f"reduce-scatter {what}", count, False))
     leaves = job_lib.parameters(job)
     own = itemsize * sum(leaf.local_size for leaf in leaves if leaf.stacked)
     own = _parts(job) * (own + FLOAT32 * _kernel(job) / job.layout.size("embed"))

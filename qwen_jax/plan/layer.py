@@ -1,6 +1,8 @@
 """One layer in elements and operations: what a remat policy keeps of it, and what it repeats."""
 
-from configs import remat
+import functools
+
+from configs import remat, schema
 from qwen_jax.plan.job import Job
 
 # What a layer without rematerialisation keeps beyond `minimal`, in arrays [B, T, F]: the five that
@@ -19,8 +21,8 @@ def widths(job: Job) -> dict[str, float]:
     heads = cfg.num_attention_heads / size("act_heads")
     kv_heads = cfg.num_key_value_heads / size("act_kv_heads")
     H = padded(job, cfg.head_dim)
-    F = mean_ffn(job) / size("act_ffn")
-    rows = routed_rows(job) * _sparse_share(job)
+    F = mean_ffn(cfg) / size("act_ffn")
+    rows = routed_rows(job) * _sparse_share(cfg)
     expert_F = cfg.moe.moe_intermediate_size / size("ffn") if cfg.moe else 0
     return {
         "layer_input": cfg.hidden_size,
@@ -57,13 +59,12 @@ def padded(job: Job, size: int) -> int:
     return -(-size // LANES) * LANES if job.where.chip.platform == "tpu" else size
 
 
-def mean_ffn(job: Job) -> float:
+@functools.lru_cache(maxsize=256)
+def mean_ffn(cfg: schema.Model) -> float:
     """Hidden width of the feed-forward network that every token passes, mean of the layers."""
-    cfg = job.cfg
     shared = cfg.moe.shared_expert_intermediate_size if cfg.moe else 0
-    dense = len(cfg.dense_layers) if cfg.sparse_layers else cfg.num_hidden_layers
-    total = dense * cfg.intermediate_size + len(cfg.sparse_layers) * shared
-    return total / cfg.num_hidden_layers
+    sparse = _sparse_share(cfg)
+    return (1 - sparse) * cfg.intermediate_size + sparse * shared
 
 
 def kept(policy: str) -> remat.Tensors:
@@ -108,14 +109,15 @@ def repeated_per_token(job: Job) -> float:
     again += sum(2 * D * K * H for name in ("k", "v") if name not in have)
     again += 0 if "attention_out" in have else 2 * N * H * job.length  # causal
     again += 0 if "attention_residual" in have else 2 * N * H * D
-    F = mean_ffn(job)
+    F = mean_ffn(cfg)
     again += sum(2 * D * F for name in ("mlp_gate", "mlp_up") if name not in have)
     if cfg.moe:
         product = 2 * D * cfg.moe.moe_intermediate_size * cfg.moe.num_experts_per_tok
         routed = sum(product for name in ("expert_gate", "expert_up") if name not in have)
-        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(job)
+        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(cfg)
     return again * cfg.num_hidden_layers
 
 
-def _sparse_share(job: Job) -> float:
-    return len(job.cfg.sparse_layers) / job.cfg.num_hidden_layers
+@functools.lru_cache(maxsize=256)
+def _sparse_share(cfg: schema.Model) -> float:
+    return len(cfg.sparse_layers) / cfg.num_hidden_layers
