@@ -1,11 +1,13 @@
-"""Bytes that a device sends in one step, by mesh axis and reason.
+"""Bytes that a device sends in one step, by mesh axes and reason.
 
-Over an axis of n devices, X bytes in all being gathered: all-gather and reduce-scatter send
+Over axes of n devices, X bytes in all being gathered: all-gather and reduce-scatter send
 X (n-1)/n, an all-reduce twice that, an all-to-all of X bytes a device X (n-1)/n, and a ring's hop
-the whole of what moves (scaling book, "Sharded matrices").
+the whole of what moves (scaling book, "Sharded matrices"). Over which axes, the rules say
+(`partitioning/rules.py`).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -13,18 +15,27 @@ from qwen_jax.plan import job as job_lib
 from qwen_jax.plan import layer
 from qwen_jax.plan.job import Job
 
+FLOAT32 = 4
+
 
 @dataclass(frozen=True)
 class Transfer:
-    """`num_bytes` sent by a device in one step over `axis`.
+    """`num_bytes` sent by a device in one step over `axes`.
 
     overlapped: there is arithmetic beside it that does not wait for it.
+    links: a collective uses all that the axes have, a ring's hop the one to the next device.
     """
 
-    axis: str  # of the mesh, or "dcn"
+    axes: tuple[str, ...]  # of the mesh; ("dcn",) from slice to slice
     reason: str
     num_bytes: float
     overlapped: bool
+    links: Literal["all", "one"] = "all"
+
+    @property
+    def over(self) -> str:
+        """The axes as text: `fsdp*context`."""
+        return "*".join(self.axes)
 
 
 def transfers(job: Job) -> list[Transfer]:
@@ -37,18 +48,18 @@ def transfers(job: Job) -> list[Transfer]:
     return [transfer for transfer in found if transfer.num_bytes > 0]
 
 
-def by_axis(found: list[Transfer]) -> dict[str, float]:
-    """Bytes of each axis."""
+def by_axes(found: list[Transfer]) -> dict[str, float]:
+    """Bytes over each axis, or axes taken together."""
     total: dict[str, float] = {}
     for transfer in found:
-        total[transfer.axis] = total.get(transfer.axis, 0.0) + transfer.num_bytes
+        total[transfer.over] = total.get(transfer.over, 0.0) + transfer.num_bytes
     return total
 
 
-def spans_torus(job: Job) -> bool:
-    """Whether `fsdp` takes a whole slice of TPUs: XLA then all-reduces gradients."""
-    own = job.config.mesh.fsdp == job.where.devices_per_slice
-    return job.where.chip.platform == "tpu" and own
+def _over(job: Job, logical: str) -> tuple[str, ...]:
+    """The mesh axes that split `logical`, those of size 1 left out."""
+    mesh = job.config.mesh
+    return tuple(a for a in job.layout.rules.mesh_axes(logical) if getattr(mesh, a) > 1)
 
 
 def _others(n: int) -> float:
@@ -64,48 +75,64 @@ def _passes(job: Job) -> int:
     return 2 if job.purpose == "train" else 1
 
 
+def _gathered(job: Job) -> dict[str, float]:
+    """Elements of the layers' weights that a device puts together, by the axis they were apart."""
+    total: dict[str, float] = {}
+    for leaf in job_lib.parameters(job):
+        if leaf.stacked and leaf.gathered_over:
+            total[leaf.gathered_over] = total.get(leaf.gathered_over, 0.0) + leaf.gathered_size
+    return total
+
+
+def _kernel(job: Job) -> float:
+    """Elements of the output kernel, whole along its width."""
+    return job.cfg.hidden_size * job.cfg.vocab_size / job.layout.size("vocab")
+
+
 def _weights(job: Job, itemsize: int) -> list[Transfer]:
-    n = job.layout.size("embed")
-    leaves = job_lib.parameters(job)
-    stack = sum(leaf.gathered_size for leaf in leaves if leaf.stacked and "embed" in leaf.axes)
-    kernel = job.cfg.hidden_size * job.cfg.vocab_size / job.layout.size("vocab")
-    return [
+    found = [
         Transfer(
-            "fsdp",
-            "gather weights of layers",
-            _parts(job) * _passes(job) * itemsize * stack * _others(n),
+            _over(job, logical),
+            "gather weights of experts" if logical == "expert_embed" else "gather weights",
+            _parts(job) * _passes(job) * itemsize * elements * _others(job.layout.size(logical)),
             True,
-        ),
-        Transfer(
-            "fsdp", "gather output kernel", _parts(job) * itemsize * kernel * _others(n), False
-        ),
+        )
+        for logical, elements in _gathered(job).items()
     ]
+    count = _parts(job) * itemsize * _kernel(job) * _others(job.layout.size("embed"))
+    return [*found, Transfer(_over(job, "embed"), "gather output kernel", count, False)]
 
 
 def _gradients(job: Job, itemsize: int) -> list[Transfer]:
+    """Reduce-scattered over the axes that split the weight, then summed over those left."""
     if job.purpose != "train":
         return []
-    mesh, n = job.config.mesh, job.layout.size("embed")
-    leaves = job_lib.parameters(job)
-    stack = itemsize * sum(leaf.gathered_size for leaf in leaves if leaf.stacked)
-    kernel = 4 * job.cfg.hidden_size * job.cfg.vocab_size / job.layout.size("vocab")
-    times = _parts(job) * (2 if spans_torus(job) else 1)
-    name = "all-reduce" if spans_torus(job) else "reduce-scatter"
-    own = _parts(job) * (stack + kernel) / n
-    replicas, slices = mesh.data * mesh.expert, mesh.dcn_data
-    return [
-        Transfer("fsdp", f"{name} gradients", times * (stack + kernel) * _others(n), False),
-        Transfer("data", "all-reduce gradients", 2 * own * _others(replicas), False),
-        Transfer("dcn", "all-reduce gradients", 2 * own * _others(slices), False),
-        Transfer("context", "all-reduce gradients", 2 * own * _others(mesh.context), False),
+    amounts = [
+        (logical, itemsize * elements, "experts' gradients" if "expert" in logical else "gradients")
+        for logical, elements in _gathered(job).items()
     ]
+    amounts.append(("embed", FLOAT32 * _kernel(job), "the output kernel's gradient"))
+    found = []
+    for logical, num_bytes, what in amounts:
+        count = _parts(job) * num_bytes * _others(job.layout.size(logical))
+        found.append(Transfer(_over(job, logical), f"reduce-scatter {what}", count, False))
+    leaves = job_lib.parameters(job)
+    own = itemsize * sum(leaf.local_size for leaf in leaves if leaf.stacked)
+    own = _parts(job) * (own + FLOAT32 * _kernel(job) / job.layout.size("embed"))
+    mesh = job.config.mesh
+    for axes, n in ((("data",), mesh.data), (("dcn",), mesh.dcn_data)):
+        found.append(Transfer(axes, "all-reduce gradients", 2 * own * _others(n), False))
+    return found
 
 
 def _embedding(job: Job, itemsize: int) -> list[Transfer]:
-    n = job.layout.size("embed")
-    rows = itemsize * job.tokens * job.cfg.hidden_size
-    count = _parts(job) * _passes(job) * rows
-    return [Transfer("fsdp", "all-to-all embeddings", count * _others(n), False)]
+    """[B, T, D_XY] -> all-to-all -> [B, T_Y, D_X] -> all-to-all -> [B_X, T_Y, D]."""
+    rows = _parts(job) * _passes(job) * itemsize * job.tokens * job.cfg.hidden_size
+    reason = "all-to-all embeddings"
+    return [
+        Transfer(_over(job, logical), reason, rows * _others(job.layout.size(logical)), False)
+        for logical in ("length", "outer_embed")
+    ]
 
 
 def _tensor(job: Job, itemsize: int) -> list[Transfer]:
@@ -116,10 +143,9 @@ def _tensor(job: Job, itemsize: int) -> list[Transfer]:
     # where the policy does not keep what follows it.
     each = 2
     if job.purpose == "train":
-        tensors = layer.kept(job.config.remat)
-        each += 2 + ("attention_residual" not in (*tensors.save, *tensors.offload))
+        each += 2 + ("attention_residual" not in layer.found_again(job.config.remat))
     count = _parts(job) * (each * job.cfg.num_hidden_layers + 2) * 2 * stream
-    return [Transfer("tensor", "all-reduce activations", count * _others(n), False)]
+    return [Transfer(_over(job, "act_heads"), "all-reduce activations", count * _others(n), False)]
 
 
 def _context(job: Job, itemsize: int) -> list[Transfer]:
@@ -127,23 +153,25 @@ def _context(job: Job, itemsize: int) -> list[Transfer]:
     if variant is None:
         return []
     n, cfg = job.layout.size("length"), job.cfg
-    heads = cfg.head_dim / job.layout.size("act_kv_heads")
-    kv = 2 * itemsize * job.tokens * cfg.num_key_value_heads * heads
-    out = itemsize * job.tokens * cfg.num_attention_heads * cfg.head_dim
-    out /= job.layout.size("act_heads")
+    kv_heads = cfg.num_key_value_heads / job.layout.size("act_kv_heads")
+    kv = 2 * itemsize * job.tokens * kv_heads * cfg.head_dim
+    heads = cfg.num_attention_heads / job.layout.size("act_heads")
+    out = itemsize * job.tokens * heads * cfg.head_dim
     if variant == "ulysses":
         once, back = (kv + 2 * out) * _others(n), (kv + 2 * out) * _others(n)
     else:
         # Keys and values go round; in the backward pass again, with float32 sums of gradients.
-        once, back = kv * (n - 1), (kv + 4 / itemsize * kv) * (n - 1)
-    tensors = layer.kept(job.config.remat)
-    again = "attention_out" not in (*tensors.save, *tensors.offload)
+        once, back = kv * (n - 1), (kv + FLOAT32 / itemsize * kv) * (n - 1)
+    again = "attention_out" not in layer.found_again(job.config.remat)
     total = once if job.purpose == "eval" else once * (1 + again) + back
     count = _parts(job) * cfg.num_hidden_layers * total
-    return [Transfer("context", f"{variant} keys and values", count, variant == "ring")]
+    ring = variant == "ring"
+    reason = "all-to-all heads" if variant == "ulysses" else f"{variant} of keys and values"
+    return [Transfer(_over(job, "length"), reason, count, ring, "one" if ring else "all")]
 
 
 def _experts(job: Job, itemsize: int) -> list[Transfer]:
+    """Tokens to their experts and back; the way there again where a policy does not keep them."""
     moe = job.cfg.moe
     if moe is None:
         return []
@@ -152,10 +180,12 @@ def _experts(job: Job, itemsize: int) -> list[Transfer]:
     row = itemsize * tokens * job.cfg.hidden_size
     if moe.capacity_factor is None or job.purpose == "decode":
         # [M, D] -> all-gather -> [X M, D], and a reduce-scatter back.
-        once, reason = 2 * row * (n - 1), "gather and scatter tokens"
+        way, reason = row * (n - 1), "gather and scatter tokens"
     else:
         choices = moe.num_experts_per_tok * moe.capacity_factor
-        once, reason = 2 * row * choices * _others(n), "all-to-all tokens"
-    times = 3 if job.purpose == "train" else 1  # forward, repeated, backward
-    count = _parts(job) * len(job.cfg.sparse_layers) * times * once
-    return [Transfer("expert", reason, count, False)]
+        way, reason = row * choices * _others(n), "all-to-all tokens"
+    ways = 2
+    if job.purpose == "train":
+        ways += 2 + ("expert_rows" not in layer.found_again(job.config.remat))
+    count = _parts(job) * len(job.cfg.sparse_layers) * ways * way
+    return [Transfer(_over(job, "experts"), reason, count, False)]

@@ -21,7 +21,8 @@ from qwen_jax import model
 from qwen_jax.attention import context
 
 Purpose = Literal["train", "eval", "decode"]
-PURPOSES = ("train", "eval", "decode")
+# Of a parameter: split where it is stored, put together where it is used.
+GATHERED_AXES = ("embed", "expert_embed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +167,7 @@ class Leaf:
     """A parameter: its logical axes, its shape, and what one device holds.
 
     gathered_size: elements on a device when FSDP has put it together, all layers of it.
+    gathered_over: the logical axis along which it was apart; None: it is whole where it lies.
     """
 
     name: str
@@ -173,6 +175,7 @@ class Leaf:
     shape: tuple[int, ...]
     local: tuple[int, ...]
     gathered_size: int
+    gathered_over: str | None
 
     @property
     def stacked(self) -> bool:
@@ -207,6 +210,7 @@ def _placed(cfg: schema.Model, layout: Layout) -> tuple[Leaf, ...]:
     leaves = []
     for name, axes, shape in _parameters(cfg):
         local = part(shape, [layout.size(a) for a in axes])
-        gathered = part(shape, [1 if a == "embed" else layout.size(a) for a in axes])
-        leaves.append(Leaf(name, axes, shape, local, math.prod(gathered)))
+        over = next((a for a in axes if a in GATHERED_AXES and layout.size(a) > 1), None)
+        gathered = part(shape, [1 if a == over else layout.size(a) for a in axes])
+        leaves.append(Leaf(name, axes, shape, local, math.prod(gathered), over))
     return tuple(leaves)

@@ -1,6 +1,8 @@
 """One layer in elements and operations: what a remat policy keeps of it, and what it repeats."""
 
-from configs import remat
+import functools
+
+from configs import remat, schema
 from qwen_jax.plan.job import Job
 
 # What a layer without rematerialisation keeps beyond `minimal`, in arrays [B, T, F]: the five that
@@ -16,10 +18,12 @@ def widths(job: Job) -> dict[str, float]:
     by the names of the dense network's. The log-sum-exp is float32: two elements.
     """
     cfg, size = job.cfg, job.layout.size
-    heads, kv_heads = cfg.num_attention_heads / size("act_heads"), cfg.num_key_value_heads
-    kv_heads = kv_heads / size("act_kv_heads")
+    heads = cfg.num_attention_heads / size("act_heads")
+    kv_heads = cfg.num_key_value_heads / size("act_kv_heads")
     H = padded(job, cfg.head_dim)
-    F = mean_ffn(job) / size("act_ffn")
+    F = mean_ffn(cfg) / size("act_ffn")
+    rows = routed_rows(job) * _sparse_share(cfg)
+    expert_F = cfg.moe.moe_intermediate_size / size("ffn") if cfg.moe else 0
     return {
         "layer_input": cfg.hidden_size,
         "q": heads * H,
@@ -30,7 +34,24 @@ def widths(job: Job) -> dict[str, float]:
         "mlp_gate": F,
         "mlp_up": F,
         "mlp_hidden": F,
+        "expert_rows": rows * cfg.hidden_size,
+        "expert_gate": rows * expert_F,
+        "expert_up": rows * expert_F,
     }
+
+
+def routed_rows(job: Job) -> float:
+    """Rows of the buffer that experts read, for each token of a device, in a layer with experts.
+
+    Dropless over X devices, a device may get every token of its X (`expert_parallel`).
+    """
+    moe = job.cfg.moe
+    if moe is None:
+        return 0.0
+    if moe.capacity_factor is not None:
+        return moe.num_experts_per_tok * moe.capacity_factor
+    X = job.layout.size("experts")
+    return X * min(moe.num_experts_per_tok, moe.num_held // X)
 
 
 def padded(job: Job, size: int) -> int:
@@ -38,18 +59,25 @@ def padded(job: Job, size: int) -> int:
     return -(-size // LANES) * LANES if job.where.chip.platform == "tpu" else size
 
 
-def mean_ffn(job: Job) -> float:
+@functools.lru_cache(maxsize=256)
+def mean_ffn(cfg: schema.Model) -> float:
     """Hidden width of the feed-forward network that every token passes, mean of the layers."""
-    cfg = job.cfg
     shared = cfg.moe.shared_expert_intermediate_size if cfg.moe else 0
-    dense = len(cfg.dense_layers) if cfg.sparse_layers else cfg.num_hidden_layers
-    total = dense * cfg.intermediate_size + len(cfg.sparse_layers) * shared
-    return total / cfg.num_hidden_layers
+    sparse = _sparse_share(cfg)
+    return (1 - sparse) * cfg.intermediate_size + sparse * shared
 
 
 def kept(policy: str) -> remat.Tensors:
     """The tensors that a policy keeps; `dots` and `none` keep at least those of `minimal`."""
     return remat.tensors("minimal" if policy in ("dots", "none") else policy)
+
+
+def found_again(policy: str) -> set[str]:
+    """The tensors that the backward pass need not compute, wherever they waited."""
+    if policy == "none":
+        return set(remat.TENSORS)
+    tensors = kept(policy)
+    return {*tensors.save, *tensors.offload}
 
 
 def kept_elements(job: Job) -> tuple[float, float]:
@@ -59,7 +87,8 @@ def kept_elements(job: Job) -> tuple[float, float]:
     saved = {"layer_input", *tensors.save} - set(tensors.offload)
     device = sum(width[name] for name in saved)
     if policy == "none":
-        device += _ARRAYS_OF_NONE * width["mlp_hidden"]
+        device += _ARRAYS_OF_NONE * (width["mlp_hidden"] + width["expert_gate"])
+        device += width["expert_rows"]
     return device, sum(width[name] for name in tensors.offload)
 
 
@@ -72,8 +101,7 @@ def repeated_per_token(job: Job) -> float:
     cfg, policy = job.cfg, job.config.remat
     if policy in ("none", "dots"):
         return 0.0
-    tensors = kept(policy)
-    have = {*tensors.save, *tensors.offload}
+    have = found_again(policy)
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     again = 0.0
@@ -81,13 +109,15 @@ def repeated_per_token(job: Job) -> float:
     again += sum(2 * D * K * H for name in ("k", "v") if name not in have)
     again += 0 if "attention_out" in have else 2 * N * H * job.length  # causal
     again += 0 if "attention_residual" in have else 2 * N * H * D
-    F = mean_ffn(job)
+    F = mean_ffn(cfg)
     again += sum(2 * D * F for name in ("mlp_gate", "mlp_up") if name not in have)
     if cfg.moe:
-        routed = 4 * D * cfg.moe.moe_intermediate_size * cfg.moe.num_experts_per_tok
-        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(job)
+        product = 2 * D * cfg.moe.moe_intermediate_size * cfg.moe.num_experts_per_tok
+        routed = sum(product for name in ("expert_gate", "expert_up") if name not in have)
+        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(cfg)
     return again * cfg.num_hidden_layers
 
 
-def _sparse_share(job: Job) -> float:
-    return len(job.cfg.sparse_layers) / job.cfg.num_hidden_layers
+@functools.lru_cache(maxsize=256)
+def _sparse_share(cfg: schema.Model) -> float:
+    return len(cfg.sparse_layers) / cfg.num_hidden_layers

@@ -178,8 +178,8 @@ def _vocab(job: Job) -> int:
 
 
 def _logits(job: Job) -> float:
-    """One chunk of every row, whole along its length, in float32."""
-    chunk = min(job.config.loss_chunk, job.length)
+    """One chunk of every row in float32, of which a device has its part of the length."""
+    chunk = min(job.config.loss_chunk, job.length) // job.layout.size("length")
     return FLOAT32 * job.rows * chunk * _vocab(job)
 
 
@@ -209,13 +209,9 @@ def _layer_weights(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
 
     One is at work while the next arrives, or while its gradient, as large, leaves.
     """
+    sizes = [leaf.gathered_size / leaf.shape[0] for leaf in leaves if leaf.stacked]
     if job.layout.size("embed") == 1:
-        return max(leaf.local_size / leaf.shape[0] for leaf in leaves if leaf.stacked)
-    sizes = [
-        leaf.gathered_size / leaf.shape[0]
-        for leaf in leaves
-        if leaf.stacked and "embed" in leaf.axes
-    ]
+        return max(sizes)
     return sum(sorted(sizes)[-2:])
 
 
@@ -238,18 +234,12 @@ def _widest_ffn(job: Job) -> float:
 
 
 def _routed(job: Job) -> float:
-    """Elements of tokens on their way through the experts: rows [R, D] and [R, F] with gradients.
-
-    Dropless over X devices, a device may get every token of its X (`expert_parallel`).
-    """
+    """Elements of rows on their way through the experts, [R, D] and [R, F], with gradients."""
     moe = job.cfg.moe
     if moe is None:
         return 0.0
     X = job.layout.size("experts")
-    held = moe.num_held // X
-    rows = job.tokens * X * min(moe.num_experts_per_tok, held)
-    if moe.capacity_factor is not None:
-        rows = math.ceil(job.tokens * moe.num_experts_per_tok * moe.capacity_factor)
+    rows = job.tokens * layer.routed_rows(job)
     F = moe.moe_intermediate_size / job.layout.size("ffn")
     gathered = 2 * job.tokens * X * job.cfg.hidden_size if X > 1 else 0
     return rows * (2 * job.cfg.hidden_size + _FFN_ARRAYS * F) + gathered

@@ -122,14 +122,14 @@ def _time_table(step: roofline.Step) -> table.Table:
 
 
 def _transfer_table(best: Candidate) -> table.Table:
-    grid = _grid("Sent by a device in a step", "mesh axis", "GB", "GB/s", "why")
-    for axis, total in communication.by_axis(best.step.transfers).items():
+    grid = _grid("Sent by a device in a step", "mesh axes", "GB", "GB/s", "why")
+    for over, total in communication.by_axes(best.step.transfers).items():
         rate = ""
         if best.step.seconds:
-            rate = f"{roofline.bandwidth(best.job, axis) / 1e9:,.0f}"
-        grid.add_row(axis, f"{total / 1e9:,.3g}", rate, "")
+            rate = f"{roofline.bandwidth(best.job, tuple(over.split('*'))) / 1e9:,.0f}"
+        grid.add_row(over, f"{total / 1e9:,.3g}", rate, "")
         for transfer in best.step.transfers:
-            if transfer.axis == axis:
+            if transfer.over == over:
                 hidden = ", hidden" if transfer.overlapped else ""
                 amount = f"{transfer.num_bytes / 1e9:,.3g}"
                 grid.add_row("", amount, "", f"{transfer.reason}{hidden}")

@@ -11,6 +11,7 @@ three quarters of the peak in arithmetic.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -52,7 +53,7 @@ def estimate(job: Job) -> Step:
     repeated = 0.0
     if job.purpose == "train":
         repeated = layer.repeated_per_token(job) * tokens / devices
-    total = useful + repeated + _spread_loss(job, tokens) / devices
+    total = useful + repeated
     traffic = hbm_bytes(job)
     found = communication.transfers(job)
     seconds, step_seconds, binds = {}, None, "not known: the device has no data sheet"
@@ -100,14 +101,6 @@ def _useful(job: Job, tokens: float, attention: flops.Attention) -> float:
     return tokens * (2.0 * flops.matmul_parameters(job.cfg) + seen)
 
 
-def _spread_loss(job: Job, tokens: float) -> float:
-    """What the loss does more than once: every device of `context` has the logits of each chunk."""
-    n = job.layout.size("length")
-    products = 3 if job.purpose == "train" else 1
-    kernel = job.cfg.hidden_size * job.cfg.vocab_size
-    return tokens * products * 2.0 * kernel * (n - 1) if n > 1 else 0.0
-
-
 def hbm_bytes(job: Job) -> float:
     """Bytes that a device reads and writes in one step, at least.
 
@@ -134,23 +127,25 @@ def hbm_bytes(job: Job) -> float:
 
 
 def _transfer_seconds(job: Job, found: list[communication.Transfer]) -> float:
-    return sum(t.num_bytes / bandwidth(job, t.axis) for t in found)
+    return sum(t.num_bytes / bandwidth(job, t.axes, links=t.links) for t in found)
 
 
-def bandwidth(job: Job, axis: str) -> float:
-    """Bytes a second that a device sends over a mesh axis in a collective.
+def bandwidth(job: Job, axes: tuple[str, ...], *, links: Literal["all", "one"] = "all") -> float:
+    """Bytes a second that a device sends over mesh axes: in a collective, or in a ring's hop.
 
-    Every side of the torus that the axis takes has one link, and a second one the other way round
-    where it closes into a ring. What a TPU slice's machines share of the data-centre network, and
-    what GPUs of several hosts share, is divided by the devices of a machine.
+    Every side of the torus that an axis takes has one link, and a second one the other way round
+    where it closes into a ring; a hop uses one. What a TPU slice's machines share of the
+    data-centre network, and what GPUs of several hosts share, is divided by the devices of a
+    machine.
     """
     chip, where = job.where.chip, job.where
-    if axis == "dcn":
+    if axes == ("dcn",):
         return chip.dcn_bytes_per_second / (where.chips_per_host * chip.devices)
     if chip.torus_rank == 0:
         return chip.ici_bytes_per_second * chip.ici_links
-    taken = (job_lib.sides(job.config.mesh, where) or {}).get(axis, ())
+    sides = job_lib.sides(job.config.mesh, where) or {}
+    taken = [side for axis in axes for side in sides.get(axis, ())]
     rings = dict(zip(where.shape, where.wraps, strict=True))
     # Sides of 1 or 2 have one link each way; the two devices of a tpu7x chip are nearer than that.
-    links = sum(2 if rings.get(side) and side > 2 else 1 for side in taken)
-    return chip.ici_bytes_per_second * max(links, 1) / chip.devices
+    count = sum(2 if rings.get(side) and side > 2 else 1 for side in taken)
+    return chip.ici_bytes_per_second * (1 if links == "one" else max(count, 1)) / chip.devices

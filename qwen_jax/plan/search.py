@@ -1,6 +1,7 @@
 """Every legal way to run a model on a slice, and the one to choose; and which slice to rent."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -26,7 +27,11 @@ class Candidate:
 
     job: Job
     memory: memory.Memory
-    step: roofline.Step
+
+    @functools.cached_property
+    def step(self) -> roofline.Step:
+        """The time of a step, asked for only where it matters: of ways that fit, or are shown."""
+        return roofline.estimate(self.job)
 
     @property
     def policy(self) -> str:
@@ -48,7 +53,7 @@ class Candidate:
 
 def evaluate(job: Job) -> Candidate:
     """The job with its estimates."""
-    return Candidate(job, memory.estimate(job), roofline.estimate(job))
+    return Candidate(job, memory.estimate(job))
 
 
 def meshes(cfg: schema.Model, where: Slice) -> list[schema.Mesh]:
@@ -93,13 +98,11 @@ def candidates(
     found, refused = [], []
     for each in meshes(cfg, where) if mesh is None else [mesh]:
         try:
-            jobs = _jobs(cfg, config, where, purpose, each, policy, rows)
+            found += _ways(cfg, config, where, purpose, each, policy, rows)
         except ValueError as error:
             if mesh is not None:
                 raise
             refused.append((job_lib.mesh_text(each), str(error)))
-            continue
-        found += map(evaluate, jobs)
     found.sort(key=_rank)
     return found, refused
 
@@ -111,20 +114,20 @@ def _rank(one: Candidate) -> tuple:
     return (0, -round(one.speed, 3), one.memory.total)
 
 
-def _jobs(cfg, config, where, purpose, mesh, policy, rows) -> list[Job]:
+def _ways(cfg, config, where, purpose, mesh, policy, rows) -> list[Candidate]:
+    """On one mesh: every policy, with ever more rows up to the first number that does not fit."""
     config = dataclasses.replace(config, mesh=mesh)
-    policies = [policy] if policy else list(_policies(purpose))
     counts = [rows] if rows else (DECODE_ROWS if purpose == "decode" else ROWS)
     first = job_lib.make(cfg, config, where, rows=counts[0], purpose=purpose)
     shards = first.layout.size("batch") * config.accumulate_steps
-    return [
-        dataclasses.replace(
-            first,
-            config=dataclasses.replace(first.config, remat=name, batch_size=count * shards),
-        )
-        for name in policies
-        for count in counts
-    ]
+    found = []
+    for name in [policy] if policy else _policies(purpose):
+        for count in counts:
+            changed = dataclasses.replace(first.config, remat=name, batch_size=count * shards)
+            found.append(evaluate(dataclasses.replace(first, config=changed)))
+            if not found[-1].fits():
+                break
+    return found
 
 
 def _policies(purpose: Purpose) -> tuple[str, ...]:
