@@ -208,6 +208,7 @@ class Train:
     context_parallel: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
     z_loss: float = 0.0
     loss_chunk: int = 1024  # tokens of each sequence whose logits exist at one time
+    executables: str = ""  # a bundle of `qwen-jax plan --save`; empty: compile when the run starts
     log_every_steps: int = 10
     eval_every_steps: int = 200
     eval_batches: int = 16

@@ -93,6 +93,14 @@ FLAGS = (
 )
 
 
+# For libtpu as a compiler on a machine without TPUs; read when jax is imported.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes compile at one time
+}
+
+
 def options(chip: Chip) -> dict[str, Value]:
     """`compiler_options` of a compile for `chip`; empty where XLA's defaults are the best known."""
     return {flag.name: flag.value for flag in FLAGS if chip.name in flag.chips}

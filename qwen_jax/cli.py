@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from configs import launch as launch_configs
-from configs import recipes, schema
+from configs import recipes, schema, topologies, xla_flags
 
 if TYPE_CHECKING:
     from infer import generate as generate_lib
@@ -72,6 +72,8 @@ def plan(
     remat: str | None = None,
     purpose: Literal["train", "eval", "decode"] = "train",
     picture: str | None = None,
+    compile: bool = False,
+    save: str | None = None,
 ) -> int:
     """Say what a run needs: which slice to rent, mesh, memory and time of a step.
 
@@ -85,14 +87,26 @@ def plan(
         remat: Rematerialisation policy; by default those without offloading are tried.
         purpose: What runs: a training step, an evaluation, or the decoding of a token.
         picture: File for a picture of memory and sharding, for example plan.png.
+        compile: Compile what is recommended for the slice, which need not be here.
+        save: Folder for the compiled programs, which `train --executables` then runs.
     """
+    if topology == "any" or topologies.parse(topology).chip.platform == "tpu":
+        for name, value in xla_flags.WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
     from qwen_jax.plan import command
 
     request = command.Request(
         model=model, recipe=recipe, topology=topology, mesh=mesh, length=length, rows=rows,
         remat=remat, purpose=purpose,
     )  # fmt: skip
-    command.run(request, picture=picture)
+    compiles = compile or save is not None
+    if compiles and topology == "any":
+        raise ValueError("--compile and --save need a --topology to compile for")
+    chosen = command.run(request, picture=picture)
+    if compiles:
+        from train import ahead_of_time
+
+        ahead_of_time.check(chosen.job, save=save)
     return 0
 
 

@@ -11,7 +11,7 @@ from partitioning import distributed, mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import checkpoint, paths, tokenizer
 from qwen_jax.tokenizer import Tokenizer
-from train import batches, loop, recipe
+from train import ahead_of_time, batches, loop, recipe
 from train import state as state_lib
 from train import step as step_lib
 from train.data import mixture, pipeline
@@ -31,6 +31,8 @@ def run(config: schema.Train) -> loop.Result:
     cfg = model_of(config)
     layout = Layout(mesh.make(config.mesh), rules.rule_set("train", kv_heads=config.mesh.kv_heads))
     program = step_lib.make(cfg, config, layout)
+    if config.executables:
+        program = ahead_of_time.with_bundle(program, cfg, config, layout)
     words = tokenizer.load(config.data.tokenizer)
     tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
     splits = mixture.open_splits(config.data)

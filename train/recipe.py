@@ -22,7 +22,7 @@ HARMLESS = frozenset(
     (
         "output", "accumulate_steps", "remat", "attention", "loss_chunk", "mesh", "checkpoint",
         "cluster", "log_every_steps", "eval_every_steps", "eval_batches", "profile_steps",
-        "spike_factor", "spike_patience", "data.worker_count", "data.prefetch",
+        "spike_factor", "spike_patience", "executables", "data.worker_count", "data.prefetch",
     )
 )  # fmt: skip
 # With these schedules the length is no part of the curve before the decay.

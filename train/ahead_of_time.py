@@ -1,0 +1,179 @@
+"""What `qwen-jax plan` has compiled: a job's programs, held against its estimate, and kept."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs import schema, topologies
+from configs.topologies import Slice
+from partitioning import mesh as mesh_lib
+from partitioning import rules, sharding
+from partitioning.sharding import Layout
+from qwen_jax import ahead_of_time, decode, kv_cache, model, sampling
+from qwen_jax.ahead_of_time import Compiled
+from qwen_jax.plan import memory
+from qwen_jax.plan.job import Job, Purpose
+from train import step
+
+DISPATCH = 16  # tokens that a decoding program draws, as `generation.generate` does by default
+
+# What of a run's settings a compiled step depends on; the rest is data, or for the host alone.
+_FIELDS = (
+    "batch_size", "accumulate_steps", "compute_dtype", "remat", "layer_loop", "attention",
+    "context_parallel", "z_loss", "loss_chunk", "mesh",
+)  # fmt: skip
+_OF_OPTIMIZER = ("b1", "b2", "eps", "clip_norm", "weight_decay", "moment_dtype")
+
+
+def lower(
+    cfg: schema.Model, config: schema.Train, layout: Layout, *, purpose: Purpose
+) -> dict[str, jax.stages.Lowered]:
+    """The programs of a purpose, by name, for the devices of `layout`.
+
+    train: `step`, whose learning rate is an input, and `evaluate`. eval: `evaluate`. decode:
+    `advance`, which draws `DISPATCH` tokens for each of `batch_size` slots of `sequence_length`
+    positions. Raises `ValueError` where model, batch or length do not divide over the mesh.
+    """
+    if purpose == "decode":
+        return {"advance": _lower_decode(cfg, config, layout)}
+    program = step.make(cfg, config, layout)
+    evaluate = program.evaluate.lower(program.state.params, program.batch)
+    if purpose == "eval":
+        return {"evaluate": evaluate}
+    return {"step": program.step.lower(*program.inputs), "evaluate": evaluate}
+
+
+def _lower_decode(cfg: schema.Model, config: schema.Train, layout: Layout) -> jax.stages.Lowered:
+    sharding.check_model(cfg, layout)
+    slots, dtype = config.batch_size, jnp.dtype(config.compute_dtype)
+    whole = sharding.sharding((), layout)
+
+    def of(shape: tuple[int, ...], dtype: jnp.dtype, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(axes, layout))
+
+    params = jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed),
+        model.shapes(cfg),
+        sharding.shardings(model.axes(cfg), layout),
+    )
+    L, K, H = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
+    side = of((L, slots, K, config.data.sequence_length, H), dtype, kv_cache.AXES)
+    rows = of((slots,), jnp.int32, ("batch",))
+    state = decode.State(kv_cache.Cache(side, side, rows), rows, rows, None)
+    settings = jax.tree.map(
+        lambda column: jax.ShapeDtypeStruct(column.shape, column.dtype, sharding=whole),
+        sampling.settings([], num_rows=slots),
+    )
+    eos_E = jax.ShapeDtypeStruct((len(cfg.eos_token_ids),), np.int32, sharding=whole)
+    return decode.advance.lower(
+        cfg,
+        params,
+        state,
+        settings,
+        plan=sampling.Plan(),
+        eos_E=eos_E,
+        num_steps=DISPATCH,
+        layout=layout,
+    )
+
+
+def placed(job: Job) -> Layout:
+    """The job's layout on devices of its slice, which may exist in the compiler alone."""
+    config = job.config.mesh
+    devices = ahead_of_time.devices(job.where)
+    kind = "decode" if job.purpose == "decode" else "train"
+    chosen = rules.rule_set(kind, kv_heads=config.kv_heads)
+    return Layout(mesh_lib.make(config, devices=devices), chosen)
+
+
+def check(job: Job, *, save: str | None) -> dict[str, Compiled]:
+    """Compiles the job's programs, prints them beside the estimate, and keeps them in `save`.
+
+    Raises `ValueError` where the slice cannot be compiled for, or `save` is there already.
+    """
+    output = Console()
+    lowered = lower(job.cfg, job.config, placed(job), purpose=job.purpose)
+    compiled = {}
+    for name, one in lowered.items():
+        with output.status(f"compiling {name} for {job.where.name}; minutes for large models"):
+            compiled[name] = ahead_of_time.compile_program(one, job.where)
+    main = next(iter(compiled))
+    _show(output, job, main, compiled)
+    if save is not None:
+        made = key(lowered, job.cfg, job.config, job.where)
+        size = ahead_of_time.save(save, compiled, made)
+        output.print(f"{save}: {', '.join(compiled)}, {size / 1e6:.0f} MB", highlight=False)
+    return compiled
+
+
+def key(
+    lowered: Mapping[str, jax.stages.Lowered],
+    cfg: schema.Model,
+    config: schema.Train,
+    where: Slice,
+) -> dict:
+    """The key of a bundle of these programs."""
+    values = {name: getattr(config, name) for name in _FIELDS}
+    values["mesh"] = dataclasses.asdict(config.mesh)
+    values["optimizer"] = {name: getattr(config.optimizer, name) for name in _OF_OPTIMIZER}
+    values["sequence_length"] = config.data.sequence_length
+    described = values | {"model": schema.to_dict(cfg)}
+    return ahead_of_time.key(lowered, where, described)
+
+
+def with_bundle(
+    program: step.Program, cfg: schema.Model, config: schema.Train, layout: Layout
+) -> step.Program:
+    """`program` with its step and evaluation from the bundle `config.executables`.
+
+    Raises `ValueError` where that bundle was made for anything else.
+    """
+    where = topologies.parse(ahead_of_time.read_key(config.executables)["slice"])
+    if where.num_devices != layout.mesh.size:
+        raise ValueError(
+            f"{config.executables} was compiled for {where.name}, {where.num_devices} devices; "
+            f"this run has {layout.mesh.size}"
+        )
+    lowered = {
+        "step": program.step.lower(*program.inputs),
+        "evaluate": program.evaluate.lower(program.state.params, program.batch),
+    }
+    config = dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(config.mesh, **mesh_lib.resolve(config.mesh, layout.mesh.size)),
+    )
+    loaded = ahead_of_time.load(config.executables, lowered, key(lowered, cfg, config, where))
+    return dataclasses.replace(program, step=loaded["step"], evaluate=loaded["evaluate"])
+
+
+def _show(output: Console, job: Job, main: str, compiled: Mapping[str, Compiled]) -> None:
+    estimate = memory.estimate(job).total
+    for name, one in compiled.items():
+        table = Table(title=f"{name}, compiled for {job.where.name} in {one.seconds:.0f} s")
+        table.title_justify = "left"
+        table.add_column("of a device")
+        table.add_column("", justify="right")
+        for label, value in (
+            ("arguments", one.arguments),
+            ("peak, arguments included", one.peak),
+            ("heap, fragmentation included", one.temporary),
+            ("code", one.code),
+            ("in host memory", one.host),
+        ):
+            table.add_row(label, f"{value / 2**30:.2f} GiB")
+        if name == main:
+            table.add_row("peak as estimated", f"{estimate / 2**30:.2f} GiB")
+            table.add_row("estimate / compiled", f"{estimate / one.peak:.2f}")
+        for kind, moved in one.hlo.moved.items():
+            beside = f", {moved.overlapped} beside other work" if moved.overlapped else ""
+            table.add_row(f"{kind}{beside}", f"{moved.count} x, {moved.num_bytes / 1e9:.2f} GB")
+        if one.hlo.cycles:
+            table.add_row("cycles of fusions", f"{one.hlo.cycles:.3g}")
+        table.add_row("FLOP, loop bodies once", f"{one.flops:.3g}")
+        table.add_row("bytes accessed, loop bodies once", f"{one.accessed_bytes:.3g}")
+        output.print(table)
