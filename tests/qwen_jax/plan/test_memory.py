@@ -12,7 +12,7 @@ from qwen_jax.plan import command, job, memory, search
 COMPILED = [
     ("qwen2.5-0.5b", "v5e-16", "fsdp=-1", 4096, 1, "full", 2.299),
     ("qwen2.5-1.5b", "v5e-16", "fsdp=-1", 4096, 2, "minimal", 15.466),
-    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 7.052),
+    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 6.519),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.985),
     ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.079),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.969),
