@@ -66,7 +66,7 @@ def test_state_by_hand():
 def test_bad_input_is_one_clear_error(flags, message):
     asked = {
         "model": "qwen2.5-7b", "recipe": None, "topology": "v5p-128", "mesh": "", "length": None,
-        "rows": None, "remat": None, "purpose": "train", **flags,
+        "rows": None, "batch": None, "remat": None, "purpose": "train", **flags,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         command.run(command.Request(**asked), picture=None)
