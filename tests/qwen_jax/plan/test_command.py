@@ -9,7 +9,11 @@ from qwen_jax.plan import memory
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["qwen-jax", "plan", *arguments])
+    return run_qwen_jax(monkeypatch, capsys, "plan", *arguments)
+
+
+def run_qwen_jax(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["qwen-jax", *arguments])
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -31,8 +35,11 @@ def test_a_newcomer_learns_what_to_rent_and_why(monkeypatch, capsys):
     for chip in ("v5e-", "v6e-", "v5p-", "h100-8", "h200-8"):
         assert any(chip in line for line in lines[8:])
     assert f"--topology {name} --length 32768 --recipe finetune" in out
-    assert "Train with: qwen-jax train finetune --model qwen2.5-32b" in out
-    assert "--batch-size 32 " in out  # the recipe's
+    (command,) = re.findall(r"^Train with: qwen-jax (train finetune .*)$", out, re.MULTILINE)
+    assert "--batch-size 32 " in command  # the recipe's
+    # Every flag of it is understood: only the data is missing.
+    code, _, err = run_qwen_jax(monkeypatch, capsys, *command.split(), "--output", "never-made")
+    assert code == 2 and "data.paths is empty" in err
 
 
 def test_one_slice_in_detail(monkeypatch, capsys):
