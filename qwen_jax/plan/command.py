@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from configs import presets, recipes, remat, schema, topologies
 from partitioning import mesh as mesh_lib
 from qwen_jax.plan import report, search
@@ -72,6 +74,8 @@ def run(request: Request, *, picture: str | None) -> Candidate:
 
     Raises `ValueError` for bad input, and where nothing fits.
     """
+    # A plan needs no device: to look for one is to wait for it, or to take it from a run.
+    jax.config.update("jax_platforms", "cpu")
     cfg, config = settings(request)
     held = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
     if request.topology == "any":

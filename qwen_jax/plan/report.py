@@ -265,7 +265,7 @@ def show_rent(rent: search.Rent, *, recipe: str | None = None) -> None:
             str(one.job.where.num_chips),
             f"{one.memory.total / one.job.where.chip.device_hbm_bytes:.0%}",
             f"{one.step.tokens_per_second:,.0f}",
-            f"{chip_hours(one):,.0f}",
+            chip_hours(one),
             _SHORT[one.step.binds],
             way(one),
         )
@@ -278,9 +278,10 @@ def show_rent(rent: search.Rent, *, recipe: str | None = None) -> None:
         _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
 
 
-def chip_hours(one: Candidate) -> float:
-    """Of a billion tokens, at best."""
-    return 1e9 / one.speed / 3600
+def chip_hours(one: Candidate) -> str:
+    """Of a billion tokens, at best; two digits at least."""
+    hours = 1e9 / one.speed / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
 def _slice_text(one: Candidate) -> str:
@@ -315,7 +316,7 @@ def why(rent: search.Rent) -> list[str]:
         )
     lines.append(
         f"Speed: {best.step.tokens_per_second:,.0f} tokens/s at best; what binds: "
-        f"{_BINDS[best.step.binds]}. A billion tokens take {chip_hours(best):,.0f} chip-hours, the "
+        f"{_BINDS[best.step.binds]}. A billion tokens take {chip_hours(best)} chip-hours, the "
         f"fewest below."
     )
     fewest = min(rent.ranked, key=lambda one: one.job.where.num_chips)
