@@ -133,6 +133,19 @@ def test_the_picture_names_every_kind_and_parameter(monkeypatch, capsys, tmp_pat
             "batch=8 is of training",
         ),
         (
+            (
+                "--model",
+                "qwen2.5-7b",
+                "--topology",
+                "v5e-4",
+                "--purpose",
+                "decode",
+                "--mesh",
+                "context=4",
+            ),
+            "decoding does not spread a sequence: context=4",
+        ),
+        (
             ("--model", "qwen2.5-0.5b", "--topology", "v5e-4", "--picture", "plan.txt"),
             "picture=plan.txt",
         ),
