@@ -131,7 +131,7 @@ def test_a_7b_step_on_v5p_moves_what_the_compiler_moves(mesh, length, gathered, 
     one = job.make(presets.preset("qwen2.5-7b"), config, topologies.parse("v5p-128"), rows=1)
     found = {reason: num_bytes / 1e9 for (_, reason), num_bytes in sent(one).items()}
     weights = found["gather weights"] + found["gather output kernel"]
-    # k and v are gathered once more, by the backward pass itself.
+    # The compiler gathers a few of them a third time, for what the backward pass repeats.
     assert weights == pytest.approx(gathered, rel=0.05)
     if permuted is not None:
         assert found["ring of keys and values"] == pytest.approx(permuted, rel=0.01)
