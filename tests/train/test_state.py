@@ -1,6 +1,7 @@
 """Checkpoints of a run: what a damaged one says, and what a save takes of the host's memory."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ def run(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
 
 
+def refusal(output: Path) -> str:
+    with open_store(output) as store, pytest.raises(ValueError) as caught:
+        store.restore()
+    return str(caught.value)
+
+
 def flip(part: str, newest: Path) -> None:
     path = max((newest / part).rglob("d/*"), key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
@@ -85,9 +92,8 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_named_and_an_older_one_can_be_chosen(run, damage):
     newest = run / "checkpoints" / "4"
     DAMAGE[damage](newest)
-    with open_store(run) as store, pytest.raises(ValueError) as caught:
-        store.restore()
-    said = str(caught.value)
+    said = refusal(run)
+    gc.collect()
     assert said.startswith(f"{newest} is damaged: ") and "\n" not in said
     assert said.endswith("remove the folder to go on from the checkpoint of step 2")
     assert newest.is_dir()  # nothing is removed but by a person
@@ -105,15 +111,13 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_can_be_chosen(run, damag
 def test_the_only_checkpoint_damaged(run):
     shutil.rmtree(run / "checkpoints" / "2")
     flip("params", run / "checkpoints" / "4")
-    with open_store(run) as store, pytest.raises(ValueError, match="go on from the beginning$"):
-        store.restore()
+    assert refusal(run).endswith("remove the folder to go on from the beginning")
 
 
 def test_a_newer_format_is_not_called_damaged(run):
     path = run / "checkpoints" / "4" / "model" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with open_store(run) as store, pytest.raises(ValueError, match="has format 2; this version"):
-        store.restore()
+    assert "has format 2; this version reads 1" in refusal(run)
 
 
 SAVE = """
