@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -79,15 +80,51 @@ def random_batch(cfg: schema.Model, batch: int, length: int, *, packed: bool) ->
     }
 
 
-def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int) -> dict:
-    """Seconds to compile, GB of temporaries, and median seconds a step."""
-    layout = sharding.Layout(mesh.make(config.mesh), rules.rule_set("train"))
+def build(
+    cfg: schema.Model,
+    config: schema.Train,
+    *,
+    packed: bool,
+    devices: Sequence[jax.Device] | None = None,
+    options: dict | None = None,
+) -> tuple[step_lib.Program, dict, jax.stages.Compiled]:
+    """The run's program, a batch in its place, and the step compiled with XLA's `options`."""
+    layout = sharding.Layout(mesh.make(config.mesh, devices=devices), rules.rule_set("train"))
     program = step_lib.make(cfg, config, layout)
     batch = random_batch(cfg, config.batch_size, config.data.sequence_length, packed=packed)
+    batch = jax.device_put(batch, program.batch_sharding)
+    compiled = program.step.lower(*program.inputs).compile(compiler_options=options)
+    return program, batch, compiled
+
+
+def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int) -> dict:
+    """Seconds to compile, GB of temporaries, and median seconds a step."""
     begin = time.perf_counter()
-    compiled = program.step.lower(*program.inputs).compile()
+    program, batch, compiled = build(cfg, config, packed=packed)
     compile_seconds = time.perf_counter() - begin
+    seconds, losses = time_steps(program, batch, compiled, steps=steps)
+    return {
+        "compile": compile_seconds,
+        **memory_gb(compiled),
+        "seconds": seconds,
+        "losses": (losses[0], losses[-1]),
+    }
+
+
+def memory_gb(compiled: jax.stages.Compiled) -> dict:
+    """GB on one device: the state, temporaries, and temporaries in the host's memory."""
     memory = compiled.memory_analysis()
+    return {
+        "state_gb": memory.argument_size_in_bytes / 1e9,
+        "temp_gb": memory.temp_size_in_bytes / 1e9,
+        "host_gb": memory.host_temp_size_in_bytes / 1e9,
+    }
+
+
+def time_steps(
+    program: step_lib.Program, batch: dict, compiled: jax.stages.Compiled, *, steps: int
+) -> tuple[float, list[float]]:
+    """Median seconds of `steps` steps after three, from a fresh state, and all losses."""
     state = program.init(jax.random.key(0))
     times, losses = [], []
     for _ in range(3 + steps):
@@ -95,14 +132,7 @@ def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int
         state, metrics = compiled(state, batch, program.learning_rate(0))
         losses.append(float(metrics["loss"]))
         times.append(time.perf_counter() - begin)
-    return {
-        "compile": compile_seconds,
-        "temp_gb": memory.temp_size_in_bytes / 1e9,
-        "host_gb": memory.host_temp_size_in_bytes / 1e9,
-        "state_gb": memory.argument_size_in_bytes / 1e9,
-        "seconds": statistics.median(times[3:]),
-        "losses": (losses[0], losses[-1]),
-    }
+    return statistics.median(times[3:]), losses
 
 
 def run_peer(model: str, batch: int, length: int) -> dict:

@@ -216,9 +216,17 @@ def load_params(
         for row in rows
         if row.path in arrays
     }
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            paths.absolute(resolved.path) / "params",
-            args=ocp.args.PyTreeRestore(restore_args=table.nest(restore_args)),
-        )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                paths.absolute(resolved.path) / "params",
+                args=ocp.args.PyTreeRestore(restore_args=table.nest(restore_args)),
+            )
+    except jax.errors.JaxRuntimeError:
+        raise  # no room on a device, say
+    except Exception as error:  # Orbax raises, among many others, `Exception` itself
+        raise ValueError(
+            f"{resolved.path} is damaged: {str(error).strip().splitlines()[0]}. `qwen-jax "
+            f"checkpoint verify` names all that is"
+        ) from error
     return table.nest({**table.flatten(restored), **fresh}) if fresh else restored

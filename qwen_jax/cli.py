@@ -69,6 +69,7 @@ def plan(
     mesh: str = "",
     length: int | None = None,
     rows: int | None = None,
+    batch: int | None = None,
     remat: str | None = None,
     purpose: Literal["train", "eval", "decode"] = "train",
     picture: str | None = None,
@@ -79,11 +80,12 @@ def plan(
 
     Args:
         model: A preset's name (`qwen-jax models`); by default the recipe's.
-        recipe: A recipe's name (`qwen-jax train --help`), for length, precision and optimizer.
+        recipe: A recipe's name (`qwen-jax train --help`): its length, batch and optimizer.
         topology: A slice, such as v5p-128, v6e-256, 2xv5e-256, h100-8 or cpu-8; any ranks slices.
         mesh: Axis sizes, for example fsdp=16,tensor=4; by default every legal one is tried.
         length: Tokens of a row; in decoding, positions of the cache.
         rows: Sequences that a device works on at one time; by default several are tried.
+        batch: Sequences of a whole step; by default the recipe's, or what is fastest.
         remat: Rematerialisation policy; by default those without offloading are tried.
         purpose: What runs: a training step, an evaluation, or the decoding of a token.
         picture: File for a picture of memory and sharding, for example plan.png.
@@ -97,7 +99,7 @@ def plan(
 
     request = command.Request(
         model=model, recipe=recipe, topology=topology, mesh=mesh, length=length, rows=rows,
-        remat=remat, purpose=purpose,
+        batch=batch, remat=remat, purpose=purpose,
     )  # fmt: skip
     compiles = compile or save is not None
     if compiles and topology == "any":

@@ -17,8 +17,9 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 def folder(path: Path | str) -> Path:
     """`path` as a `pathlib.Path`, or an `epath.Path` that behaves like one for `gs://`.
 
-    Raises `ValueError` for what cannot be written to. Orbax writes its arrays to file systems and
-    to gs:// only (0.12: tensorstore_utils.py takes anything else for a file's name).
+    Raises `ValueError` for what cannot be written to. Orbax opens its arrays on file systems and in
+    gs:// only (0.12, tensorstore_utils.py: anything else is a file's name, and a database at s3://
+    refused as no absolute one), although tensorstore has a driver for s3://.
     """
     found = _SCHEME.match(str(path))
     if found is None:

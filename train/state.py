@@ -102,6 +102,8 @@ class Store:
         self._check_model(model, step)
         trees = {name: _restore_args(tree) for name, tree in _parts(self._like).items()}
         with self._explain_damage(step):
+            for part in trees:  # one clear error, where Orbax has one of every array
+                store.open_all_for_reading(self.folder / str(step) / part, store.context())
             saved = self._manager.restore(step, args=ocp.args.Composite(**trees, data=read))
             optimizer = saved["optimizer"]
             state = State(optimizer["step"], saved["params"], optimizer["state"])
@@ -171,7 +173,9 @@ class Store:
     def _explain_damage(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except jax.errors.JaxRuntimeError:
+            raise  # the fault of a device, or of another process
+        except Exception as error:  # Orbax raises, among many others, `Exception` itself
             older = [n for n in self._manager.all_steps() if n < step]
             instead = f"the checkpoint of step {max(older)}" if older else "the beginning"
             reason = str(error).strip().splitlines()[0]

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from configs import presets, recipes, remat, schema, topologies
 from partitioning import mesh as mesh_lib
 from qwen_jax.plan import report, search
@@ -20,6 +22,7 @@ class Request:
     mesh: str
     length: int | None
     rows: int | None
+    batch: int | None
     remat: str | None
     purpose: Purpose
 
@@ -37,16 +40,33 @@ def settings(request: Request) -> tuple[schema.Model, schema.Train]:
         )
     named = config.model if request.model is None else request.model
     cfg = presets.preset(named) if isinstance(named, str) else named
-    for name, value in (("length", request.length), ("rows", request.rows)):
+    for name in ("length", "rows", "batch"):
+        value = getattr(request, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if request.remat is not None:
         remat.check(request.remat)
     length = request.length or config.data.sequence_length
     data = dataclasses.replace(config.data, sequence_length=length)
-    # The plan finds the batch, so nothing needs splitting.
+    # The plan splits the batch.
     config = dataclasses.replace(config, data=data, accumulate_steps=1)
     return cfg, config
+
+
+def batch_of(request: Request) -> int | None:
+    """Sequences of a step of training: as asked for, or the recipe's; None: free.
+
+    Raises `ValueError` for a batch of what does not train.
+    """
+    if request.purpose != "train":
+        if request.batch is not None:
+            raise ValueError(
+                f"batch={request.batch} is of training; use rows for {request.purpose}"
+            )
+        return None
+    if request.recipe is None:
+        return request.batch
+    return request.batch or recipes.recipe(request.recipe).batch_size
 
 
 def run(request: Request, *, picture: str | None) -> Candidate:
@@ -54,15 +74,18 @@ def run(request: Request, *, picture: str | None) -> Candidate:
 
     Raises `ValueError` for bad input, and where nothing fits.
     """
+    # A plan needs no device: to look for one is to wait for it, or to take it from a run.
+    jax.config.update("jax_platforms", "cpu")
     cfg, config = settings(request)
-    held = {"policy": request.remat, "rows": request.rows}
+    held = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
     if request.topology == "any":
         if request.mesh:
             raise ValueError(f"mesh={request.mesh} needs a --topology whose devices it divides")
         best = search.to_rent(cfg, config, purpose=request.purpose, **held)
         if not best.ranked:
-            raise ValueError(f"{cfg.name} fits no slice: " + "; ".join(best.skipped.values()))
-        report.show_rent(best.ranked, best.skipped)
+            reasons = "; ".join(f"{chip}: {reason}" for chip, reason in best.skipped.items())
+            raise ValueError(f"{cfg.name} fits no slice: {reasons}")
+        report.show_rent(best, recipe=request.recipe)
         chosen = best.ranked[0]
     else:
         where = topologies.parse(request.topology)
@@ -71,7 +94,7 @@ def run(request: Request, *, picture: str | None) -> Candidate:
             cfg, config, where, purpose=request.purpose, mesh=mesh, **held
         )
         chosen = search.recommend(found, refused)
-        report.show(found, refused, chosen)
+        report.show(found, refused, chosen, recipe=request.recipe)
     if picture is not None:
         from qwen_jax.plan import picture as picture_lib
 

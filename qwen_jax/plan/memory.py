@@ -1,14 +1,11 @@
 """Bytes that one device needs, by kind, at the moment of a step when it needs most.
 
-Four moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
+Three moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
 
-kernel    all kept activations, the float32 gradient of the output kernel, whole, and the gathered
-          kernel twice: XLA writes the gather as an all-reduce of a padded copy where a side of a
-          torus of three dimensions is not a ring by itself. The greatest on v5p, for short rows.
-loss      all kept activations, that gradient, the kernel, one chunk of float32 logits. The greatest
-          on v5e and v6e, for short rows.
+loss      all kept activations, the float32 gradient of the output kernel, whole, the gathered
+          kernel, and one chunk of float32 logits. The greatest for short rows.
 backward  all kept activations, that gradient, the layers' gradients, one layer's gathered weights
-          and its working set. The greatest for long rows.
+          and its working set. The greatest for long rows, and for experts.
 update    all gradients, and nothing kept.
 
 The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its
@@ -90,14 +87,7 @@ def _train(job: Job) -> Memory:
     kernel = itemsize * job.cfg.hidden_size * _vocab(job)
     stack_gradients = itemsize * stacked
     residual = job.tokens * job.cfg.hidden_size * itemsize
-    gathers = 2 if job.where.chip.torus_rank == 3 and job.layout.size("embed") > 1 else 1
     moments = {
-        "kernel": {
-            "kept": kept,
-            "gradients": accumulated + kernel_gradient,
-            "weights": gathers * kernel,
-            "working": 3 * residual,
-        },
         "loss": {
             "kept": kept,
             "gradients": accumulated + kernel_gradient,

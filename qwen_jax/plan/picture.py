@@ -50,6 +50,9 @@ def _draw_memory(axes, plan: Candidate) -> None:
         if max(sizes) > 0:
             axes.barh(policies, sizes, left=start, label=label)
             start = [a + b for a, b in zip(start, sizes, strict=True)]
+    for policy, total in zip(policies, start, strict=True):
+        axes.annotate(f" {total:.1f}", (total, policy), verticalalignment="center")
+    axes.margins(x=0.1)  # for the longest bar's figure
     limit = memory.limit(plan.job, reserve=search.RESERVE)
     if limit is not None:
         hbm = plan.job.where.chip.device_hbm_bytes

@@ -1,28 +1,52 @@
 """The plan as text: what is recommended, why, and what else there is."""
 
-import math
+from rich import box, console, table
 
-from rich import console, table
-
-from qwen_jax.plan import communication, job, memory, roofline, search
+from configs import schema
+from qwen_jax.plan import communication, memory, roofline, search
 from qwen_jax.plan.search import Candidate
 
 GiB = 2**30
 _MOST_ROWS = 12
+_WHAT = {"train": "training", "eval": "evaluation", "decode": "decoding"}
+_BINDS = {
+    "compute": "arithmetic",
+    "HBM": "memory traffic",
+    "hidden transfers": "transfers beside arithmetic",
+    "exposed transfers": "transfers that arithmetic waits for",
+}
+_SHORT = {
+    "compute": "compute",
+    "HBM": "HBM",
+    "hidden transfers": "links",
+    "exposed transfers": "waits",
+}
+_KEY = (
+    "rows: of a device, at one time. !: more than may be used. links: transfers beside arithmetic. "
+    "waits: transfers that arithmetic waits for."
+)
+_RENT_KEY = (
+    "batch 32 in 4: 32 rows a step, in 4 micro-batches (accumulate_steps). chip-hours: of a "
+    "billion tokens. links: transfers beside arithmetic. waits: those that it waits for."
+)
 
 
-def show(found: list[Candidate], refused: list[tuple[str, str]], best: Candidate) -> None:
+def show(
+    found: list[Candidate],
+    refused: list[tuple[str, str]],
+    best: Candidate,
+    *,
+    recipe: str | None = None,
+) -> None:
     """The slice, the recommendation with its memory and time, and the other ways to run."""
     output = console.Console()
-    where, cfg = best.job.where, best.job.cfg
+    where = best.job.where
     limit = memory.limit(best.job, reserve=search.RESERVE)
-    output.print(
-        f"{cfg.name}, {best.job.purpose}, {best.job.length:,} tokens a row, on {where.name}: "
-        f"{where.num_chips} chip(s) of {where.chip.name}"
+    _say(
+        output,
+        f"{_title(best)}, on {where.name}: {where.num_chips} chip(s) of {where.chip.name}"
         + (f" ({where.shape_name})" if where.chip.torus_rank else "")
         + f", {where.num_devices} device(s), {where.hosts} machine(s)",
-        highlight=False,
-        soft_wrap=True,
     )
     _show_best(output, best, limit)
     output.print(_memory_table(best, limit))
@@ -32,29 +56,75 @@ def show(found: list[Candidate], refused: list[tuple[str, str]], best: Candidate
     if len(found) > 1:
         output.print(_others(found))
     if refused:
-        output.print(f"{len(refused)} mesh(es) do not divide, for example:", highlight=False)
+        _say(output, f"{len(refused)} mesh(es) do not divide, for example:")
         for mesh, reason in refused[:3]:
-            output.print(f"  {mesh}: {reason}", highlight=False, soft_wrap=True)
-    output.print(
-        "Times are those of a roofline: every unit at its data sheet's peak, so a real step takes "
-        "longer. Memory is an estimate; --compile asks the compiler.",
-        highlight=False,
-        soft_wrap=True,
+            _say(output, f"  {mesh}: {reason}")
+    _say(output, _caution(best))
+    if best.job.purpose == "train":
+        _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
+
+
+def _say(output: console.Console, text: str, *, style: str | None = None) -> None:
+    output.print(text, style=style, highlight=False, soft_wrap=True)
+
+
+def _title(one: Candidate) -> str:
+    job_ = one.job
+    return f"{job_.cfg.name}, {_WHAT[job_.purpose]}, {job_.length:,} tokens a row"
+
+
+def _caution(one: Candidate) -> str:
+    checked = one.job.where.chip.platform == "tpu" and one.job.purpose == "train"
+    against = "within 15% of the TPU compiler's" if checked else "not checked against a compiler"
+    return (
+        "Times are those of a roofline: every unit at its data sheet's peak. Published runs reach "
+        f"half to three quarters of that. Memory is an estimate, {against} (docs/planning.md)."
+    )
+
+
+def way(one: Candidate) -> str:
+    """How to run: mesh, policy, batch."""
+    job_ = one.job
+    parts = [job_.mesh_text]
+    if job_.purpose == "train":
+        parts.append(one.policy)
+        times = job_.config.accumulate_steps
+        parts.append(f"batch {job_.config.batch_size}" + (f" in {times}" if times > 1 else ""))
+    else:
+        parts.append(f"batch {job_.rows * job_.layout.size('batch')}")
+    return ", ".join(parts)
+
+
+def train_flags(one: Candidate, *, recipe: str | None) -> str:
+    """The command that trains this way; without a recipe, its beginning is left to the reader."""
+    config = one.job.config
+    mesh = " ".join(
+        f"--mesh.{axis.replace('_', '-')} {getattr(config.mesh, axis)}"
+        for axis in (*schema.MESH_AXES, "dcn_data")
+        if axis == "fsdp" or getattr(config.mesh, axis) > 1
+    )
+    kv_heads = " --mesh.kv-heads replicated" if config.mesh.kv_heads == "replicated" else ""
+    return (
+        f"qwen-jax train {recipe or 'RECIPE'} --model {one.job.cfg.name} "
+        f"--data.sequence-length {one.job.length} --batch-size {config.batch_size} "
+        f"--accumulate-steps {config.accumulate_steps} --remat {config.remat} {mesh}{kv_heads}"
     )
 
 
 def _show_best(output: console.Console, best: Candidate, limit: float | None) -> None:
     one, config = best.job, best.job.config
     batch = one.rows * one.layout.size("batch")
-    settings = f"mesh {one.mesh_text}, remat {config.remat}, "
-    if one.purpose == "decode":
-        settings = f"mesh {one.mesh_text}, "
-    output.print(
+    settings = f"mesh {one.mesh_text}, "
+    times = ""
+    if one.purpose == "train":
+        settings += f"remat {config.remat}, "
+        batch, parts = config.batch_size, config.accumulate_steps
+        times = f", {parts} times a step (accumulate_steps)" if parts > 1 else ""
+    _say(
+        output,
         f"Recommended: {settings}batch {batch} = {one.rows} row(s) on each of "
-        f"{one.layout.size('batch')} part(s)",
+        f"{one.layout.size('batch')} part(s) of the mesh{times}",
         style="bold",
-        highlight=False,
-        soft_wrap=True,
     )
     used = f"{memory_text(best.memory.total)} a device"
     if limit is not None:
@@ -62,14 +132,13 @@ def _show_best(output: console.Console, best: Candidate, limit: float | None) ->
         used += f" of {memory_text(hbm)}, {best.memory.total / hbm:.0%}"
     step = best.step
     if step.step_seconds is None:
-        output.print(f"  {used}; no time: {step.binds}", highlight=False, soft_wrap=True)
+        _say(output, f"  {used}; no time: {step.binds}")
         return
-    output.print(
-        f"  {used}; {seconds_text(step.step_seconds)} a "
-        f"{'token' if one.purpose == 'decode' else 'step'}, {step.tokens_per_second:,.0f} tokens/s "
-        f"({best.speed:,.0f} a chip); {step.binds} binds",
-        highlight=False,
-        soft_wrap=True,
+    each = "token" if one.purpose == "decode" else "step"
+    _say(
+        output,
+        f"  {used}; {seconds_text(step.step_seconds)} a {each}, {step.tokens_per_second:,.0f} "
+        f"tokens/s ({best.speed:,.0f} a chip); what binds: {_BINDS[step.binds]}",
     )
 
 
@@ -83,10 +152,26 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _grid(title: str, *headings: str) -> table.Table:
-    grid = table.Table(title=title, title_justify="left")
+def _grid(title: str, *headings: str, words: tuple[str, ...] = (), caption: str = ""):
+    """A table that still reads on 80 columns; `words` are headings of text, which may fold."""
+    grid = table.Table(
+        title=title,
+        caption=caption or None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for index, heading in enumerate(headings):
-        grid.add_column(heading, justify="left" if index == 0 else "right")
+        is_text = index == 0 or heading in words
+        grid.add_column(
+            heading,
+            justify="left" if is_text else "right",
+            no_wrap=heading not in words,
+            overflow="fold",
+        )
     return grid
 
 
@@ -122,7 +207,7 @@ def _time_table(step: roofline.Step) -> table.Table:
 
 
 def _transfer_table(best: Candidate) -> table.Table:
-    grid = _grid("Sent by a device in a step", "mesh axes", "GB", "GB/s", "why")
+    grid = _grid("Sent by a device in a step", "mesh axes", "GB", "GB/s", "why", words=("why",))
     for over, total in communication.by_axes(best.step.transfers).items():
         rate = ""
         if best.step.seconds:
@@ -138,85 +223,108 @@ def _transfer_table(best: Candidate) -> table.Table:
 
 def _others(found: list[Candidate]) -> table.Table:
     """The best of each mesh, the best meshes first."""
-    grid = _grid(
-        f"Legal meshes, the best of each ({len(found)} ways tried)",
-        "mesh", "remat", "rows", "GiB", "fits", "step", "tokens/s a chip", "MFU", "binds",
-    )  # fmt: skip
     shown: dict[str, Candidate] = {}
     for one in found:
         shown.setdefault(one.job.mesh_text, one)
+    grid = _grid(
+        f"Legal meshes, each at its best ({min(len(shown), _MOST_ROWS)} of {len(shown)}; "
+        f"{len(found)} ways tried)",
+        "mesh", "remat", "rows", "GiB", "tok/s/chip", "MFU", "binds",
+        caption=_KEY,
+    )  # fmt: skip
     for one in list(shown.values())[:_MOST_ROWS]:
-        grid.add_row(*_row(one))
-    if len(shown) > _MOST_ROWS:
-        grid.caption = f"and {len(shown) - _MOST_ROWS} more"
+        step, timed = one.step, one.step.step_seconds is not None
+        grid.add_row(
+            one.job.mesh_text,
+            one.policy if one.job.purpose == "train" else "",
+            str(one.job.rows),
+            f"{one.memory.total / GiB:.1f}" + ("" if one.fits() else "!"),
+            f"{one.speed:,.0f}" if timed else "",
+            f"{step.mfu_causal:.0%}" if timed else "",
+            _SHORT[step.binds] if timed else "",
+        )
     return grid
 
 
-def _row(one: Candidate) -> tuple[str, ...]:
-    step = one.step
-    timed = step.step_seconds is not None
-    return (
-        one.job.mesh_text,
-        one.policy if one.job.purpose == "train" else "",
-        str(one.job.rows),
-        f"{one.memory.total / GiB:.1f}",
-        "yes" if one.fits() else "no",
-        seconds_text(step.step_seconds) if timed else "",
-        f"{one.speed:,.0f}" if timed else "",
-        f"{step.mfu_causal:.0%}" if timed else "",
-        step.binds if timed else "",
-    )
-
-
-def show_rent(ranked: list[Candidate], skipped: dict[str, str]) -> None:
-    """Slices to rent, and chips on which nothing that is sold suffices."""
+def show_rent(rent: search.Rent, *, recipe: str | None = None) -> None:
+    """Which slice to rent and why, the others that fit, and the chips that do not suffice."""
     output = console.Console()
-    one = ranked[0].job
+    best = rent.ranked[0]
+    _say(output, _title(best) + (f", recipe {recipe}" if recipe else ""))
+    _say(output, f"Rent {_slice_text(best)}, unless prices say otherwise.", style="bold")
+    for line in why(rent):
+        _say(output, line)
     grid = _grid(
-        f"{one.cfg.name}, {one.purpose}, {one.length:,} tokens a row: slices that fit",
-        "slice", "chips", "mesh", "remat", "batch", "GiB of", "tokens/s a chip", "tokens/s", "MFU",
-        "binds",
+        "Slices that fit: of each chip the smallest, and the next larger one",
+        "slice", "chips", "memory", "tokens/s", "chip-hours", "binds", "mesh, remat, batch",
+        words=("mesh, remat, batch",), caption=_RENT_KEY,
     )  # fmt: skip
-    for each in ranked:
-        where, job_ = each.job.where, each.job
-        hbm = where.chip.device_hbm_bytes
+    for one in rent.ranked:
         grid.add_row(
-            where.name,
-            str(where.num_chips),
-            job_.mesh_text,
-            each.policy,
-            str(job_.rows * job_.layout.size("batch")),
-            f"{each.memory.total / GiB:.0f} of {hbm / GiB:.0f}",
-            f"{each.speed:,.0f}",
-            f"{each.step.tokens_per_second:,.0f}",
-            f"{each.step.mfu_causal:.0%}",
-            each.step.binds,
+            one.job.where.name,
+            str(one.job.where.num_chips),
+            f"{one.memory.total / one.job.where.chip.device_hbm_bytes:.0%}",
+            f"{one.step.tokens_per_second:,.0f}",
+            chip_hours(one),
+            _SHORT[one.step.binds],
+            way(one),
         )
     output.print(grid)
-    for chip, reason in skipped.items():
-        output.print(f"{chip}: {reason}", highlight=False, soft_wrap=True)
-    fastest, smallest = ranked[0], min(ranked, key=lambda c: c.job.where.num_chips)
-    output.print(why(fastest, smallest), highlight=False, soft_wrap=True)
+    for chip, reason in rent.skipped.items():
+        _say(output, f"Not {chip}: {reason}.")
+    _say(output, _caution(best))
+    _say(output, f"In detail: qwen-jax plan {_again(best, recipe=recipe)}")
+    if best.job.purpose == "train":
+        _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
 
 
-def why(fastest: Candidate, smallest: Candidate) -> str:
-    """The advice in words."""
-    one = fastest.job
-    state = 16 * sum(math.prod(leaf.shape) for leaf in job.parameters(one))
-    where = one.where
+def chip_hours(one: Candidate) -> str:
+    """Of a billion tokens, at best; two digits at least."""
+    hours = 1e9 / one.speed / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+
+
+def _slice_text(one: Candidate) -> str:
+    where = one.job.where
+    shape = f", {where.shape_name}" if where.chip.torus_rank else ""
+    return f"{where.name} ({where.num_chips} chip(s){shape}, {where.hosts} machine(s))"
+
+
+def _again(one: Candidate, *, recipe: str | None) -> str:
+    flags = f"--model {one.job.cfg.name} --topology {one.job.where.name} --length {one.job.length}"
+    flags += f" --recipe {recipe}" if recipe else ""
+    return flags + ("" if one.job.purpose == "train" else f" --purpose {one.job.purpose}")
+
+
+def why(rent: search.Rent) -> list[str]:
+    """The advice in words: what has to fit, what is too small, what binds, how to use prices."""
+    best = rent.ranked[0]
+    where, kinds = best.job.where, best.memory.kinds
+    parts = sorted(kinds, key=lambda name: -kinds[name])[:4]
+    listed = ", ".join(f"{memory.KINDS[name]} {memory_text(kinds[name])}" for name in parts)
     lines = [
-        f"Rent {where.name}: {where.num_chips} chip(s), {fastest.step.tokens_per_second:,.0f} "
-        f"tokens/s at best. Try: qwen-jax plan --model {one.cfg.name} --topology {where.name} "
-        f"--length {one.length}",
-        f"Why: parameters, moments and gradients take {state / GiB:,.0f} GiB in all, and a row of "
-        f"{one.length:,} tokens its activations; {where.name} holds that with "
-        f"{fastest.memory.total / where.chip.device_hbm_bytes:.0%} of each device's memory and has "
-        f"the highest rate a chip of those above; {fastest.step.binds} binds.",
+        f"Memory: {memory_text(best.memory.total)} of a device's "
+        f"{memory_text(where.chip.device_hbm_bytes)}, most of it {listed}."
     ]
-    if smallest.job.where != where:
+    smaller = rent.too_small.get(where.chip.name)
+    if smaller is not None:
+        least = memory_text(smaller.memory.total)
         lines.append(
-            f"The fewest chips that hold it: {smallest.job.where.name}, "
-            f"{smallest.step.tokens_per_second:,.0f} tokens/s at best. Prices are not known here: "
-            f"divide yours by the rates."
+            f"Smaller does not do: on {smaller.job.where.name} a device needs at least {least} "
+            f"({way(smaller)}), and may use "
+            f"{memory_text(memory.limit(smaller.job, reserve=search.RESERVE))}."
         )
-    return "\n".join(lines)
+    lines.append(
+        f"Speed: {best.step.tokens_per_second:,.0f} tokens/s at best; what binds: "
+        f"{_BINDS[best.step.binds]}. A billion tokens take {chip_hours(best)} chip-hours, the "
+        f"fewest below."
+    )
+    fewest = min(rent.ranked, key=lambda one: one.job.where.num_chips)
+    if fewest.job.where != where:
+        lines.append(
+            f"Fewest chips: {_slice_text(fewest)}, {fewest.step.tokens_per_second:,.0f} tokens/s."
+        )
+    lines.append(
+        "Prices are not known here: multiply the chip-hours by yours, and rent what costs least."
+    )
+    return lines

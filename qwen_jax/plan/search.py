@@ -89,16 +89,18 @@ def candidates(
     mesh: schema.Mesh | None = None,
     policy: str | None = None,
     rows: int | None = None,
+    batch: int | None = None,
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """Everything that divides, best first, and (mesh, why not) of what does not.
 
-    What is given is held; what is None is searched. Those that fit come first, fastest first; then
-    those that do not, smallest first.
+    What is given is held; what is None is searched. `batch`: sequences of a whole step, in as many
+    micro-batches as it takes; None: one, as large as pays. Those that fit come first, fastest
+    first; then those that do not, smallest first.
     """
     found, refused = [], []
     for each in meshes(cfg, where) if mesh is None else [mesh]:
         try:
-            found += _ways(cfg, config, where, purpose, each, policy, rows)
+            found += _ways(cfg, config, where, purpose, each, policy, rows, batch)
         except ValueError as error:
             if mesh is not None:
                 raise
@@ -114,20 +116,38 @@ def _rank(one: Candidate) -> tuple:
     return (0, -round(one.speed, 3), one.memory.total)
 
 
-def _ways(cfg, config, where, purpose, mesh, policy, rows) -> list[Candidate]:
+def _ways(cfg, config, where, purpose, mesh, policy, rows, batch) -> list[Candidate]:
     """On one mesh: every policy, with ever more rows up to the first number that does not fit."""
-    config = dataclasses.replace(config, mesh=mesh)
+    config = dataclasses.replace(config, mesh=mesh, accumulate_steps=1)
     counts = [rows] if rows else (DECODE_ROWS if purpose == "decode" else ROWS)
     first = job_lib.make(cfg, config, where, rows=counts[0], purpose=purpose)
-    shards = first.layout.size("batch") * config.accumulate_steps
+    jobs = [_with_rows(first, count, batch) for count in counts if _divides(first, count, batch)]
+    if not jobs:
+        shards = first.layout.size("batch")
+        raise ValueError(
+            f"a batch of {batch} rows does not spread over {shards} part(s) of {counts[0]} row(s); "
+            f"use a multiple of {shards * counts[0]}, or axes that share rows (context, tensor)"
+        )
     found = []
     for name in [policy] if policy else _policies(purpose):
-        for count in counts:
-            changed = dataclasses.replace(first.config, remat=name, batch_size=count * shards)
-            found.append(evaluate(dataclasses.replace(first, config=changed)))
+        for job in jobs:
+            config = dataclasses.replace(job.config, remat=name)
+            found.append(evaluate(dataclasses.replace(job, config=config)))
             if not found[-1].fits():
                 break
     return found
+
+
+def _divides(job: Job, rows: int, batch: int | None) -> bool:
+    return batch is None or batch % (rows * job.layout.size("batch")) == 0
+
+
+def _with_rows(job: Job, rows: int, batch: int | None) -> Job:
+    """`job` with so many rows a device at one time, and the batch in parts of them."""
+    at_once = rows * job.layout.size("batch")
+    batch = batch or at_once
+    config = dataclasses.replace(job.config, batch_size=batch, accumulate_steps=batch // at_once)
+    return dataclasses.replace(job, config=config)
 
 
 def _policies(purpose: Purpose) -> tuple[str, ...]:
@@ -214,10 +234,14 @@ def slices(chip: chips.Chip) -> list[Slice]:
 
 @dataclass(frozen=True)
 class Rent:
-    """Slices that fit, best first, and chips without one, with the reason."""
+    """Slices that fit, best first, and chips without one, with the reason.
+
+    too_small: of each chip with one, the largest slice that does not fit, at its least.
+    """
 
     ranked: list[Candidate]
     skipped: dict[str, str]
+    too_small: dict[str, Candidate]
 
 
 def to_rent(cfg: schema.Model, config: schema.Train, *, purpose: Purpose, **held) -> Rent:
@@ -225,7 +249,7 @@ def to_rent(cfg: schema.Model, config: schema.Train, *, purpose: Purpose, **held
 
     Ranked by tokens a second of a chip, the smaller slice first where they differ by under 5%.
     """
-    ranked, skipped = [], {}
+    ranked, skipped, too_small = [], {}, {}
     for name in _RENTED:
         fitting, least = 0, None
         for where in slices(chips.CHIPS[name]):
@@ -238,12 +262,14 @@ def to_rent(cfg: schema.Model, config: schema.Train, *, purpose: Purpose, **held
             if fitting == 2:
                 break
         if not fitting:
-            skipped[name] = _why_none(name, where, least, refused)
+            skipped[name] = _why_none(where, least, refused)
+        elif least is not None:
+            too_small[name] = least
     ranked.sort(key=lambda one: (-round(math.log(one.speed) / 0.05), one.job.where.num_chips))
-    return Rent(ranked, skipped)
+    return Rent(ranked, skipped, too_small)
 
 
-def _why_none(name: str, where: Slice, least: Candidate | None, refused: list) -> str:
+def _why_none(where: Slice, least: Candidate | None, refused: list) -> str:
     if least is None:
         return f"no slice up to {where.name} divides; {refused[-1][1]}" if refused else "none"
     limit = memory.limit(least.job, reserve=RESERVE)

@@ -82,12 +82,13 @@ class Group:
     """Processes that train together; `logs` holds what each one says."""
 
     def __init__(
-        self, config: schema.Train, cache: Path, count: int, *, leave_out=(), change=None, **cluster
-    ):
+        self, config: schema.Train, cache: Path, count: int,
+        *, leave_out=(), change=None, logs: Path | None = None, **cluster,
+    ):  # fmt: skip
         change = change or {}  # of settings, by process
         port = free_port()
         self.config = config
-        folder = Path(f"{config.output}.logs")
+        folder = logs or Path(f"{config.output}.logs")
         folder.mkdir(exist_ok=True)
         self.logs = [folder / f"{port}-{n}.log" for n in range(count)]
         settings = {

@@ -5,6 +5,7 @@ compared with a tolerance of float32; on one number of processes they are equal 
 """
 
 import dataclasses
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -162,3 +163,24 @@ def test_processes_with_other_settings_or_another_folder_are_refused(config, tmp
     assert group.wait() == {0: 2, 1: 2}
     for log in group.logs:
         assert "is not the same folder for all processes: process 1 on" in log.read_text()
+
+
+@pytest.mark.slow
+def test_damage_to_one_process_shards_ends_all_and_an_older_checkpoint_serves(config, tmp_path):
+    cache = tmp_path / "cache"
+    assert processes.Group(config, cache, 2).wait() == {0: 0, 1: 0}
+    newest = Path(config.output) / "checkpoints" / "6"
+    files = (newest / "params").glob("ocdbt.process_1/d/*")
+    file = max(files, key=lambda file: file.stat().st_size)
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    for damage in (lambda: file.write_bytes(flipped), file.unlink):
+        damage()
+        group = processes.Group(config, cache, 2)
+        assert 0 not in group.wait().values(), group.said()
+        for log in group.logs:
+            assert f"{newest} is damaged: " in log.read_text()
+            assert "to go on from the checkpoint of step 4" in log.read_text()
+    shutil.rmtree(newest)
+    assert processes.Group(config, cache, 2).wait() == {0: 0, 1: 0}
+    assert_close(processes.metrics(config.output), alone(config, cache))
