@@ -123,12 +123,12 @@ def measure(case: Case, *, length: int, steps: int, profile: pathlib.Path | None
     print(f"# compiled in {compile_seconds:.0f} s, {memory}, {found['collectives']}", flush=True)
     seconds, losses = train_step.time_steps(program, batch, compiled, steps=steps)
     if profile is not None:
-        state = program.init(jax.random.key(0))
-        state, _ = compiled(state, batch)
+        state, rate = program.init(jax.random.key(0)), program.learning_rate(0)
+        state, _ = compiled(state, batch, rate)
         jax.block_until_ready(state)
         with jax.profiler.trace(str(profile)):
-            state, _ = compiled(state, batch)
-            jax.block_until_ready(compiled(state, batch))
+            state, _ = compiled(state, batch, rate)
+            jax.block_until_ready(compiled(state, batch, rate))
     return found | {"seconds": seconds, "losses": (losses[0], losses[-1])}
 
 

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import tyro
 
-from configs import huggingface, qwen2_5, recipes
+from configs import huggingface, qwen2_5, recipes, schema
 from qwen_jax import cli
+from qwen_jax.cli import apps, files
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -67,7 +69,7 @@ def test_a_model_may_be_a_config_file(tmp_path):
     path = tmp_path / "mine" / "config.json"
     path.parent.mkdir()
     path.write_text(json.dumps(huggingface.write_model(qwen2_5.tiny())))
-    parsed = cli.tyro.cli(cli.schema.Train, args=["--model", str(path)], registry=cli._registry())
+    parsed = tyro.cli(schema.Train, args=["--model", str(path)], registry=apps.registry())
     assert parsed.model.hidden_size == qwen2_5.tiny().hidden_size
     assert parsed.model.name == "mine"
 
@@ -77,7 +79,7 @@ def test_a_model_may_be_a_config_file(tmp_path):
     [(None, None), ("2GB", 2 * 10**9), ("1500MiB", 1500 * 2**20), ("1.5k", 1500), ("77", 77)],
 )
 def test_sizes(text, size):
-    assert cli._bytes(text) == size
+    assert files._bytes(text) == size
 
 
 LAUNCH = ("launch", "gke", "--name", "run", "--project", "my-project", "--zone", "us-east5-a",

@@ -1,0 +1,132 @@
+"""Commands that answer prompts: one, a talk, a file of them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from configs import schema
+from qwen_jax.cli.apps import Dtype, Flat, Positional, app
+
+if TYPE_CHECKING:
+    from infer import generate as generate_lib
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Which model, and how it is held."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
+    """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
+    dtype: Dtype = "bfloat16"
+    """Of the weights held and of the arithmetic."""
+    mesh: str = ""
+    """Axis sizes for several devices, for example tensor=4; by default one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. What is not given is taken from the model's generation_config.json."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that together reach this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens already seen."""
+    seed: int | None = None
+    """Same seed, same request: same answer, whatever else is in the batch."""
+
+
+@app.command
+def generate(
+    prompt: Positional[str],
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+) -> int:
+    """Continue one prompt, printing text as it comes."""
+    from infer import generate as generate_lib
+
+    generator, settings = _generator(loaded, sampling)
+    request = generate_lib.prompt_request(generator, prompt, settings=settings)
+    generate_lib.stream(generator, request, write=_write)
+    _write("\n")
+    return 0
+
+
+@app.command
+def chat(
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    system: str | None = None,
+) -> int:
+    """Talk to an instruct model; an empty line or the end of input ends the talk.
+
+    Args:
+        system: The system message; by default the chat template's own.
+    """
+    from infer import generate as generate_lib
+
+    generator, settings = _generator(loaded, sampling)
+
+    def read() -> str | None:
+        try:
+            return input("> ") or None
+        except EOFError:
+            return None
+
+    generate_lib.chat(generator, settings=settings, system=system, read=read, write=_write)
+    return 0
+
+
+@app.command
+def batch(
+    input: Positional[str],
+    output: Positional[str],
+    *,
+    loaded: Annotated[Loaded, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    max_rows: int = 64,
+) -> int:
+    """Answer every line of a JSONL file; run again, it does only what is missing.
+
+    Lines hold `prompt` or `messages`, and may hold `custom_id` and sampling settings of their own.
+
+    Args:
+        input: JSONL to read.
+        output: JSONL to write: custom_id, text, token_ids, finish_reason.
+        max_rows: Most requests decoded at one time.
+    """
+    from infer import batch as batch_lib
+
+    generator, settings = _generator(loaded, sampling)
+    summary = batch_lib.run(generator, input, output, settings=settings, max_rows=max_rows)
+    print(
+        f"{output}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} there "
+        f"already, {summary.generated_tokens} tokens"
+    )
+    return summary.exit_code
+
+
+def _generator(
+    loaded: Loaded, sampling: Sampling
+) -> "tuple[generate_lib.Generator, schema.Sampling]":
+    from infer import generate as generate_lib
+    from partitioning import mesh as mesh_lib
+
+    mesh = mesh_lib.parse(loaded.mesh) if loaded.mesh else None
+    generator = generate_lib.load(loaded.model, dtype=loaded.dtype, mesh=mesh)
+    given = {name: value for name, value in vars(sampling).items() if value is not None}
+    return generator, generate_lib.with_overrides(generator.defaults, given)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
