@@ -4,8 +4,9 @@ Three moments compete, read off the buffer assignments of compiled steps (v5e, v
 
 loss      all kept activations, the float32 gradient of the output kernel, whole, the gathered
           kernel, and one chunk of float32 logits. The greatest for short rows.
-backward  all kept activations, that gradient, the layers' gradients, one layer's gathered weights
-          and its working set. The greatest for long rows, and for experts.
+backward  all kept activations, the layers' gradients, one layer's gathered weights and its working
+          set; and the place of the output kernel's gradient, which has left by then, but which the
+          compiler hardly fills again. The greatest for long rows, and for experts.
 update    all gradients, and nothing kept.
 
 The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its

@@ -10,16 +10,16 @@ from qwen_jax.plan import command, job, memory, search
 # (jax 0.10.2, libtpu 0.0.42.1).
 # fmt: off
 COMPILED = [
-    ("qwen2.5-0.5b", "v5e-16", "fsdp=-1", 4096, 1, "full", 2.299),
+    ("qwen2.5-0.5b", "v5e-16", "fsdp=-1", 4096, 1, "full", 2.312),
     ("qwen2.5-1.5b", "v5e-16", "fsdp=-1", 4096, 2, "minimal", 15.466),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 6.519),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.985),
-    ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.079),
-    ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.969),
+    ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.061),
+    ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.315),
     ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
-    ("qwen2.5-32b", "v5p-128", "fsdp=-1", 32768, 1, "full", 43.691),
-    ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 32.180),
-    ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 18.522),
+    ("qwen2.5-32b", "v5p-128", "fsdp=-1", 32768, 1, "full", 43.467),
+    ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 31.921),
+    ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 18.482),
     ("qwen1.5-moe-a2.7b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 6.825),
     ("qwen2-57b-a14b", "v6e-64", "fsdp=-1", 4096, 1, "full", 19.383),
 ]
