@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path, *, first_byte_last: bool = False) -> None:
     made.save(str(folder / "tokenizer.json"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def helpers():
     """The functions above, for test modules: they cannot import a conftest by name."""
     names = (
