@@ -44,6 +44,8 @@ def transfers(job: Job) -> list[Transfer]:
     found: list[Transfer] = []
     if job.purpose != "decode":
         found += _weights(job, itemsize) + _gradients(job, itemsize) + _embedding(job, itemsize)
+    else:
+        found.append(_logits(job))
     found += _tensor(job, itemsize) + _context(job, itemsize) + _experts(job, itemsize)
     return [transfer for transfer in found if transfer.num_bytes > 0]
 
@@ -133,6 +135,12 @@ def _embedding(job: Job, itemsize: int) -> list[Transfer]:
         Transfer(_over(job, logical), reason, rows * _others(job.layout.size(logical)), False)
         for logical in ("length", "outer_embed")
     ]
+
+
+def _logits(job: Job) -> Transfer:
+    """In decoding a device draws from all of a row's logits: [B, V_X] -> all-gather -> [B, V]."""
+    elements = job.rows * job.cfg.vocab_size * _others(job.layout.size("act_vocab"))
+    return Transfer(_over(job, "act_vocab"), "gather logits", FLOAT32 * elements, False)
 
 
 def _tensor(job: Job, itemsize: int) -> list[Transfer]:

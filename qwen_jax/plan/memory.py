@@ -116,10 +116,11 @@ def _evaluate(job: Job) -> Memory:
     always = {
         "parameters": FLOAT32 * sum(leaf.local_size for leaf in leaves),
         "batch": _batch(job),
-        "copy": itemsize * stacked + _padded_copies(job, leaves),
     }
     moments = {
         "layers": {
+            # Without a backward pass nothing needs it after the last layer.
+            "copy": itemsize * stacked + _padded_copies(job, leaves),
             "weights": _layer_weights(job, leaves) * itemsize,
             "working": _working(job) * itemsize / 2,  # no gradients beside
         },

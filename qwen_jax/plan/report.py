@@ -74,11 +74,12 @@ def _title(one: Candidate) -> str:
 
 
 def _caution(one: Candidate) -> str:
-    checked = one.job.where.chip.platform == "tpu" and one.job.purpose == "train"
-    against = "within 15% of the TPU compiler's" if checked else "not checked against a compiler"
+    on_tpu = one.job.where.chip.platform == "tpu"
+    against = "within 15% of the TPU compiler's" if on_tpu else "not checked against a compiler"
+    ask = "; --compile asks the compiler" if on_tpu else ""
     return (
         "Times are those of a roofline: every unit at its data sheet's peak. Published runs reach "
-        f"half to three quarters of that. Memory is an estimate, {against} (docs/planning.md)."
+        f"half to three quarters of that. Memory is an estimate, {against} (docs/planning.md){ask}."
     )
 
 

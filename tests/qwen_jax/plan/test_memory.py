@@ -13,7 +13,7 @@ COMPILED = [
     ("qwen2.5-0.5b", "v5e-16", "fsdp=-1", 4096, 1, "full", 2.312),
     ("qwen2.5-1.5b", "v5e-16", "fsdp=-1", 4096, 2, "minimal", 15.466),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 6.519),
-    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.985),
+    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.894),
     ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.061),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.315),
     ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
@@ -21,21 +21,33 @@ COMPILED = [
     ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 31.921),
     ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 18.482),
     ("qwen1.5-moe-a2.7b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 6.825),
+    ("qwen1.5-moe-a2.7b", "v5e-64", "fsdp=-1", 4096, 1, "minimal", 13.607),
     ("qwen2-57b-a14b", "v6e-64", "fsdp=-1", 4096, 1, "full", 19.383),
 ]
 # fmt: on
 
 
-def _job(model, topology, mesh, *, length=4096, rows=1, remat="full"):
+def _job(model, topology, mesh, *, length=4096, rows=1, remat="full", purpose="train"):
     config = schema.Train(
         data=schema.Data(sequence_length=length), remat=remat, mesh=mesh_lib.parse(mesh)
     )
-    return job.make(presets.preset(model), config, topologies.parse(topology), rows=rows)
+    return job.make(
+        presets.preset(model), config, topologies.parse(topology), rows=rows, purpose=purpose
+    )
 
 
 @pytest.mark.parametrize(("model", "where", "mesh", "length", "rows", "remat", "peak"), COMPILED)
 def test_the_estimate_is_near_the_compiler(model, where, mesh, length, rows, remat, peak):
     planned = _job(model, where, mesh, length=length, rows=rows, remat=remat)
+    assert memory.estimate(planned).total / 1e9 == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("where", "mesh", "rows", "purpose", "peak"),
+    [("v5e-16", "fsdp=-1", 2, "eval", 4.295), ("v5e-8", "fsdp=2,tensor=4", 64, "decode", 7.645)],
+)
+def test_evaluation_and_decoding_are_near_the_compiler(where, mesh, rows, purpose, peak):
+    planned = _job("qwen2.5-7b", where, mesh, rows=rows, purpose=purpose)
     assert memory.estimate(planned).total / 1e9 == pytest.approx(peak, rel=0.15)
 
 
