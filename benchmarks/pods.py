@@ -30,10 +30,45 @@ SLICES = {
     "qwen2-57b-a14b": ("v5e-256", "v5p-128", "v6e-256"),
 }
 LENGTHS = (4096, 32768)
-# Beyond the table: long context, with the mesh named.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step to compile; the plan finds the mesh where none is given. `peer`: MaxText's case."""
+
+    model: str
+    where: str
+    length: int = 4096
+    mesh: str = ""
+    remat: str = "full"
+    context_parallel: str = "auto"
+    peer: str = ""
+
+
 LONG = (
-    ("qwen2.5-7b", "v5p-128", 131072, "fsdp=4,context=16"),
-    ("qwen2.5-7b", "v5p-128", 1048576, "context=64"),
+    Case(model="qwen2.5-7b", where="v5p-128", length=131072, mesh="fsdp=4,context=16"),
+    Case(model="qwen2.5-7b", where="v5p-128", length=1048576, mesh="context=64"),
+)
+# Compiled without flags, as MaxText's were.
+PEERS = (
+    Case(peer="a1", model="qwen2.5-7b", where="v5p-128", mesh="fsdp=64"),
+    Case(peer="a2", model="qwen2.5-7b", where="v5p-128", mesh="fsdp=64", remat="minimal"),
+    Case(peer="a8", model="qwen2.5-7b", where="v5p-128", mesh="data=4,fsdp=16"),
+    Case(peer="b1", model="qwen2.5-7b", where="v6e-256", mesh="fsdp=256"),
+    Case(peer="c1", model="qwen2.5-72b", where="v5p-256", mesh="fsdp=128"),
+    Case(peer="d2", model="30b-a3b", where="v5p-128", mesh="fsdp=64"),
+    Case(peer="d3", model="30b-a3b", where="v5p-128", mesh="fsdp=16,expert=4"),
+    *(
+        Case(
+            peer=name,
+            model="qwen2.5-7b",
+            where="v5p-128",
+            length=131072,
+            mesh="fsdp=4,context=16",
+            context_parallel=variant,
+        )
+        for name, variant in (("e2", "all_gather"), ("e4", "ring"))
+    ),
 )
 
 
@@ -43,44 +78,53 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="compilations at one time")
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(compile_row(*json.loads(arguments.row))))
+    if arguments.case:
+        print(json.dumps(compile_case(Case(**json.loads(arguments.case)))))
         return
     done = read(arguments.results)
     if arguments.markdown:
-        print(markdown(done.values()))
+        print(markdown(done))
         return
-    waiting = [row for row in rows() if row not in done and arguments.only in json.dumps(row)]
+    waiting = [case for case in cases() if case not in done and arguments.only in repr(case)]
     with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
-        for row, result in zip(waiting, pool.map(in_process, waiting), strict=True):
-            with arguments.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"row": row, **result}) + "\n")
-            print(row, result.get("failed") or f"{result['peak'] / 2**30:.2f} GiB", flush=True)
+        for future in concurrent.futures.as_completed(
+            pool.submit(keep, c, arguments.results) for c in waiting
+        ):
+            print(future.result(), flush=True)
 
 
-def rows() -> list[tuple[str, str, int, str]]:
-    """(model, slice, tokens a row, mesh or empty for the plan's own)."""
+def cases() -> list[Case]:
+    """The table of all models, long context, and the peer's cases."""
     table = [
-        (name, where, length, "")
+        Case(model=name, where=where, length=length)
         for length in LENGTHS
         for name, slices in SLICES.items()
         for where in slices
     ]
-    return [*table, *LONG]
+    return [*table, *LONG, *PEERS]
 
 
-def read(results: pathlib.Path) -> dict[tuple, dict]:
+def keep(case: Case, results: pathlib.Path) -> str:
+    """Compiles in a process of its own, which gives its memory back; adds a line to `results`."""
+    result = in_process(case)
+    line = json.dumps({"case": dataclasses.asdict(case), **result})
+    with results.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return f"{case}: {result.get('failed') or round(result['peak'] / 2**30, 2)}"
+
+
+def read(results: pathlib.Path) -> dict[Case, dict]:
     if not results.exists():
         return {}
     lines = map(json.loads, results.read_text(encoding="utf-8").splitlines())
-    return {tuple(line["row"]): line for line in lines}
+    return {Case(**line.pop("case")): line for line in lines}
 
 
-def in_process(row: tuple) -> dict:
-    """A row compiled in a process of its own, which gives its memory back."""
-    command = [sys.executable, __file__, "--results", "-", "--row", json.dumps(row)]
+def in_process(case: Case) -> dict:
+    command = [sys.executable, __file__, "--results", "-"]
+    command += ["--case", json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(
         command, capture_output=True, text=True, env=xla_flags.WITHOUT_TPU | os.environ
     )
@@ -92,82 +136,124 @@ def in_process(row: tuple) -> dict:
 
 
 def model_of(name: str, length: int) -> schema.Model:
-    """The preset, its positions raised to the length where they end before it."""
+    """The preset, its positions raised to the length where they end before it.
+
+    30b-a3b: Qwen3-30B-A3B's sizes, for the comparison alone: ours has biases on q, k and v where
+    that has norms on q and k.
+    """
+    if name == "30b-a3b":
+        return dataclasses.replace(
+            presets.preset("qwen2-57b-a14b"),
+            name=name,
+            vocab_size=151936,
+            hidden_size=2048,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            moe=schema.MoE(
+                num_experts=128,
+                num_experts_per_tok=8,
+                moe_intermediate_size=768,
+                shared_expert_intermediate_size=0,
+                norm_topk_prob=True,
+            ),
+        )
     cfg = presets.preset(name)
     return dataclasses.replace(
         cfg, max_position_embeddings=max(cfg.max_position_embeddings, length)
     )
 
 
-def compile_row(name: str, where: str, length: int, mesh: str) -> dict:
-    """The plan's mesh for one row a device and full remat, compiled; bytes, counts, seconds."""
+def compile_case(case: Case) -> dict:
+    """One row a device, compiled: bytes, counts, seconds, and the plan's estimate."""
     from partitioning import mesh as mesh_lib
     from qwen_jax import ahead_of_time
     from qwen_jax.plan import search
     from train import ahead_of_time as of_train
     from train import step
 
-    slice_ = topologies.parse(where)
-    config = schema.Train(data=schema.Data(sequence_length=length))
+    where = topologies.parse(case.where)
+    config = schema.Train(
+        data=schema.Data(sequence_length=case.length), context_parallel=case.context_parallel
+    )
     found, refused = search.candidates(
-        model_of(name, length),
+        model_of(case.model, case.length),
         config,
-        slice_,
+        where,
         rows=1,
-        policy="full",
-        mesh=mesh_lib.parse(mesh) if mesh else None,
+        policy=case.remat,
+        mesh=mesh_lib.parse(case.mesh) if case.mesh else None,
     )
     best = search.recommend(found, refused)
     program = step.make(best.job.cfg, best.job.config, of_train.placed(best.job))
-    one = ahead_of_time.compile_program(program.step.lower(*program.inputs), slice_)
+    one = ahead_of_time.compile_program(
+        program.step.lower(*program.inputs),
+        flags={} if case.peer else ahead_of_time.flags(where),
+    )
+    fields = ("seconds", "arguments", "temporary", "peak", "code", "flops", "accessed_bytes")
     return {
         "mesh": best.job.mesh_text,
         "batch": best.job.config.batch_size,
         "estimate": best.memory.total,
-        "chips": slice_.num_chips,
-        "hbm": slice_.chip.device_hbm_bytes,
-        **{
-            field: getattr(one, field)
-            for field in (
-                "seconds",
-                "arguments",
-                "temporary",
-                "peak",
-                "code",
-                "flops",
-                "accessed_bytes",
-            )  # fmt: skip
-        },
+        "hbm": where.chip.device_hbm_bytes,
+        **{field: getattr(one, field) for field in fields},
         "cycles": one.hlo.cycles,
         "moved": {kind: dataclasses.astuple(moved) for kind, moved in one.hlo.moved.items()},
     }
 
 
-def markdown(results) -> str:
-    """A table, and below it the command of each row."""
+def markdown(results: dict[Case, dict]) -> str:
+    """One table of the models, one of the peer's cases."""
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-    lines = [
-        "| model | tokens | slice | mesh | batch | state | peak | of HBM | estimate | compile "
-        "| AG / RS / AR / A2A / permute (beside other work) | GB moved | fusion cycles |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    order = {row: number for number, row in enumerate(rows())}
-    for one in sorted(results, key=lambda one: order[tuple(one["row"])]):
-        name, where, length, _ = one["row"]
+    heading = (
+        "model", "tokens", "slice", "mesh", "batch", "GiB state", "GiB peak", "of HBM", "estimate",
+        "s to compile", "AG / RS / AR / A2A / CP", "beside work", "GB moved", "fusion cycles",
+        "XLA's FLOP, bytes (loops once)",
+    )  # fmt: skip
+    peers = ("case", *heading[:4], "remat", "GB state", "GB temp", "GB peak", *heading[9:14])
+    tables = {False: [heading], True: [peers]}
+    for case in cases():
+        if case not in results:
+            continue
+        one = results[case]
+        named = (case.model, f"{case.length:,}", case.where, one.get("mesh", case.mesh))
         if "failed" in one:
-            lines.append(f"| {name} | {length:,} | {where} | {one['failed']} |" + " |" * 9)
+            tables[bool(case.peer)].append(
+                (*((case.peer,) if case.peer else ()), *named, one["failed"])
+            )
             continue
         moved = one["moved"]
-        counts = " / ".join(str(moved.get(kind, (0,))[0]) for kind in kinds)
-        beside = sum(overlapped for _, _, overlapped in moved.values())
-        lines.append(
-            f"| {name} | {length:,} | {where} | {one['mesh']} | {one['batch']} "
-            f"| {one['arguments'] / 2**30:.2f} | {one['peak'] / 2**30:.2f} "
-            f"| {one['peak'] / one['hbm']:.0%} | {one['estimate'] / one['peak'] - 1:+.0%} "
-            f"| {one['seconds']:.0f} s | {counts} ({beside}) "
-            f"| {sum(size for _, size, _ in moved.values()) / 1e9:.1f} | {one['cycles']:.3g} |"
+        sent = (
+            f"{one['seconds']:.0f}",
+            " / ".join(str(moved.get(kind, (0,))[0]) for kind in kinds),
+            str(sum(overlapped for _, _, overlapped in moved.values())),
+            f"{sum(size for _, size, _ in moved.values()) / 1e9:.1f}",
+            f"{one['cycles']:.3g}",
         )
-    return "\n".join(lines)
+        if case.peer:
+            held = (f"{one[name] / 1e9:.2f}" for name in ("arguments", "temporary", "peak"))
+            remat = case.remat if case.context_parallel == "auto" else case.context_parallel
+            tables[True].append((case.peer, *named, remat, *held, *sent))
+            continue
+        tables[False].append(
+            (
+                *named,
+                str(one["batch"]),
+                f"{one['arguments'] / 2**30:.2f}",
+                f"{one['peak'] / 2**30:.2f}",
+                f"{one['peak'] / one['hbm']:.0%}",
+                f"{one['estimate'] / one['peak'] - 1:+.0%}",
+                *sent,
+                f"{one['flops']:.3g}, {one['accessed_bytes']:.3g}",
+            )
+        )
+    return "\n\n".join("\n".join(_table(rows)) for rows in tables.values())
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]]
 
 
 if __name__ == "__main__":

@@ -78,12 +78,15 @@ def devices(where: Slice) -> list[jax.Device]:
     return list(topology.devices)
 
 
-def compile_program(lowered: jax.stages.Lowered, where: Slice) -> Compiled:
-    """Compiles under the flags of the slice's chip (`configs/xla_flags.py`)."""
+def flags(where: Slice) -> dict[str, xla_flags.Value]:
+    """The compiler's options for the slice's chip; a GPU's are for its own command line."""
+    return xla_flags.options(where.chip) if where.chip.platform == "tpu" else {}
+
+
+def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object]) -> Compiled:
+    """Compiles under the compiler options `flags`."""
     begin = time.perf_counter()
-    # A GPU's flags are for its own compiler's command line; a CPU has none.
-    options = xla_flags.options(where.chip) if where.chip.platform == "tpu" else {}
-    program = lowered.compile(compiler_options=options or None)
+    program = lowered.compile(compiler_options=dict(flags) or None)
     seconds = time.perf_counter() - begin
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return Compiled(
@@ -106,7 +109,7 @@ def key(lowered: Lowered, where: Slice, config: dict) -> dict:
         "format": FORMAT,
         "versions": {name: _version(name) for name in _PACKAGES},
         "slice": where.name,
-        "flags": xla_flags.options(where.chip),
+        "flags": flags(where),
         "config": config,
         "programs": {
             name: hashlib.sha256(one.as_text().encode()).hexdigest()

@@ -101,7 +101,9 @@ def check(job: Job, *, save: str | None) -> dict[str, Compiled]:
     compiled = {}
     for name, one in lowered.items():
         with output.status(f"compiling {name} for {job.where.name}; minutes for large models"):
-            compiled[name] = ahead_of_time.compile_program(one, job.where)
+            compiled[name] = ahead_of_time.compile_program(
+                one, flags=ahead_of_time.flags(job.where)
+            )
     main = next(iter(compiled))
     _show(output, job, main, compiled)
     if save is not None:

@@ -132,7 +132,7 @@ def test_kept_decoding_draws_the_same_tokens(helpers, tmp_path):
     made = job.make(cfg, config, WHERE, rows=2, purpose="decode")
     layout = ahead_of_time.placed(made)
     lowered = ahead_of_time.lower(cfg, made.config, layout, purpose="decode")
-    compiled = {n: bundles.compile_program(one, WHERE) for n, one in lowered.items()}
+    compiled = {n: bundles.compile_program(one, flags={}) for n, one in lowered.items()}
     key = ahead_of_time.key(lowered, cfg, made.config, WHERE)
     bundles.save(tmp_path / "bundle", compiled, key)
     advance = bundles.load(tmp_path / "bundle", lowered, key)["advance"]
