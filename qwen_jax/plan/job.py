@@ -79,9 +79,10 @@ def make(
     """The job whose devices work on `rows` sequences each at one time.
 
     `config.mesh` may hold a -1; `config.batch_size` follows from `rows` and `accumulate_steps`.
+    Slices of TPUs are replicas, whether the mesh says so or not; GPU hosts where it does.
     Raises `ValueError` if mesh, model or length do not divide.
     """
-    if where.num_slices > 1 and config.mesh.dcn_data == 1:
+    if where.chip.torus_rank > 0 and config.mesh.dcn_data == 1:
         mesh = dataclasses.replace(config.mesh, dcn_data=where.num_slices)
         config = dataclasses.replace(config, mesh=mesh)
     sizes = mesh_lib.resolve(config.mesh, where.num_devices)
@@ -145,6 +146,19 @@ def _assign(
         if others is not None:
             return {axis: taken, **others}
     return None
+
+
+def spans_hosts(mesh: schema.Mesh, where: Slice, axes: tuple[str, ...]) -> bool:
+    """Whether devices along one of the axes are in several GPU hosts.
+
+    Without a torus a mesh takes devices in order, host by host, its last axis fastest.
+    """
+    at_once = 1
+    for axis in reversed(schema.MESH_AXES):
+        at_once *= getattr(mesh, axis)
+        if axis in axes and at_once > where.devices_per_slice:
+            return True
+    return False
 
 
 def check_torus(mesh: schema.Mesh, where: Slice) -> None:

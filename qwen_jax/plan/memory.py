@@ -5,8 +5,8 @@ Three moments compete, read off the buffer assignments of compiled steps (v5e, v
 loss      all kept activations, the float32 gradient of the output kernel, whole, the gathered
           kernel, and one chunk of float32 logits. The greatest for short rows.
 backward  all kept activations, the layers' gradients, one layer's gathered weights and its working
-          set; and the place of the output kernel's gradient, which has left by then, but which the
-          compiler hardly fills again. The greatest for long rows, and for experts.
+          set; and the place that the output kernel's gradient has left, which the compiler fills
+          with those weights at most. The greatest for long rows, and for experts.
 update    all gradients, and nothing kept.
 
 The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its
@@ -88,6 +88,7 @@ def _train(job: Job) -> Memory:
     kernel = itemsize * job.cfg.hidden_size * _vocab(job)
     stack_gradients = itemsize * stacked
     residual = job.tokens * job.cfg.hidden_size * itemsize
+    weights = _layer_weights(job, leaves) * itemsize
     moments = {
         "loss": {
             "kept": kept,
@@ -98,8 +99,8 @@ def _train(job: Job) -> Memory:
         },
         "backward": {
             "kept": kept,
-            "gradients": accumulated + kernel_gradient + stack_gradients,
-            "weights": _layer_weights(job, leaves) * itemsize,
+            "gradients": accumulated + stack_gradients + max(0, kernel_gradient - weights),
+            "weights": weights,
             "working": _working(job) * itemsize + in_flight,
         },
         "update": {

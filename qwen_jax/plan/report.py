@@ -277,6 +277,8 @@ def show_rent(rent: search.Rent, *, recipe: str | None = None) -> None:
     _say(output, f"In detail: qwen-jax plan {_again(best, recipe=recipe)}")
     if best.job.purpose == "train":
         _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
+    if best.job.where.chip.platform == "tpu":
+        _say(output, "How to rent a slice and start a run on it: docs/cloud_tpu.md")
 
 
 def chip_hours(one: Candidate) -> str:

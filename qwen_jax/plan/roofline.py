@@ -139,9 +139,10 @@ def bandwidth(job: Job, axes: tuple[str, ...], *, links: Literal["all", "one"] =
     machine.
     """
     chip, where = job.where.chip, job.where
-    if axes == ("dcn",):
+    flat = chip.torus_rank == 0
+    if axes == ("dcn",) or (flat and job_lib.spans_hosts(job.config.mesh, where, axes)):
         return chip.dcn_bytes_per_second / (where.chips_per_host * chip.devices)
-    if chip.torus_rank == 0:
+    if flat:
         return chip.ici_bytes_per_second * chip.ici_links
     sides = job_lib.sides(job.config.mesh, where) or {}
     taken = [side for axis in axes for side in sides.get(axis, ())]

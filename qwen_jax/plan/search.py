@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs import chips, remat, schema, topologies
@@ -57,18 +57,35 @@ def evaluate(job: Job) -> Candidate:
 
 
 def meshes(cfg: schema.Model, where: Slice) -> list[schema.Mesh]:
-    """Meshes that lie on the slice, whole slices apart over `data`; the model need not divide."""
+    """Meshes that lie on the slice; the model need not divide.
+
+    Slices of TPUs are replicas, apart over `data`. So may GPU hosts be, and axes may span them.
+    """
     free = [side for side in job_lib.torus(where) if side > 1]
     if where.chip.torus_rank == 0:
         free = _prime_factors(where.devices_per_slice)
     axes = [axis for axis in schema.MESH_AXES if axis != "expert" or cfg.moe is not None]
-    found = {}
-    for owners in itertools.product(axes, repeat=len(free)):
-        sizes = dict.fromkeys(schema.MESH_AXES, 1)
-        for axis, side in zip(owners, free, strict=True):
-            sizes[axis] *= side
-        found[tuple(sizes.values())] = schema.Mesh(**sizes, dcn_data=where.num_slices)
-    return [found[key] for key in sorted(found)]
+    found = [
+        schema.Mesh(**sizes, dcn_data=where.num_slices) for sizes in _owners(tuple(free), axes)
+    ]
+    if where.chip.torus_rank == 0 and where.num_slices > 1:
+        found += [
+            schema.Mesh(**sizes) for sizes in _owners(_prime_factors(where.num_devices), axes)
+        ]
+    return found
+
+
+def _owners(sides: Sequence[int], axes: list[str]) -> list[dict[str, int]]:
+    """Every way to give each side to one of the axes, as sizes of axes."""
+    ways = {tuple(1 for _ in axes)}
+    for side in sides:
+        ways = {
+            tuple(size * side if i == owner else size for i, size in enumerate(way))
+            for way in ways
+            for owner in range(len(axes))
+        }
+    others = dict.fromkeys(schema.MESH_AXES, 1)
+    return [others | dict(zip(axes, way, strict=True)) for way in sorted(ways)]
 
 
 def _prime_factors(n: int) -> list[int]:

@@ -88,7 +88,11 @@ def test_a_decoded_token_reads_weights_and_cache():
         ("2xv5e-256", "fsdp=256", ("dcn",), "all", 12.5e9 / 4),  # a machine's, between four chips
         ("tpu7x-8", "fsdp=8", ("fsdp",), "all", 3 * 90e9 / 2),  # 2x2 and the chip's two devices
         ("h100-8", "fsdp=8", ("fsdp",), "all", 450e9),
-        ("4xh100-8", "fsdp=8", ("dcn",), "all", 400e9 / 8),
+        ("4xh100-8", "fsdp=8,dcn_data=4", ("dcn",), "all", 400e9 / 8),
+        ("4xh100-8", "fsdp=8,dcn_data=4", ("fsdp",), "all", 450e9),
+        # Over hosts: fsdp's neighbours are four apart, so that it spans them; tensor does not.
+        ("4xh100-8", "fsdp=8,tensor=4", ("fsdp",), "all", 400e9 / 8),
+        ("4xh100-8", "fsdp=8,tensor=4", ("tensor",), "all", 450e9),
     ],
 )
 def test_bandwidth_follows_the_sides_that_an_axis_takes(topology, mesh, axes, links, expected):

@@ -21,6 +21,8 @@ def _find(model, topology, *, length=4096, **held):
         ("h100-8", 20),  # 8 = 2 2 2
         ("cpu-6", 16),  # 6 = 2 3, unlike: every owner of each
         ("cpu-1", 1),
+        ("2xh100-2", 4 + 10),  # two replicas of 2, or 4 = 2 2 over both hosts
+        ("2xv5e-16", 10),  # two replicas
     ],
 )
 def test_meshes_take_whole_sides(topology, count):
@@ -135,9 +137,6 @@ def test_renting_names_two_slices_of_each_chip_and_what_is_too_small():
 
 def test_a_chip_without_a_large_enough_slice_is_skipped_with_the_need():
     config = schema.Train(data=schema.Data(sequence_length=4096))
-    # GPU hosts hold whole replicas, and no host of eight holds 154 billion parameters.
-    rent = search.to_rent(
-        presets.preset("moe-plus-like"), config, purpose="train", policy="full", rows=1
-    )
-    assert set(rent.skipped) == {"a100", "h100", "h200"}
-    assert "no slice up to 32xh100-8 fits: at least 29" in rent.skipped["h100"]
+    # Replicas of 154 billion parameters: more than any one host holds.
+    rent = search.to_rent(presets.preset("moe-plus-like"), config, purpose="decode", rows=4096)
+    assert "no slice up to v5e-256 fits: at least" in rent.skipped["v5e"]
