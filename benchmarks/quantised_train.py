@@ -169,14 +169,15 @@ def measure(cfg: schema.Model, config: schema.Train, *, steps: int) -> dict:
     source = batches(cfg, config.batch_size, config.data.sequence_length)
     batch = next(source)
     begin = time.perf_counter()
-    compiled = program.step.lower(*program.inputs).compile()
+    state, _, rate = program.inputs  # rows are not packed: the batch has no segment ids
+    compiled = program.step.lower(state, batch, rate).compile()
     compile_s = time.perf_counter() - begin
     text = compiled.as_text()
     state = program.init(jax.random.key(0))
     times, losses = [], []
-    for _ in range(steps):
+    for index in range(steps):
         begin = time.perf_counter()
-        state, metrics = compiled(state, batch, program.learning_rate(0))
+        state, metrics = compiled(state, batch, program.learning_rate(index))
         losses.append(float(metrics["loss"]))
         times.append(1e3 * (time.perf_counter() - begin))
         batch = next(source)

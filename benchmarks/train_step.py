@@ -93,7 +93,8 @@ def build(
     program = step_lib.make(cfg, config, layout)
     batch = random_batch(cfg, config.batch_size, config.data.sequence_length, packed=packed)
     batch = jax.device_put(batch, program.batch_sharding)
-    compiled = program.step.lower(*program.inputs).compile(compiler_options=options)
+    state, _, rate = program.inputs  # without packing, the batch has no segment ids
+    compiled = program.step.lower(state, batch, rate).compile(compiler_options=options)
     return program, batch, compiled
 
 
