@@ -40,6 +40,9 @@ KINDS = {
 # gate, up, their product and their gradients; q, o and their gradients.
 _FFN_ARRAYS = 5
 _ATTENTION_ARRAYS = 4
+# Of rows sent to experts: gate, up and the gradient of their product, [R, F]; the rows, and what
+# comes back to them by way of gate and of up, [R, D].
+_EXPERT_ARRAYS = 3
 _RESIDUAL_ARRAYS = 4  # [M, D]: the stream, its gradient, and a norm's input and output
 
 
@@ -209,14 +212,12 @@ def _layer_weights(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
 
 
 def _working(job: Job) -> float:
-    """Elements of one layer's forward and backward pass."""
+    """Elements of one layer's forward and backward pass, of whichever part takes most."""
     cfg, size = job.cfg, job.layout.size
-    F = max(_widest_ffn(job) / size("act_ffn"), 0)
+    feed_forward = _FFN_ARRAYS * _widest_ffn(job) / size("act_ffn")
     heads = cfg.num_attention_heads / size("act_heads") * layer.padded(job, cfg.head_dim)
-    feed_forward = _FFN_ARRAYS * F
-    attention = _ATTENTION_ARRAYS * heads
-    per_token = max(feed_forward, attention) + _RESIDUAL_ARRAYS * cfg.hidden_size
-    return job.tokens * per_token + _routed(job)
+    part = job.tokens * max(feed_forward, _ATTENTION_ARRAYS * heads)
+    return max(part, _routed(job)) + job.tokens * _RESIDUAL_ARRAYS * cfg.hidden_size
 
 
 def _widest_ffn(job: Job) -> float:
@@ -227,7 +228,7 @@ def _widest_ffn(job: Job) -> float:
 
 
 def _routed(job: Job) -> float:
-    """Elements of rows on their way through the experts, [R, D] and [R, F], with gradients."""
+    """Elements of tokens on their way through the experts, gathered over their axis, and rows."""
     moe = job.cfg.moe
     if moe is None:
         return 0.0
@@ -235,7 +236,7 @@ def _routed(job: Job) -> float:
     rows = job.tokens * layer.routed_rows(job)
     F = moe.moe_intermediate_size / job.layout.size("ffn")
     gathered = 2 * job.tokens * X * job.cfg.hidden_size if X > 1 else 0
-    return rows * (2 * job.cfg.hidden_size + _FFN_ARRAYS * F) + gathered
+    return rows * _EXPERT_ARRAYS * (job.cfg.hidden_size + F) + gathered
 
 
 def limit(job: Job, *, reserve: float) -> float | None:

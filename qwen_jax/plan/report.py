@@ -75,7 +75,11 @@ def _title(one: Candidate) -> str:
 
 def _caution(one: Candidate) -> str:
     on_tpu = one.job.where.chip.platform == "tpu"
-    against = "within 15% of the TPU compiler's" if on_tpu else "not checked against a compiler"
+    against = (
+        "within 15% of the TPU compiler's wherever both were compared"
+        if on_tpu
+        else "not compared with a compiler"
+    )
     ask = "; --compile asks the compiler" if on_tpu else ""
     return (
         "Times are those of a roofline: every unit at its data sheet's peak. Published runs reach "
