@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partitioning import sharding
+from partitioning import gradients, sharding
 from partitioning.sharding import Layout
 
 # (kernels, rows [R, D], weights [R], sizes [E]) -> [R, D]: rows grouped by expert, weighted sums.
@@ -72,7 +72,9 @@ def run(
 
     def body(x_BTD, weights_BTJ, experts_BTJ, kernels):
         kernels = jax.tree.map(
-            functools.partial(_gather_width, layout=layout),
+            lambda kernel, axes: gradients.gather(
+                kernel, axes.index("expert_embed"), "expert_embed", layout
+            ),
             kernels,
             compute.axes,
         )
@@ -100,14 +102,6 @@ def run(
 
 def _mesh_axes(logical: str, *, layout: Layout) -> tuple[str, ...]:
     return tuple(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
-
-
-def _gather_width(kernel: jax.Array, axes: sharding.Axes, *, layout: Layout) -> jax.Array:
-    """[E, D_X, F] -> all-gather -> [E, D, F]; the gradient's way back is a reduce-scatter."""
-    mesh_axes = _mesh_axes("expert_embed", layout=layout)
-    if not mesh_axes:
-        return kernel
-    return jax.lax.all_gather(kernel, mesh_axes, axis=axes.index("expert_embed"), tiled=True)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Left alone, XLA's partitioner sums a weight's gradient over the devices that share it, and only then
 drops what each does not keep. Its TPU backend makes that an all-reduce of the whole gradient
 wherever the group spans the torus: twice the bytes, and the whole gradient in memory. Here a device
-contracts its own tokens under `shard_map`, and its parts go where they belong in two steps, over
-all sides of the torus but one (A), then over that (B):
+contracts its own tokens under `shard_map`, and where one mesh axis is the whole torus, its parts go
+where they belong in two steps, over all sides of the torus but one (A), then over that (B):
 
     [D, F] -> reduce-scatter over A -> [D_A, F] -> reduce-scatter over B -> [D_AB, F]
 """
@@ -86,12 +86,35 @@ def meet(local: jax.Array, *, layout: Layout) -> jax.Array:
     [D, ...] -> reduce-scatter over the axes of `embed` -> [D_embed, ...] -> all-reduce over what is
     left of those of batch and length.
     """
-    for axis in _used("embed", layout):
-        for groups in _stages(axis, layout):
-            local = jax.lax.psum_scatter(local, axis, axis_index_groups=groups, tiled=True)
+    local = _scatter(local, 0, "embed", layout)
     tokens = (*_used("batch", layout), *_used("length", layout))
     rest = tuple(axis for axis in tokens if axis not in _used("embed", layout))
     return jax.lax.psum(local, rest) if rest else local
+
+
+def _scatter(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Array:
+    for axis in _used(logical, layout):
+        for groups in _stages(axis, layout):
+            local = jax.lax.psum_scatter(
+                local, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
+            )
+    return local
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Array:
+    """Inside `shard_map`: [..., D_X, ...] -> all-gather along `dim` -> [..., D, ...].
+
+    X are the axes of `logical`. The gradient goes back by reduce-scatter, in steps.
+    """
+    axes = _used(logical, layout)
+    return jax.lax.all_gather(local, axes, axis=dim, tiled=True) if axes else local
+
+
+gather.defvjp(
+    lambda local, dim, logical, layout: (gather(local, dim, logical, layout), None),
+    lambda dim, logical, layout, _, slope: (_scatter(slope, dim, logical, layout),),
+)
 
 
 def _used(logical: str, layout: Layout) -> tuple[str, ...]:
@@ -110,12 +133,26 @@ def _stages(axis: str, layout: Layout) -> tuple[list[list[int]] | None, ...]:
 
 
 def _inner(axis: str, layout: Layout) -> int:
-    """How many devices follow each other on the axis before a second coordinate changes."""
+    """How many devices follow each other on the axis before a second coordinate changes.
+
+    1 where the axis leaves a side of the torus to others: XLA scatters over it in one step.
+    """
     if isinstance(layout.mesh, jax.sharding.AbstractMesh):
         return 1
     at = layout.mesh.axis_names.index(axis)
     line = layout.mesh.devices.swapaxes(at, 0).reshape(layout.mesh.shape[axis], -1)[:, 0]
-    coords = [getattr(device, "coords", ()) for device in line]  # none on CPU and GPU
-    changing = [i for i in range(len(coords[0])) if len({place[i] for place in coords}) > 1]
-    first = [next(n for n, at in enumerate(coords) if at[i] != coords[0][i]) for i in changing]
-    return sorted(first)[1] if len(first) > 1 else 1
+    coords = _coordinates(line)
+    changing = _changing(coords)
+    if len(changing) < 2 or changing != _changing(_coordinates(layout.mesh.devices.flat)):
+        return 1
+    first = (next(n for n, at in enumerate(coords) if at[i] != coords[0][i]) for i in changing)
+    return sorted(first)[1]
+
+
+def _coordinates(devices) -> list[tuple[int, ...]]:
+    """Places on the torus; empty on CPU and GPU, which have none."""
+    return [tuple(getattr(device, "coords", ())) for device in devices]
+
+
+def _changing(coords: list[tuple[int, ...]]) -> list[int]:
+    return [i for i, values in enumerate(zip(*coords, strict=True)) if len(set(values)) > 1]

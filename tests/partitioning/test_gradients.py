@@ -43,12 +43,13 @@ def layout(*, torus, fsdp):
     [
         ((4, 4, 8), 128, (16, 8)),
         ((16, 16, 1), 256, (16, 16)),
-        ((4, 4, 4), 16, (4, 4)),
+        ((4, 4, 4), 64, (16, 4)),
+        ((4, 4, 4), 16, None),  # a side is left to another axis
         ((4, 4, 4), 4, None),  # a side alone
         ((1, 1, 8), 8, None),
     ],
 )
-def test_an_axis_is_split_before_its_last_side(torus, fsdp, sizes):
+def test_an_axis_that_is_the_torus_is_split_before_its_last_side(torus, fsdp, sizes):
     stages = gradients._stages("fsdp", layout(torus=torus, fsdp=fsdp))
     if sizes is None:
         assert stages == (None,)
