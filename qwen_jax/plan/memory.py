@@ -174,8 +174,8 @@ def _vocab(job: Job) -> int:
 
 
 def _logits(job: Job) -> float:
-    """One chunk of every row in float32, of which a device has its part of the length."""
-    chunk = min(job.config.loss_chunk, job.length) // job.layout.size("length")
+    """One chunk of every row's part in float32."""
+    chunk = min(job.config.loss_chunk, job.length // job.layout.size("length"))
     return FLOAT32 * job.rows * chunk * _vocab(job)
 
 

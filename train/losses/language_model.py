@@ -39,12 +39,13 @@ def cross_entropy(
     """sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
 
     The z term is PaLM's (arXiv 2204.02311, section 5). `chunk` tokens of every sequence have
-    logits at one time; where the length is spread, as many of every part. Gradients run through
+    logits at one time; where the length is spread, `chunk` of each part. Gradients run through
     `loss` alone, to hidden and kernel; they are computed in the forward pass, where the logits are
     at hand, so that no logits are computed twice.
     """
     parts = _parts("length", layout)
-    chunk = min(max(1, chunk // parts), targets_BT.shape[1] // parts)
+    # Not fewer where there are parts: each round reads and writes the whole float32 gradient.
+    chunk = min(chunk, targets_BT.shape[1] // parts)
     loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout)
     return LossSums(loss, *others)
 
