@@ -102,6 +102,9 @@ WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # ask no metadata server
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes compile at one time
+    # Without these, libtpu complains on stderr that it cannot find out which TPU this is.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
 
 
