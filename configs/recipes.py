@@ -111,3 +111,19 @@ def recipe(name: str) -> schema.Train:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; recipes are {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def check_complete(config: schema.Train) -> None:
+    """Raises `ValueError` where a run lacks data that no recipe names, or has it in a bucket."""
+    for name, value, meaning in (
+        ("output", config.output, "the folder where the run lives"),
+        ("data.paths", config.data.paths, "the text to train on"),
+        ("data.tokenizer", config.data.tokenizer, "a folder or file with a tokenizer"),
+    ):
+        if not value:
+            raise ValueError(f"{name} is empty; give {meaning}")
+    if remote := [path for path in (*config.data.paths, *config.data.eval_paths) if "://" in path]:
+        raise ValueError(
+            f"data.paths {remote[0]} is in a bucket; text is read from disks: copy it, or mount "
+            f"the bucket (gcsfuse)"
+        )

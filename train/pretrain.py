@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from configs import presets, schema
+from configs import presets, recipes, schema
 from partitioning import distributed, mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import checkpoint, paths, tokenizer
@@ -27,7 +27,7 @@ def run(config: schema.Train) -> loop.Result:
     Everything is checked before anything compiles. Raises `ValueError` for settings, data or an
     output that do not fit, and what `loop.run` raises.
     """
-    _check_paths(config)
+    recipes.check_complete(config)
     cfg = model_of(config)
     layout = Layout(mesh.make(config.mesh), rules.rule_set("train", kv_heads=config.mesh.kv_heads))
     program = step_lib.make(cfg, config, layout)
@@ -98,21 +98,6 @@ def end_of_document_id(words: Tokenizer) -> int:
         f"the tokenizer has neither {_END_OF_DOCUMENT} nor an end token to put behind documents; "
         f"add eos_token to its tokenizer_config.json"
     )
-
-
-def _check_paths(config: schema.Train) -> None:
-    for name, value, meaning in (
-        ("output", config.output, "the folder where the run lives"),
-        ("data.paths", config.data.paths, "the text to train on"),
-        ("data.tokenizer", config.data.tokenizer, "a folder or file with a tokenizer"),
-    ):
-        if not value:
-            raise ValueError(f"{name} is empty; give {meaning}")
-    if remote := [path for path in (*config.data.paths, *config.data.eval_paths) if "://" in path]:
-        raise ValueError(
-            f"data.paths {remote[0]} is in a bucket; text is read from disks: copy it, or mount "
-            f"the bucket (gcsfuse)"
-        )
 
 
 def _start(config: schema.Train, cfg: schema.Model, program: Program) -> State:

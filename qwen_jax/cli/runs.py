@@ -122,13 +122,14 @@ def launch(
     from qwen_jax.launch import check, render
 
     recipe, *flags = job.train_words  # a wrong flag stops here, not after hours in a queue
-    tyro.cli(
+    config = tyro.cli(
         schema.Train,
         prog=f"qwen-jax train {recipe}",
         args=[*flags, "--output", job.output],
         default=recipes.recipe(recipe),
         registry=registry(),
     )
+    recipes.check_complete(config)
     texts = render.render(job, target=target)
     check.check(texts, job)
     print(render.write(texts, job, folder=Path(files) / job.name))

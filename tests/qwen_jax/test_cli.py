@@ -84,11 +84,12 @@ def test_sizes(text, size):
 
 LAUNCH = ("launch", "gke", "--name", "run", "--project", "my-project", "--zone", "us-east5-a",
           "--output", "gs://bucket/run", "--cluster", "c", "--image", "i")  # fmt: skip
+DATA = "pretrain-7b --data.paths /data/text.jsonl --data.tokenizer gs://bucket/tok"
 
 
 def test_launch_writes_files_and_says_what_they_rent(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    run_this = (*LAUNCH, "--topology", "2xv5e-256", "--train", "pretrain-7b --mesh.fsdp=-1")
+    run_this = (*LAUNCH, "--topology", "2xv5e-256", "--train", DATA + " --mesh.fsdp=-1")
     code, out, _ = run(monkeypatch, capsys, *run_this)
     assert code == 0
     assert "512 v5e chips" in out and "128 machines" in out
@@ -104,6 +105,8 @@ def test_launch_writes_files_and_says_what_they_rent(monkeypatch, capsys, tmp_pa
         ("v5e-250", "pretrain-7b", "v5e-128 and v5e-256"),
         ("v5e-256", "pretrain-9b", "unknown recipe 'pretrain-9b'"),
         ("v5e-256", "pretrain-7b --bogus 3", "--bogus"),
+        ("v5e-256", "pretrain-7b", "data.paths is empty"),
+        ("v5e-256", DATA.replace("/data", "gs://bucket"), "text is read from disks"),
     ],
 )
 def test_launch_refuses_before_it_writes(monkeypatch, capsys, tmp_path, topology, train, message):

@@ -24,7 +24,7 @@ def job() -> Callable[..., launch.Launch]:
             "project": "my-project",
             "zone": "us-east5-a",
             "output": "gs://bucket/run",
-            "train": "pretrain-7b --data.paths 'gs://bucket/a b.jsonl'",
+            "train": "pretrain-7b --data.paths '/data/a b.jsonl'",
         }
         return launch.Launch(**given | WAYS[target] | fields)
 

@@ -154,7 +154,7 @@ def test_the_startup_script_goes_on_or_stops_by_exit_code(job, tmp_path, codes, 
     _stand_in(commands, "sleep", "true")
     assert _run(script, commands).returncode == 0, (tmp_path / "log").read_text()
     lines = (tmp_path / "runs").read_text().splitlines()
-    words = "pretrain-7b --data.paths gs://bucket/a b.jsonl --output gs://bucket/run"
+    words = "pretrain-7b --data.paths /data/a b.jsonl --output gs://bucket/run"
     assert lines == [f"train {words} --cluster.launch auto"] * runs
     assert (tmp_path / "ended").read_text().strip() == ended
     assert _run(script, commands).returncode == 0  # the machine boots again after the end
