@@ -1,7 +1,7 @@
 """Compiles one training step of every published model for slices of three chips: docs/pods.md.
 
-    python benchmarks/pods.py --results pods.jsonl             # hours on two cores; goes on
-    python benchmarks/pods.py --results pods.jsonl --markdown  # the table of what is there
+    python benchmarks/pods.py --results docs/pods.jsonl             # hours on two cores; goes on
+    python benchmarks/pods.py --results docs/pods.jsonl --markdown  # the table of what is there
 
 Needs libtpu and no TPU. Each row is what `qwen-jax plan ... --compile` of its command compiles as
 `step`: float32 weights and moments, bfloat16 arithmetic, rows packed with segment ids.
