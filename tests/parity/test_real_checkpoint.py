@@ -23,7 +23,7 @@ from qwen_jax.convert import loader
 from tests import real_checkpoint
 from train.losses import language_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes of one core for the oracle
 B, T = 4, 512
 NEW = 64
 
