@@ -67,7 +67,7 @@ def run(
     )
     if layout is None or layout.mesh.size == 1:
         return local(x_BTD, weights_BTJ, experts_BTJ, kernels, axes=())
-    over = functools.partial(_mesh_axes, layout=layout)
+    over = layout.mesh_axes
     axes = over("experts")
 
     def body(x_BTD, weights_BTJ, experts_BTJ, kernels):
@@ -98,10 +98,6 @@ def run(
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )(x_BTD, weights_BTJ, experts_BTJ, kernels)
     return parts_ZBTD.sum(axis=0), dropped_BP
-
-
-def _mesh_axes(logical: str, *, layout: Layout) -> tuple[str, ...]:
-    return tuple(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,13 @@ def meet(local: jax.Array, *, layout: Layout) -> jax.Array:
     left of those of batch and length.
     """
     local = _scatter(local, 0, "embed", layout)
-    tokens = (*_used("batch", layout), *_used("length", layout))
-    rest = tuple(axis for axis in tokens if axis not in _used("embed", layout))
+    tokens = (*layout.mesh_axes("batch"), *layout.mesh_axes("length"))
+    rest = tuple(axis for axis in tokens if axis not in layout.mesh_axes("embed"))
     return jax.lax.psum(local, rest) if rest else local
 
 
 def _scatter(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Array:
-    for axis in _used(logical, layout):
+    for axis in layout.mesh_axes(logical):
         for groups in _stages(axis, layout):
             local = jax.lax.psum_scatter(
                 local, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
@@ -107,7 +107,7 @@ def gather(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Arra
 
     X are the axes of `logical`. The gradient goes back by reduce-scatter, in steps.
     """
-    axes = _used(logical, layout)
+    axes = layout.mesh_axes(logical)
     return jax.lax.all_gather(local, axes, axis=dim, tiled=True) if axes else local
 
 
@@ -115,10 +115,6 @@ gather.defvjp(
     lambda local, dim, logical, layout: (gather(local, dim, logical, layout), None),
     lambda dim, logical, layout, _, slope: (_scatter(slope, dim, logical, layout),),
 )
-
-
-def _used(logical: str, layout: Layout) -> tuple[str, ...]:
-    return tuple(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
 
 
 @functools.lru_cache(maxsize=1024)

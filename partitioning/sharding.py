@@ -27,6 +27,10 @@ class Layout:
             return jax.default_backend()
         return self.mesh.devices.flat[0].platform
 
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """The mesh axes that spread a dimension of this name; those of size 1 spread nothing."""
+        return tuple(a for a in self.rules.mesh_axes(logical) if self.mesh.shape[a] > 1)
+
     def size(self, logical: str | None) -> int:
         """Over how many devices a dimension of this name is spread."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
@@ -41,7 +45,7 @@ def spec(axes: Axes, layout: Layout) -> PartitionSpec:
     owner: dict[str, str] = {}
     entries = []
     for logical in axes:
-        mesh_axes = tuple(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
+        mesh_axes = layout.mesh_axes(logical)
         for axis in mesh_axes:
             if axis in owner:
                 raise ValueError(
@@ -161,7 +165,7 @@ def legal_tensor_sizes(cfg: schema.Model, *, limit: int = 64) -> tuple[int, ...]
 
 def _spread_over(logical: str, layout: Layout) -> str:
     """The mesh axes that a dimension is spread over, for messages: `fsdp*context`."""
-    return "*".join(a for a in layout.rules.mesh_axes(logical) if layout.mesh.shape[a] > 1)
+    return "*".join(layout.mesh_axes(logical))
 
 
 def _same_axes(one: str, other: str, layout: Layout) -> bool:
