@@ -277,3 +277,14 @@ class Sampling:
             f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
         )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """A config's nested dict with dotted names: `{"mesh": {"fsdp": 2}}` -> `{"mesh.fsdp": 2}`."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from jax.experimental import serialize_executable, topologies
 
-from configs import xla_flags
+from configs import schema, xla_flags
 from configs.topologies import Slice
 from qwen_jax import hlo, paths
 
@@ -185,7 +185,7 @@ def load(folder: Path | str, lowered: Lowered, key: dict) -> dict[str, jax.stage
 
 
 def _differences(saved: dict, wanted: dict) -> list[str]:
-    before, now = _flatten(saved), _flatten(wanted)
+    before, now = schema.flatten(saved), schema.flatten(wanted)
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -195,13 +195,3 @@ def _differences(saved: dict, wanted: dict) -> list[str]:
     if changed and len(changed) == len(digests):
         return ["the code has changed since"]
     return [one for one in changed if one not in digests]
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -41,11 +41,15 @@ def lower(
     """
     if purpose == "decode":
         return {"advance": _lower_decode(cfg, config, layout)}
-    program = step.make(cfg, config, layout)
-    evaluate = program.evaluate.lower(program.state.params, program.batch)
-    if purpose == "eval":
-        return {"evaluate": evaluate}
-    return {"step": program.step.lower(*program.inputs), "evaluate": evaluate}
+    lowered = _lower_run(step.make(cfg, config, layout))
+    return {"evaluate": lowered["evaluate"]} if purpose == "eval" else lowered
+
+
+def _lower_run(program: step.Program) -> dict[str, jax.stages.Lowered]:
+    return {
+        "step": program.step.lower(*program.inputs),
+        "evaluate": program.evaluate.lower(program.state.params, program.batch),
+    }
 
 
 def _lower_decode(cfg: schema.Model, config: schema.Train, layout: Layout) -> jax.stages.Lowered:
@@ -141,10 +145,7 @@ def with_bundle(
             f"{config.executables} was compiled for {where.name}, {where.num_devices} devices; "
             f"this run has {layout.mesh.size}"
         )
-    lowered = {
-        "step": program.step.lower(*program.inputs),
-        "evaluate": program.evaluate.lower(program.state.params, program.batch),
-    }
+    lowered = _lower_run(program)
     config = dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **mesh_lib.resolve(config.mesh, layout.mesh.size)),

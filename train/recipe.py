@@ -38,7 +38,7 @@ def claim(output: Path, config: schema.Train, cfg: schema.Model) -> None:
     """
     path = output / FILE
     values = json.loads(json.dumps(schema.to_dict(dataclasses.replace(config, model=cfg))))
-    distributed.agree(_flatten({**values, "cluster": None, "output": None}))
+    distributed.agree(schema.flatten({**values, "cluster": None, "output": None}))
     if jax.process_index() == 0:
         _claim(path, values, config)
     _check_shared(output)
@@ -80,7 +80,7 @@ def _check_shared(output: Path) -> None:
 
 def _check_same(path: Path, saved: dict, values: dict, config: schema.Train) -> None:
     harmless = HARMLESS | _OPEN_ENDED.get(config.optimizer.schedule, set())
-    before, now = _flatten(saved), _flatten(values)
+    before, now = schema.flatten(saved), schema.flatten(values)
     changed = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -92,13 +92,3 @@ def _check_same(path: Path, saved: dict, values: dict, config: schema.Train) -> 
             f"{path} was written for a run with other settings ({'; '.join(changed)}); put them "
             f"back to go on, or choose another output"
         )
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -65,7 +65,7 @@ def test_what_is_harmless_may_change(tmp_path):
 
 
 def test_harmless_names_are_fields():
-    known = set(recipe._flatten(schema.to_dict(schema.Train())))
+    known = set(schema.flatten(schema.to_dict(schema.Train())))
     for name in recipe.HARMLESS | {"num_steps", "optimizer.decay_steps"}:
         assert any(field == name or field.startswith(name + ".") for field in known), name
 
