@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 
-from configs import presets, schema, topologies, xla_flags
+from configs import presets, qwen2_moe, schema, topologies, xla_flags
 
 SLICES = {
     "qwen2.5-0.5b": ("v5e-16", "v5p-8", "v6e-8"),
@@ -136,29 +136,9 @@ def in_process(case: Case) -> dict:
 
 
 def model_of(name: str, length: int) -> schema.Model:
-    """The preset, its positions raised to the length where they end before it.
-
-    30b-a3b: Qwen3-30B-A3B's sizes, for the comparison alone: ours has biases on q, k and v where
-    that has norms on q and k.
-    """
+    """The preset, its positions raised to the length where they end before it; or 30b-a3b."""
     if name == "30b-a3b":
-        return dataclasses.replace(
-            presets.preset("qwen2-57b-a14b"),
-            name=name,
-            vocab_size=151936,
-            hidden_size=2048,
-            num_hidden_layers=48,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            moe=schema.MoE(
-                num_experts=128,
-                num_experts_per_tok=8,
-                moe_intermediate_size=768,
-                shared_expert_intermediate_size=0,
-                norm_topk_prob=True,
-            ),
-        )
+        return qwen2_moe.shapes_of_30b_a3b()
     cfg = presets.preset(name)
     return dataclasses.replace(
         cfg, max_position_embeddings=max(cfg.max_position_embeddings, length)
