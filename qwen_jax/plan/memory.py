@@ -2,8 +2,8 @@
 
 Three moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
 
-loss      all kept activations, the float32 gradient of the output kernel, whole, the gathered
-          kernel, and one chunk of float32 logits. The greatest for short rows.
+loss      all kept activations, the gathered output kernel and one chunk of float32 logits; its
+          gradient, whole in float32, or that of all logits. The greatest for short rows.
 backward  all kept activations, the layers' gradients, one layer's gathered weights and its working
           set; and the place that the output kernel's gradient has left, which the compiler fills
           with those weights at most. The greatest for long rows, and for experts.
@@ -22,6 +22,7 @@ from qwen_jax import kv_cache
 from qwen_jax.plan import job as job_lib
 from qwen_jax.plan import layer
 from qwen_jax.plan.job import Job
+from train.losses import language_model
 
 FLOAT32 = 4
 KINDS = {
@@ -87,7 +88,10 @@ def _train(job: Job) -> Memory:
         "batch": job.config.accumulate_steps * _batch(job),
         "copy": itemsize * stacked + _padded_copies(job, leaves),
     }
+    way = _loss_way(job)
     kernel_gradient = FLOAT32 * job.cfg.hidden_size * _vocab(job)
+    if way.piece is not None:
+        kernel_gradient = itemsize * job.tokens * _vocab(job)
     kernel = itemsize * job.cfg.hidden_size * _vocab(job)
     stack_gradients = itemsize * stacked
     residual = job.tokens * job.cfg.hidden_size * itemsize
@@ -175,8 +179,18 @@ def _vocab(job: Job) -> int:
 
 def _logits(job: Job) -> float:
     """One chunk of every row's part in float32."""
-    chunk = min(job.config.loss_chunk, job.length // job.layout.size("length"))
-    return FLOAT32 * job.rows * chunk * _vocab(job)
+    return FLOAT32 * job.rows * _loss_way(job).chunk * _vocab(job)
+
+
+def _loss_way(job: Job) -> language_model.Way:
+    return language_model.pick(
+        rows=job.rows,
+        length=job.length // job.layout.size("length"),
+        hidden_size=job.cfg.hidden_size,
+        chunk=job.config.loss_chunk,
+        devices=job.layout.size("embed"),
+        itemsize=jnp.dtype(job.config.compute_dtype).itemsize,
+    )
 
 
 def _padded_copies(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:

@@ -38,20 +38,60 @@ def cross_entropy(
 ) -> LossSums:
     """sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
 
-    The z term is PaLM's (arXiv 2204.02311, section 5). `chunk` tokens of every sequence have
-    logits at one time; where the length is spread, `chunk` of each part. Gradients run through
+    The z term is PaLM's (arXiv 2204.02311, section 5). At most `chunk` tokens of every sequence
+    have logits at one time; where the length is spread, of each part of it. Gradients run through
     `loss` alone, to hidden and kernel; they are computed in the forward pass, where the logits are
     at hand, so that no logits are computed twice.
     """
-    parts = _parts("length", layout)
-    # Not fewer where there are parts: each round reads and writes the whole float32 gradient.
-    chunk = min(chunk, targets_BT.shape[1] // parts)
-    loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout)
+    length = targets_BT.shape[1] // _parts("length", layout)
+    way = pick(
+        rows=targets_BT.shape[0] // _parts("batch", layout),
+        length=length,
+        hidden_size=kernel_DV.shape[0],
+        chunk=chunk,
+        devices=_parts("embed", layout),
+        itemsize=hidden_BTD.dtype.itemsize,
+    )
+    loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout)
     return LossSums(loss, *others)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the kernel's gradient, [D, V] in float32 and whole on every device, is had.
+
+    piece None: summed over the chunks; the devices' sums meet once, after the loop. Else the
+    logits' gradient of all chunks is kept in the arithmetic's dtype, and one product after the loop
+    takes `piece` rows at a time of each device's share of D: nothing is read and written once a
+    chunk, and the gradient is never whole.
+    """
+
+    chunk: int
+    piece: int | None
+
+
+# A matrix unit's arithmetic for each byte of the other factor that it reads.
+_ENOUGH = 512
+
+
+def pick(
+    *, rows: int, length: int, hidden_size: int, chunk: int, devices: int, itemsize: int
+) -> Way:
+    """By memory: pieces where the logits' gradient of a device's rows x length tokens takes less.
+
+    `devices` share the kernel, each a part of D; `itemsize` is that of the arithmetic, in bytes.
+    """
+    share = hidden_size // devices
+    piece = next(
+        n for n in range(1, share + 1) if not share % n and devices * n >= min(_ENOUGH, hidden_size)
+    )
+    if itemsize * rows * length + 4 * devices * piece < 4 * hidden_size:
+        return Way(min(chunk, length, _ENOUGH), piece)
+    return Way(min(chunk, length), None)  # each round reads and writes the sum: not more than asked
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
+def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout):
     kernel_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
 
     def step(sums_BX, inputs):
@@ -60,19 +100,15 @@ def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
         terms_BX, _ = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout)
         return jax.tree.map(jnp.add, sums_BX, terms_BX), None
 
-    inputs = [_split(x, chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
+    inputs = [_split(x, way.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
     sums_BX, _ = jax.lax.scan(step, _zero_sums(hidden_BTD, layout), inputs)
     loss, *parts = map(jnp.sum, sums_BX)
     return loss, tuple(parts)
 
 
-def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, layout):
+def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout):
     gathered_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
-    B, (D, V) = hidden_BTD.shape[0], kernel_DV.shape
-    # Z parts of the batch and X of the length, one a device: each sums its own gradient over the
-    # chunks, and the sums of the devices meet once, after the loop, rather than once a chunk.
-    Z, X = _parts("batch", layout), _parts("length", layout)
-    parts_axes = ("batch", "length", "act_embed", "act_vocab")
+    inputs = [_split(x, way.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
 
     def step(carry, inputs):
         sums_BX, gradient_ZXDV = carry
@@ -82,38 +118,37 @@ def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, chunk, 
         # d loss / d logits = w (softmax (1 + 2 z_loss log Z) - one hot)
         scale_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC)
         slope_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) * scale_BC[..., None]
-        columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, V), 2)
+        columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, kernel_DV.shape[1]), 2)
         hit_BCV = columns == targets_BC[..., None]
         slope_BCV = slope_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
         slope_BCV = slope_BCV.astype(hidden_BTD.dtype)
         slope_BCD = jnp.einsum("bcv,dv->bcd", slope_BCV, gathered_DV)
-        gradient_ZXDV += jnp.einsum(
-            "zbxcd,zbxcv->zxdv",
-            hidden_BCD.reshape(Z, B // Z, X, chunk, D),
-            slope_BCV.reshape(Z, B // Z, X, chunk, V),
-            preferred_element_type=jnp.float32,
-        )
-        gradient_ZXDV = sharding.constrain(gradient_ZXDV, parts_axes, layout)
-        return (jax.tree.map(jnp.add, sums_BX, terms_BX), gradient_ZXDV), slope_BCD
+        if way.piece is None:
+            gradient_ZXDV += _by_parts(hidden_BCD, slope_BCV, layout)
+            gradient_ZXDV = sharding.constrain(gradient_ZXDV, _PARTS, layout)
+            slope_BCV = None
+        sums_BX = jax.tree.map(jnp.add, sums_BX, terms_BX)
+        return (sums_BX, gradient_ZXDV), (slope_BCD, slope_BCV)
 
-    inputs = [_split(x, chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
-    gradient_ZXDV = jnp.zeros((Z, X, D, V), jnp.float32)  # summed over chunks in float32
-    gradient_ZXDV = sharding.constrain(gradient_ZXDV, parts_axes, layout)
+    gradient_ZXDV = None
+    if way.piece is None:
+        Z, X = _parts("batch", layout), _parts("length", layout)
+        gradient_ZXDV = jnp.zeros((Z, X, *kernel_DV.shape), jnp.float32)
+        gradient_ZXDV = sharding.constrain(gradient_ZXDV, _PARTS, layout)
     carry = (_zero_sums(hidden_BTD, layout), gradient_ZXDV)
-    (sums_BX, gradient_ZXDV), slopes = jax.lax.scan(step, carry, inputs)
+    (sums_BX, gradient_ZXDV), (slopes_SBCD, slopes_SBCV) = jax.lax.scan(step, carry, inputs)
     loss, *parts = map(jnp.sum, sums_BX)
-    if inputs[0].shape[0] == 1:
-        # One chunk is no loop: XLA would fold tied embeddings' transpose into the bfloat16 product,
-        # a form that its CPU backend compiles but cannot run.
-        gradient_ZXDV = jax.lax.optimization_barrier(gradient_ZXDV)
-    gradient_DV = _meet(gradient_ZXDV, layout)
-    gradient_BTD = _join(slopes, hidden_BTD.shape[1], layout)
+    if way.piece is None:
+        gradient_DV = _meet(gradient_ZXDV, layout)
+    else:
+        gradient_DV = _in_pieces(inputs[0], slopes_SBCV, way.piece, layout)
+    gradient_BTD = _join(slopes_SBCD, hidden_BTD.shape[1], layout)
     # The kernel rides along for its dtype alone.
     return (loss, tuple(parts)), (gradient_BTD, gradient_DV, jnp.zeros((), kernel_DV.dtype))
 
 
-def _sums_backward(z_loss, chunk, layout, residuals, cotangents):
-    del z_loss, chunk, layout
+def _sums_backward(z_loss, way, layout, residuals, cotangents):
+    del z_loss, way, layout
     gradient_BTD, gradient_DV, kernel_like = residuals
     cotangent, _ = cotangents  # the other sums are for reading: no gradient runs through them
     # Scaled in float32: a mean's 1 / weight rounded to bfloat16 would shift every gradient by it.
@@ -140,17 +175,67 @@ def _parts(logical: str, layout: Layout | None) -> int:
     return 1 if layout is None else layout.size(logical)
 
 
+# Of the sum over the chunks, [Z, X, D, V]: Z parts of the batch and X of the length, one a device.
+_PARTS = ("batch", "length", "act_embed", "act_vocab")
+
+
+def _by_parts(hidden_BCD, slope_BCV, layout):
+    (B, C, D), V = hidden_BCD.shape, slope_BCV.shape[2]
+    Z, X = _parts("batch", layout), _parts("length", layout)
+    return jnp.einsum(
+        "zbxcd,zbxcv->zxdv",
+        hidden_BCD.reshape(Z, B // Z, X, C // X, D),
+        slope_BCV.reshape(Z, B // Z, X, C // X, V),
+        preferred_element_type=jnp.float32,
+    )
+
+
 def _meet(gradient_ZXDV: jax.Array, layout: Layout | None) -> jax.Array:
     """The sum over Z and X, the devices' parts: [Z, X, D, V] -> [D, V]."""
+    # One chunk is no loop: XLA would fold tied embeddings' transpose into the bfloat16 product, a
+    # form that its CPU backend compiles but cannot run.
+    gradient_ZXDV = jax.lax.optimization_barrier(gradient_ZXDV)
     if layout is None:
         return gradient_ZXDV.sum(axis=(0, 1))
+    return _mapped(
+        lambda local_ZXDV: gradients.meet(local_ZXDV[0, 0], layout=layout), [_PARTS], layout
+    )(gradient_ZXDV)
+
+
+def _in_pieces(hidden_SBCD, slopes_SBCV, piece: int, layout: Layout | None) -> jax.Array:
+    """hidden^T slopes, [D, V] in float32, `piece` rows of every device's share of D at a time."""
+
+    def product(hidden_SBCD, slopes_SBCV):
+        # D lies as [devices, pieces, rows]: a piece scatters to every device at once.
+        shape = (*hidden_SBCD.shape[:3], _parts("embed", layout), -1, piece)
+        pieces = jnp.moveaxis(hidden_SBCD.reshape(shape), 4, 0)
+
+        def one(piece_SBCYR):
+            local_DV = jnp.einsum(
+                "sbcd,sbcv->dv",
+                piece_SBCYR.reshape(*piece_SBCYR.shape[:3], -1),
+                slopes_SBCV,
+                preferred_element_type=jnp.float32,
+            )
+            local_DV = jax.lax.optimization_barrier(local_DV)  # as in `_meet`
+            return local_DV if layout is None else gradients.meet(local_DV, layout=layout)
+
+        return jax.lax.map(one, pieces).reshape(-1, slopes_SBCV.shape[-1])
+
+    if layout is None:
+        return product(hidden_SBCD, slopes_SBCV)
+    axes = [(None, "batch", "length", "act_embed"), (None, "batch", "length", "act_vocab")]
+    return _mapped(product, axes, layout)(hidden_SBCD, slopes_SBCV)
+
+
+def _mapped(local, axes, layout: Layout):
     return jax.shard_map(
-        lambda local_ZXDV: gradients.meet(local_ZXDV[0, 0], layout=layout),
+        local,
         mesh=layout.mesh,
-        in_specs=sharding.spec(("batch", "length", "act_embed", "act_vocab"), layout),
+        in_specs=tuple(sharding.spec(names, layout) for names in axes),
         out_specs=sharding.spec(("embed", "vocab"), layout),
         check_vma=False,  # the sum over groups of an axis is not known to vary over the axis
-    )(gradient_ZXDV)
+    )
 
 
 def _logits(hidden_BCD: jax.Array, kernel_DV: jax.Array, layout: Layout | None) -> jax.Array:
