@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, a chunk of tokens at a time: [batch, length, vocab] never exists."""
+"""Next-token cross-entropy, a chunk of tokens at a time: no logits of a whole batch exist."""
 
 import functools
 from dataclasses import dataclass

@@ -19,10 +19,10 @@ from train.losses import language_model
 B, T, D, V = 3, 13, 8, 29
 
 
-def _inputs(dtype=jnp.float32, seed=0):
+def _inputs(dtype=jnp.float32, seed=0, width=D):
     random = np.random.default_rng(seed)
-    hidden_BTD = jnp.asarray(random.normal(size=(B, T, D)), dtype)
-    kernel_DV = jnp.asarray(random.normal(size=(D, V)), jnp.float32)
+    hidden_BTD = jnp.asarray(random.normal(size=(B, T, width)), dtype)
+    kernel_DV = jnp.asarray(random.normal(size=(width, V)) * (D / width) ** 0.5, jnp.float32)
     targets_BT = jnp.asarray(random.integers(0, V, (B, T)), jnp.int32)
     weights_BT = jnp.asarray(random.integers(0, 3, (B, T)), jnp.float32)
     return hidden_BTD, kernel_DV, targets_BT, weights_BT
@@ -67,6 +67,42 @@ def test_equals_plain_cross_entropy(chunk, z_loss):
     for ours, theirs in zip(got_gradients, want_gradients, strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk", [5, 13])
+def test_the_kernels_gradient_in_pieces(chunk, dtype):
+    """A width of 1,024 outweighs 39 tokens: two pieces of 512 rows."""
+    pieces = {"rows": B, "length": T, "devices": 1, "itemsize": jnp.dtype(dtype).itemsize}
+    way = language_model.pick(hidden_size=1024, chunk=chunk, **pieces)
+    assert way == language_model.Way(chunk=chunk, piece=512)
+    ((_, got), got_gradients), ((_, want), want_gradients) = _both(
+        *_inputs(dtype, width=1024), z_loss=1e-2, chunk=chunk
+    )
+    near = 1e-5 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(got.loss, want[0], rtol=near)
+    for ours, theirs in zip(got_gradients, want_gradients, strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        assert np.linalg.norm(ours - theirs) < near * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "devices", "way"),
+    [
+        (4096, 3584, 64, language_model.Way(512, 8)),  # 7B: 1.2 GB rather than 2.2
+        (4096, 3584, 256, language_model.Way(512, 2)),
+        (4096, 8192, 128, language_model.Way(512, 4)),
+        (8192, 3584, 64, language_model.Way(1024, None)),  # longer rows: the sum is the smaller
+        (4096, 896, 16, language_model.Way(1024, None)),
+        (96, 128, 4, language_model.Way(96, None)),  # too small for pieces
+    ],
+)
+def test_the_way_that_takes_less_memory(tokens, hidden_size, devices, way):
+    got = language_model.pick(
+        rows=1, length=tokens, hidden_size=hidden_size, chunk=1024, devices=devices, itemsize=2
+    )
+    assert got == way
 
 
 @settings(max_examples=15, deadline=None)
