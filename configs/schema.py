@@ -207,7 +207,7 @@ class Train:
     # How rows spread over mesh.context meet in attention; auto: see qwen_jax/attention/context.py.
     context_parallel: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
     z_loss: float = 0.0
-    loss_chunk: int = 1024  # tokens of a sequence, or of a device's part, with logits at once, at most
+    loss_chunk: int = 1024  # at most so many tokens of a sequence (or part) have logits
     executables: str = ""  # a bundle of `qwen-jax plan --save`; empty: compile when the run starts
     log_every_steps: int = 10
     eval_every_steps: int = 200

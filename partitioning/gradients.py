@@ -10,6 +10,7 @@ where they belong in two steps, over all sides of the torus but one (A), then ov
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,39 @@ gather.defvjp(
     lambda local, dim, logical, layout: (gather(local, dim, logical, layout), None),
     lambda dim, logical, layout, _, slope: (_scatter(slope, dim, logical, layout),),
 )
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the output kernel's gradient, [D, V] in float32, is had from chunks of logits.
+
+    piece None: summed over the chunks, whole on every device; the devices' sums meet once, after
+    the loop. Else the logits' gradient of all chunks is kept in the arithmetic's dtype, and one
+    product after the loop takes `piece` rows at a time of each device's share of D: nothing is read
+    and written once a chunk, and the gradient is never whole.
+    """
+
+    chunk: int
+    piece: int | None
+
+
+# A matrix unit's arithmetic for each byte of the other factor that it reads.
+_ENOUGH = 512
+
+
+def pick_way(
+    *, rows: int, length: int, hidden_size: int, chunk: int, devices: int, itemsize: int
+) -> Way:
+    """By memory: pieces where the logits' gradient of a device's rows x length tokens takes less.
+
+    `devices` share the kernel, each a part of D; `itemsize` is that of the arithmetic, in bytes.
+    """
+    share = hidden_size // devices
+    whole = [n for n in range(1, share + 1) if share % n == 0]
+    piece = next((n for n in whole if devices * n >= _ENOUGH), share)
+    if itemsize * rows * length + 4 * devices * piece < 4 * hidden_size:
+        return Way(min(chunk, length, _ENOUGH), piece)
+    return Way(min(chunk, length), None)  # each round reads and writes the sum: not more than asked
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from partitioning import gradients
 from qwen_jax import kv_cache
 from qwen_jax.plan import job as job_lib
 from qwen_jax.plan import layer
 from qwen_jax.plan.job import Job
-from train.losses import language_model
 
 FLOAT32 = 4
 KINDS = {
@@ -182,8 +182,8 @@ def _logits(job: Job) -> float:
     return FLOAT32 * job.rows * _loss_way(job).chunk * _vocab(job)
 
 
-def _loss_way(job: Job) -> language_model.Way:
-    return language_model.pick(
+def _loss_way(job: Job) -> gradients.Way:
+    return gradients.pick_way(
         rows=job.rows,
         length=job.length // job.layout.size("length"),
         hidden_size=job.cfg.hidden_size,

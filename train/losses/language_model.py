@@ -44,7 +44,7 @@ def cross_entropy(
     at hand, so that no logits are computed twice.
     """
     length = targets_BT.shape[1] // _parts("length", layout)
-    way = pick(
+    way = gradients.pick_way(
         rows=targets_BT.shape[0] // _parts("batch", layout),
         length=length,
         hidden_size=kernel_DV.shape[0],
@@ -54,40 +54,6 @@ def cross_entropy(
     )
     loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout)
     return LossSums(loss, *others)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the kernel's gradient, [D, V] in float32 and whole on every device, is had.
-
-    piece None: summed over the chunks; the devices' sums meet once, after the loop. Else the
-    logits' gradient of all chunks is kept in the arithmetic's dtype, and one product after the loop
-    takes `piece` rows at a time of each device's share of D: nothing is read and written once a
-    chunk, and the gradient is never whole.
-    """
-
-    chunk: int
-    piece: int | None
-
-
-# A matrix unit's arithmetic for each byte of the other factor that it reads.
-_ENOUGH = 512
-
-
-def pick(
-    *, rows: int, length: int, hidden_size: int, chunk: int, devices: int, itemsize: int
-) -> Way:
-    """By memory: pieces where the logits' gradient of a device's rows x length tokens takes less.
-
-    `devices` share the kernel, each a part of D; `itemsize` is that of the arithmetic, in bytes.
-    """
-    share = hidden_size // devices
-    piece = next(
-        n for n in range(1, share + 1) if not share % n and devices * n >= min(_ENOUGH, hidden_size)
-    )
-    if itemsize * rows * length + 4 * devices * piece < 4 * hidden_size:
-        return Way(min(chunk, length, _ENOUGH), piece)
-    return Way(min(chunk, length), None)  # each round reads and writes the sum: not more than asked
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
