@@ -245,26 +245,45 @@ class Train:
 class Sampling:
     """How one request's tokens are drawn. The defaults sample from the model's own distribution.
 
-    Applied in this order, as transformers does: penalty, temperature, top-k, top-p, min-p.
+    Applied in this order: logit bias, min_tokens, a grammar's mask, penalties, temperature, top-k,
+    top-p, min-p.
     """
 
     max_tokens: int = 512  # most tokens to generate, the closing one included
+    min_tokens: int = 0  # the answer may not end before it has so many
     temperature: float = 1.0  # 0 is greedy: the likeliest token, always
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest
     repetition_penalty: float = 1.0  # divides the scores of tokens seen in prompt and answer
+    presence_penalty: float = 0.0  # taken from the scores of tokens in the answer
+    frequency_penalty: float = 0.0  # the same, for each time that they occur
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    stop_token_ids: tuple[int, ...] = ()  # end the answer too
+    ignore_eos: bool = False  # end at max_tokens alone (and stop tokens)
+    logprobs: int | None = None  # the answer's, with so many of the likeliest; None: none at all
+    prompt_logprobs: int | None = None  # the prompt's; allows max_tokens=0, which only scores
     seed: int = 0  # same seed, same request: same tokens, whatever else is in the batch
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if f.type not in (int, float):
+                continue
             kinds = int if f.type is int else (int, float)
             _check(
                 isinstance(value, kinds) and not isinstance(value, bool),
                 f"{f.name}={value!r} must be {'a whole' if kinds is int else 'a'} number",
             )
-        _check_positive(self, "max_tokens")
+        least = 1 if self.prompt_logprobs is None else 0
+        _check(
+            self.max_tokens >= least,
+            f"max_tokens={self.max_tokens} must be at least 1, or 0 with prompt_logprobs",
+        )
+        _check(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens={self.min_tokens} must be in [0, max_tokens={self.max_tokens}]",
+        )
         _check(
             0 <= self.temperature < math.inf,
             f"temperature={self.temperature} must be 0 (greedy) or greater, and finite",
@@ -276,7 +295,66 @@ class Sampling:
             0 < self.repetition_penalty < math.inf,
             f"repetition_penalty={self.repetition_penalty} must be greater than 0 and finite",
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2 <= value <= 2, f"{name}={value} must be in [-2, 2]")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(
+                value is None or 0 <= value <= MOST_LOGPROBS,
+                f"{name}={value} must be in [0, {MOST_LOGPROBS}]",
+            )
+        _check(
+            len(self.logit_bias) <= MOST_BIASES,
+            f"logit_bias has {len(self.logit_bias)} tokens; at most {MOST_BIASES} are taken",
+        )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
+
+
+MOST_LOGPROBS = 20  # likeliest tokens that one logprob can bring along, as in OpenAI's API
+MOST_BIASES = 300  # as in OpenAI's API
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How a batch inference engine shares one model among its requests."""
+
+    num_slots: int = 256  # requests that decode at one time
+    page_size: int = 64  # positions of keys and values that are given out together
+    num_pages: int = 0  # 0: as many as the device's memory holds
+    memory_fraction: float = 0.9  # of a device's memory, for parameters, pages and all else
+    max_length: int = 0  # tokens of prompt and answer together; 0: as many as the model reads
+    prefill_chunk: int = 2048  # most tokens of one prompt that are read at one time
+    prefill_tokens: int = 8192  # most tokens of all prompts that are read at one time
+    decode_steps: int = 8  # tokens a request draws before the host looks
+    prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
+    policy: Literal["fair", "longest_first"] = "fair"
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "num_slots", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps"
+        )
+        for name in ("num_pages", "max_length"):
+            value = getattr(self, name)
+            _check(value >= 0, f"{name}={value} must be 0 or greater")
+        _check(
+            0 < self.memory_fraction < 1,
+            f"memory_fraction={self.memory_fraction} must be in (0, 1)",
+        )
+        _check(
+            self.prefill_chunk % self.page_size == 0,
+            f"prefill_chunk={self.prefill_chunk} must be a multiple of page_size={self.page_size}",
+        )
+        _check(
+            self.prefill_tokens >= self.prefill_chunk,
+            f"prefill_tokens={self.prefill_tokens} must be at least "
+            f"prefill_chunk={self.prefill_chunk}",
+        )
+        _check(self.prefix_cache in ("on", "off"), f"prefix_cache={self.prefix_cache!r}: on or off")
+        _check(
+            self.policy in ("fair", "longest_first"),
+            f"policy={self.policy!r} is unknown; known: fair, longest_first",
+        )
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
