@@ -12,7 +12,7 @@ class Constraint(Protocol):
     """Which tokens one request may draw next: the state of a grammar along its answer."""
 
     def mask(self) -> np.ndarray:
-        """Bits of the tokens allowed now: uint32 [ceil(V / 32)], token i is bit i % 32 of a word."""
+        """Bits of the tokens allowed now: uint32 [ceil(V / 32)], token i at bit i % 32."""
         ...
 
     def accept(self, token: int) -> None:
