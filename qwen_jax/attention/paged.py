@@ -1,0 +1,155 @@
+"""Attention over pages of keys and values (`qwen_jax/paged_cache.py`): one name, many kernels."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import paged_cache
+from qwen_jax.attention import paged_reference
+
+DECODE: dict[str, Callable[..., jax.Array]] = {"reference": paged_reference.decode}
+EXTEND: dict[str, Callable[..., jax.Array]] = {"reference": paged_reference.extend}
+
+Past = Literal["pages", "none"]
+
+
+def decode(
+    q_BNH: jax.Array,
+    kv_PSCH: jax.Array,
+    *,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    implementation: str | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """One query a row over its first `lengths_B` positions -> [B, N, H], in q's dtype.
+
+    softmax(q k^T / sqrt(H)) v, with the row's own key and value among the pages already. A row of
+    length 0 is not active: it costs little, and gives zeros.
+
+    `implementation=None` takes the best on the layout's devices, or without a layout on JAX's
+    default backend; a named one that cannot run raises `ValueError`.
+    """
+    kernel = _kernel(DECODE, implementation, q_BNH, kv_PSCH, layout=layout)
+    rows = {"table_BM": table_BM, "lengths_B": lengths_B}
+    return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout)
+
+
+def extend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    kv_PSCH: jax.Array,
+    *,
+    table_BM: jax.Array,
+    starts_B: jax.Array,
+    lengths_B: jax.Array,
+    past: Past = "pages",
+    implementation: str | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """A chunk of every row, behind what its pages hold -> [B, T, N, H], in q's dtype.
+
+    Query t < lengths_B, at position starts_B + t, sees positions 0..starts_B + t. The chunk's keys
+    and values must be among the pages already (`paged_cache.write` comes first): implementations
+    read them there or take them as given, whichever is faster. Queries t >= lengths_B are padding;
+    what they get is finite and not specified.
+
+    past="none" promises that starts_B is 0 everywhere, which some implementations make use of.
+    For `implementation` see `decode`.
+    """
+    if past not in ("pages", "none"):
+        raise ValueError(f"past={past!r} is unknown; known: pages, none")
+    kernel = _kernel(EXTEND, implementation, q_BTNH, kv_PSCH, layout=layout)
+    rows = {"table_BM": table_BM, "starts_B": starts_B, "lengths_B": lengths_B}
+    chunk = (q_BTNH, k_BTKH, v_BTKH)
+    return _on_own_heads(kernel, chunk, kv_PSCH, rows, past=past, layout=layout)
+
+
+def _kernel(table: dict, name: str | None, q: jax.Array, kv_PSCH: jax.Array, *, layout):
+    """The implementation of this name, or the best one. Raises `ValueError` if it cannot run."""
+    platform = jax.default_backend() if layout is None else layout.platform
+    if name is None:
+        name = choose(q, kv_PSCH, platform=platform)
+    if name not in table:
+        raise ValueError(
+            f"unknown paged attention implementation {name!r}; known: {', '.join(table)}"
+        )
+    reason = why_not(name, q, kv_PSCH, platform=platform)
+    if reason is not None:
+        raise ValueError(f"paged attention implementation {name!r} cannot run: {reason}")
+    return table[name]
+
+
+def choose(q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str:
+    """The best implementation on `platform`."""
+    names = ("tpu", "gpu")
+    fits = (n for n in names if n in DECODE and why_not(n, q, kv_PSCH, platform=platform) is None)
+    return next(fits, "reference")
+
+
+def why_not(name: str, q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str | None:
+    """Why the implementation cannot run this call on `platform`, or None if it can."""
+    del name, q, kv_PSCH, platform
+    return None
+
+
+def _on_own_heads(
+    kernel: Callable[..., jax.Array],
+    chunk: tuple[jax.Array, ...],
+    kv_PSCH: jax.Array,
+    rows: dict[str, jax.Array],
+    *,
+    layout: Layout | None,
+    **static,
+) -> jax.Array:
+    """`kernel` under `shard_map`: rows over `batch`, heads over `act_heads`; nothing is sent.
+
+    Key-value heads that are on every device (`kv_heads=replicated`) stay where they are: the kernel
+    is told which of them its query heads read.
+    """
+    if layout is None or layout.mesh.size == 1:
+        return kernel(*chunk, kv_PSCH, **rows, **static)
+    q, N, K = chunk[0], chunk[0].shape[-2], kv_PSCH.shape[2] // 2
+    sharding.check_divisible(q.shape[:1], ("batch",), layout, what="rows of paged attention")
+    middle = (None,) * (q.ndim - 3)
+    specs = [
+        sharding.spec(("batch", *middle, heads, None), layout)
+        for heads in ("act_heads", "act_kv_heads", "act_kv_heads")
+    ]
+
+    def local(chunk, kv_PSCH, rows):
+        heads_K = _own_heads(N=N, K=K, layout=layout)
+        if heads_K is not None and len(chunk) > 1:
+            q, *kv = chunk
+            chunk = (q, *(jnp.take(x, heads_K, axis=2) for x in kv))
+        return kernel(*chunk, kv_PSCH, **rows, **static, heads_K=heads_K)
+
+    of_rows = {name: sharding.spec(("batch", None)[: x.ndim], layout) for name, x in rows.items()}
+    in_specs = (tuple(specs[: len(chunk)]), sharding.spec(paged_cache.AXES, layout), of_rows)
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=specs[0],
+        check_vma=False,  # Pallas kernels do not say over which axes their results vary
+    )(chunk, kv_PSCH, rows)
+
+
+def _own_heads(*, N: int, K: int, layout: Layout) -> jax.Array | None:
+    """Inside `shard_map`: which of the pages' key-value heads this device's query heads read.
+
+    None: all, in order. Otherwise the local query heads are split evenly over the heads named: one,
+    if all of them share it, else one name a query head.
+    """
+    if layout.size("act_kv_heads") == layout.size("act_heads"):
+        return None
+    local_N = N // layout.size("act_heads")
+    first = jax.lax.axis_index(layout.rules.mesh_axes("act_heads")) * local_N
+    if (N // K) % local_N == 0:
+        return (first * K // N)[None]
+    return (first + jnp.arange(local_N)) * K // N

@@ -1,0 +1,146 @@
+"""Pages of keys and values: memory that requests share, given out a page at a time.
+
+A page holds `page_size` positions of one layer's keys and values. A row's table names its pages in
+the order of positions; position p lies in the table's entry p // page_size. The same table serves
+every layer. Entries beyond a row's positions are never read into a result, but must name a page.
+
+Within a page, keys and values of one head are neighbours (2i and 2i + 1), as JAX's kernel for TPU
+wants them, and each position is one run of memory. Letters beyond `qwen_jax/module.py`: P pages,
+S positions of a page, C = 2 K, M pages of a row.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning import sharding
+from partitioning.sharding import Layout
+
+AXES = (None, None, "act_kv_heads", "head_dim")
+
+LANES = 128  # a TPU's vector width, to which it pads an array's last dimension anyway
+
+
+@dataclass(frozen=True)
+class Pages:
+    """All layers' pages, one array [P, S, 2K, H] a layer."""
+
+    layers: tuple[jax.Array, ...]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of keys and values, and of decoding's arithmetic."""
+        return self.layers[0].dtype
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that there are (P)."""
+        return self.layers[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page (S)."""
+        return self.layers[0].shape[1]
+
+
+jax.tree_util.register_dataclass(Pages, ["layers"], [])
+
+
+def create(
+    cfg: schema.Model,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
+) -> Pages:
+    """Empty pages (zeros), made where they will live.
+
+    Raises `ValueError` if kv heads do not divide by their mesh axes.
+    """
+    K = cfg.num_key_value_heads
+    if layout is not None:
+        sharding.check_divisible((K,), ("act_kv_heads",), layout, what="pages")
+    shape = (num_pages, page_size, 2 * K, width(cfg, layout))
+    return _create(cfg.num_hidden_layers, shape, jnp.dtype(dtype), layout)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _create(
+    num_layers: int, shape: tuple[int, ...], dtype: jnp.dtype, layout: Layout | None
+) -> Pages:
+    pages = Pages(tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)))
+    return constrain(pages, layout)
+
+
+def width(cfg: schema.Model, layout: Layout | None) -> int:
+    """The head size that pages have: a TPU's kernel takes whole vectors of 128 only."""
+    platform = jax.default_backend() if layout is None else layout.platform
+    return -(-cfg.head_dim // LANES) * LANES if platform == "tpu" else cfg.head_dim
+
+
+def constrain(pages: Pages, layout: Layout | None) -> Pages:
+    """`pages` with its sharding fixed; unchanged where there is no layout."""
+    return Pages(tuple(sharding.constrain(x, AXES, layout) for x in pages.layers))
+
+
+def num_bytes(
+    cfg: schema.Model,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
+) -> int:
+    """Bytes of all layers' pages on one device."""
+    spread = 1 if layout is None else layout.size("act_kv_heads")
+    heads = 2 * cfg.num_key_value_heads // spread * width(cfg, layout)
+    positions = cfg.num_hidden_layers * num_pages * page_size
+    return positions * heads * jnp.dtype(dtype).itemsize
+
+
+def write(
+    kv_PSCH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    table_BM: jax.Array,
+    positions_BT: jax.Array,
+    valid_BT: jax.Array,
+) -> jax.Array:
+    """One layer's pages with keys and values at these positions of their rows.
+
+    In place where the pages are donated. Positions that are not valid, or past the row's pages, are
+    dropped. No two may be one place: rows that share a page do not write to it.
+    """
+    P, S = kv_PSCH.shape[:2]
+    valid_BT &= positions_BT < table_BM.shape[1] * S
+    page_BT = jnp.take_along_axis(table_BM, positions_BT // S, axis=1, mode="clip")
+    page_BT = jnp.where(valid_BT, page_BT, P)  # there is no page P: dropped
+    new_BTCH = _interleave(k_BTKH, v_BTKH, width=kv_PSCH.shape[3]).astype(kv_PSCH.dtype)
+    return kv_PSCH.at[page_BT, positions_BT % S].set(new_BTCH, mode="drop", unique_indices=True)
+
+
+def gather(
+    kv_PSCH: jax.Array, table_BM: jax.Array, *, H: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, M S, K, H] of the table's pages, in the table's order.
+
+    `H` drops what `width` added to a head.
+    """
+    B, M = table_BM.shape
+    _, S, C, _ = kv_PSCH.shape
+    kv_BMSCH = jnp.take(kv_PSCH, table_BM, axis=0, mode="clip")
+    kv_BSK2H = kv_BMSCH.reshape(B, M * S, C // 2, 2, -1)[..., :H]
+    return kv_BSK2H[:, :, :, 0], kv_BSK2H[:, :, :, 1]
+
+
+def _interleave(k_BTKH: jax.Array, v_BTKH: jax.Array, *, width: int) -> jax.Array:
+    """[B, T, 2K, width]: every head's key and value, with zeros up to `width`."""
+    B, T, K, H = k_BTKH.shape
+    kv_BTK2H = jnp.stack([k_BTKH, v_BTKH], axis=3)
+    padding = [(0, 0)] * 4 + [(0, width - H)]
+    return jnp.pad(kv_BTK2H, padding).reshape(B, T, 2 * K, width)
