@@ -127,26 +127,22 @@ class Service:
             raise ValueError(f"request {request.id!r} is open already; give each its own id")
         tokens = self.encode(request)
         opened = _Open(request, num_prompt=len(tokens))
-        names: list[str] = []
         try:
             for index in range(request.best_of or request.n):
+                drawn = dataclasses.replace(request, sampling=_sampling(request, index))
+                constraint = self._constraint(request.constraint)
                 name = str(next(self._serial))
                 self.engine.submit(
-                    Request(
-                        id=name,
-                        tokens=tokens,
-                        sampling=_sampling(request, index),
-                        constraint=self._constraint(request.constraint),
-                    )
+                    Request(id=name, tokens=tokens, sampling=drawn.sampling, constraint=constraint)
                 )
-                names.append(name)
+                opened.running[name] = choices_lib.Choice(
+                    drawn, index, tokens=tokens, tokenizer=self.tokenizer
+                )
         except ValueError:
-            for name in names:
+            for name in opened.running:
                 self.engine.cancel(name)
             raise
-        for index, name in enumerate(names):
-            choice = choices_lib.Choice(request, index, tokens=tokens, tokenizer=self.tokenizer)
-            opened.running[name] = choice
+        for name, choice in opened.running.items():
             self._choices[name] = (opened, choice)
         self._open[request.id] = opened
 
