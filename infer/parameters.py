@@ -30,6 +30,8 @@ _KINDS = {
     dict: "an object",
 }
 
+_MOST = 2**31  # whole numbers go to the device as int32
+
 
 class ParameterError(ValueError):
     """A parameter that is unknown, malformed or not supported; `name` says which."""
@@ -63,6 +65,9 @@ class Reader:
         if not isinstance(value, fits) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(_KINDS[k] for k in kinds)
             raise ParameterError(name, f"{name}={_shown(value)} must be {wanted}")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if is_whole and abs(value) >= _MOST and name != "seed":
+            raise ParameterError(name, f"{name}={_shown(value)} must be in (-2**31, 2**31)")
         return value
 
     def drop(self, *names: str) -> None:
@@ -104,7 +109,6 @@ def sampling(reader: Reader, *, defaults: schema.Sampling, **own: int | None) ->
     if "stop_token_ids" in reader:
         ids = reader.take("stop_token_ids", list)
         given["stop_token_ids"] = token_ids("stop_token_ids", ids)
-    # Said together with the rest, so that an error names the field.
     try:
         return dataclasses.replace(defaults, **given)
     except ValueError as error:
@@ -146,7 +150,7 @@ def constraint(reader: Reader) -> ConstraintSpec | None:
 def token_ids(name: str, values: list[Any]) -> tuple[int, ...]:
     """A list of token ids. Raises for anything else in it."""
     for value in values:
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < _MOST:
             raise ParameterError(name, f"{name} holds {_shown(value)}, which is not a token id")
     return tuple(values)
 
@@ -158,7 +162,8 @@ def _type_name(annotation: object) -> str:
 def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     for key, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (key.isascii() and key.isdigit()) or not is_number or not -100 <= value <= 100:
+        is_token = key.isascii() and key.isdigit() and len(key) < len(str(_MOST))
+        if not is_token or not is_number or not -100 <= value <= 100:
             raise ParameterError(
                 "logit_bias",
                 f"logit_bias has {_shown(key)}: {_shown(value)}; it takes token ids, and numbers "
@@ -204,5 +209,8 @@ def _spec(name: str, kind: str, value: Any) -> ConstraintSpec | None:
 
 
 def _shown(value: Any) -> str:
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # Python does not spell numbers of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
