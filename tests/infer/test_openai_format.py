@@ -1,0 +1,387 @@
+"""Bodies of OpenAI's API: every parameter honoured or refused; answers in its forms."""
+
+import base64
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from configs import schema
+from infer import openai_answers, openai_format, parameters
+from infer.constraints_spec import ConstraintSpec
+from infer.service import Embeddings
+from infer.updates import Answers, TextLogprobs, TokenText, Update, Usage
+
+DEFAULTS = schema.Sampling(max_tokens=99, temperature=0.7, top_k=20, top_p=0.8, seed=11)
+TURNS = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
+
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+def chat(**body) -> openai_format.Call:
+    return openai_format.parse_chat({"messages": TURNS, **body}, id="c", defaults=DEFAULTS)
+
+
+def completion(**body) -> openai_format.Call:
+    return openai_format.parse_completion({"prompt": "p", **body}, id="c", defaults=DEFAULTS)
+
+
+PARSERS = {"chat": chat, "completion": completion}
+
+# Parameter, what becomes of `Sampling`.
+SAMPLING = [
+    ({"temperature": 0}, {"temperature": 0}),
+    ({"top_p": 0.5}, {"top_p": 0.5}),
+    ({"top_k": 3}, {"top_k": 3}),
+    ({"min_p": 0.1}, {"min_p": 0.1}),
+    ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
+    ({"frequency_penalty": -1}, {"frequency_penalty": -1}),
+    ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+    ({"max_tokens": 5}, {"max_tokens": 5}),
+    ({"max_completion_tokens": 5}, {"max_tokens": 5}),
+    ({"max_completion_tokens": 5, "max_tokens": 5}, {"max_tokens": 5}),
+    ({"min_tokens": 2}, {"min_tokens": 2}),
+    ({"stop_token_ids": [7, 8]}, {"stop_token_ids": (7, 8)}),
+    ({"ignore_eos": True}, {"ignore_eos": True}),
+    ({"prompt_logprobs": 2}, {"prompt_logprobs": 2}),
+    ({"logit_bias": {"50": -100, "7": 2.5}}, {"logit_bias": ((7, 2.5), (50, -100.0))}),
+    ({"seed": 3}, {"seed": 3}),
+    ({"seed": -1}, {"seed": 2**32 - 1}),
+    ({"temperature": None, "seed": None, "stop": None, "n": None, "tools": None}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize(("body", "want"), SAMPLING)
+def test_sampling_is_read_over_the_defaults(kind, body, want):
+    [request] = PARSERS[kind](**body).requests
+    assert request.sampling == dataclasses.replace(DEFAULTS, **want)
+    assert (request.id, request.n, request.stop) == ("c", 1, ())
+
+
+def test_every_field_of_sampling_can_be_said():
+    covered = {name for _, want in SAMPLING for name in want} | {"logprobs"}
+    assert covered == set(schema.Sampling.__dataclass_fields__)
+
+
+def test_what_is_not_sampling():
+    call = chat(model="m", n=2, stop="x", stream=True, stream_options={"include_usage": True})
+    [request] = call.requests
+    assert (call.model, call.stream, call.usage, call.logprobs) == ("m", True, "last", "hidden")
+    assert (request.n, request.stop, request.prompt) == (2, ("x",), tuple(TURNS))
+    assert request.tools is None
+    [request] = chat(tools=[TOOL], stop=["x", "y"]).requests
+    assert (request.tools, request.stop) == ((TOOL,), ("x", "y"))
+    assert chat(tools=[TOOL], tool_choice="none").requests[0].tools is None
+    call = completion(best_of=3, n=2, return_token_ids=True)
+    assert (call.requests[0].best_of, call.token_ids) == (3, "shown")
+
+
+def test_logprobs():
+    assert chat(logprobs=True).requests[0].sampling.logprobs == 0
+    call = chat(logprobs=True, top_logprobs=5)
+    assert (call.requests[0].sampling.logprobs, call.logprobs) == (5, "shown")
+    assert chat(logprobs=False).requests[0].sampling.logprobs is None
+    call = completion(logprobs=2)
+    assert (call.requests[0].sampling.logprobs, call.logprobs) == (2, "shown")
+    assert call.requests[0].sampling.prompt_logprobs is None
+    call = completion(logprobs=2, echo=True, max_tokens=0)
+    assert call.requests[0].echo == "prompt_and_answer"
+    assert call.requests[0].sampling.prompt_logprobs == 2
+    assert call.prompt_logprobs == "hidden"
+
+
+def test_several_prompts_are_several_requests():
+    call = completion(prompt=["a", "b"], n=2)
+    assert [(r.id, r.prompt, r.n) for r in call.requests] == [("c/0", "a", 2), ("c/1", "b", 2)]
+    assert [r.prompt for r in completion(prompt=[1, 2]).requests] == [(1, 2)]
+    assert [r.prompt for r in completion(prompt=[[1], [2, 3]]).requests] == [(1,), (2, 3)]
+
+
+CONSTRAINTS = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, ConstraintSpec("json_object")),
+    ({"response_format": FORMAT}, ConstraintSpec("json_schema", json.dumps(SCHEMA))),
+    ({"structured_outputs": {"json": SCHEMA}}, ConstraintSpec("json_schema", json.dumps(SCHEMA))),
+    ({"structured_outputs": {"regex": "a+"}}, ConstraintSpec("regex", "a+")),
+    ({"structured_outputs": {"json_object": True}}, ConstraintSpec("json_object")),
+    ({"guided_choice": ["a", "b"]}, ConstraintSpec("choice", ("a", "b"))),
+    ({"guided_grammar": "start: /a/"}, ConstraintSpec("grammar", "start: /a/")),
+    ({"guided_json": json.dumps(SCHEMA)}, ConstraintSpec("json_schema", json.dumps(SCHEMA))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "want"), CONSTRAINTS)
+def test_constraints(body, want):
+    assert chat(**body).requests[0].constraint == want
+    assert completion(**body).requests[0].constraint == want
+
+
+BAD = [
+    ("both", {"temperature": "hot"}, "temperature"),
+    ("both", {"temperature": True}, "temperature"),
+    ("both", {"temperature": -1}, "temperature"),
+    ("both", {"top_p": 0}, "top_p"),
+    ("both", {"top_k": 1.5}, "top_k"),
+    ("both", {"top_k": -1}, "top_k"),
+    ("both", {"top_k": 2**31}, "top_k"),
+    ("both", {"temperature": 10**400}, "temperature"),
+    ("both", {"temperature": float("nan")}, "temperature"),
+    ("both", {"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ("both", {"stop_token_ids": [2**31]}, "stop_token_ids"),
+    ("both", {"n": 0}, "n"),
+    ("both", {"n": 10**9}, "n"),
+    ("both", {"seed": "x"}, "seed"),
+    ("both", {"stop": ""}, "stop"),
+    ("both", {"stop": ["a", 3]}, "stop"),
+    ("both", {"max_tokens": 0}, "max_tokens"),
+    ("both", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ("both", {"min_tokens": 100}, "min_tokens"),
+    ("both", {"ignore_eos": 1}, "ignore_eos"),
+    ("both", {"logit_bias": {"x": 1}}, "logit_bias"),
+    ("both", {"logit_bias": {"1": 101}}, "logit_bias"),
+    ("both", {"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
+    ("both", {"stop_token_ids": [-1]}, "stop_token_ids"),
+    ("both", {"stream_options": {}}, "stream_options"),
+    ("both", {"stream": True, "stream_options": {"x": 1}}, "x"),
+    ("both", {"response_format": {"type": "xml"}}, "response_format"),
+    ("both", {"response_format": {"type": "text", "x": 1}}, "x"),
+    ("both", {"guided_json": "{"}, "guided_json"),
+    ("both", {"guided_json": "3"}, "guided_json"),
+    ("both", {"guided_json_object": False}, "guided_json_object"),
+    ("both", {"guided_choice": []}, "guided_choice"),
+    ("both", {"guided_choice": [1]}, "guided_choice"),
+    ("both", {"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+    ("both", {"beam_width": 3}, "beam_width"),
+    ("both", {"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ("both", {"skip_special_tokens": False}, "skip_special_tokens"),
+    ("both", {"store": 0}, "store"),
+    ("both", {"return_token_ids": "yes"}, "return_token_ids"),
+    ("chat", {"messages": []}, "messages"),
+    ("chat", {"messages": "hi"}, "messages"),
+    ("chat", {"messages": ["hi"]}, "messages"),
+    ("chat", {"messages": None}, "messages"),
+    ("chat", {"top_logprobs": 3}, "top_logprobs"),
+    ("chat", {"logprobs": 3}, "logprobs"),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    ("chat", {"tools": [{"type": "function"}]}, "tools"),
+    ("chat", {"tools": [{**TOOL, "function": {"name": "x", "strict": True}}]}, "tools"),
+    ("chat", {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    ("chat", {"echo": True}, "echo"),
+    ("chat", {"best_of": 2}, "best_of"),
+    ("completion", {"best_of": 1, "n": 2}, "best_of"),
+    ("completion", {"best_of": 2, "stream": True}, "best_of"),
+    ("completion", {"logprobs": 21}, "logprobs"),
+    ("completion", {"logprobs": True}, "logprobs"),
+    ("completion", {"prompt": None}, "prompt"),
+    ("completion", {"prompt": []}, "prompt"),
+    ("completion", {"prompt": ["a", 3]}, "prompt"),
+    ("completion", {"prompt": [[1], "a"]}, "prompt"),
+    ("completion", {"prompt": [True]}, "prompt"),
+    ("completion", {"prompt": {"a": 1}}, "prompt"),
+    ("completion", {"echo": True, "max_tokens": 0}, "max_tokens"),
+    ("completion", {"tools": [TOOL]}, "tools"),
+    *[("both", {name: "given"}, name) for name in openai_format._REFUSED],
+    *[("both", {name: "given"}, name) for name in openai_format._ONLY],
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "name"), BAD)
+def test_what_is_refused_is_named(kind, body, name):
+    for each in PARSERS if kind == "both" else (kind,):
+        with pytest.raises(parameters.ParameterError, match=name) as caught:
+            PARSERS[each](**body)
+        assert caught.value.name == name
+    with pytest.raises(parameters.ParameterError, match="JSON object"):
+        openai_format.parse_chat([1], id="c", defaults=DEFAULTS)
+
+
+def test_labels_and_what_is_done_anyway_are_taken():
+    for name in openai_format._LABELS:
+        assert chat(**{name: {"any": "thing"}}) == chat()
+    for name, values in openai_format._ONLY.items():
+        for value in values:
+            assert chat(**{name: value}) == chat()
+
+
+def test_embeddings_are_asked_for():
+    call = openai_format.parse_embeddings({"input": ["a", "b"], "model": "m", "user": "u"})
+    assert (call.prompts, call.model, call.encoding) == (("a", "b"), "m", "float")
+    assert openai_format.parse_embeddings({"input": [1, 2]}).prompts == ((1, 2),)
+    for body, name in (
+        ({}, "input"),
+        ({"input": "a", "dimensions": 3}, "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ({"input": "a", "temperature": 1}, "temperature"),
+    ):
+        with pytest.raises(parameters.ParameterError) as caught:
+            openai_format.parse_embeddings(body)
+        assert caught.value.name == name
+
+
+def entry(text: bytes, offset: int, logprob=-1.0, hidden=False, top=()) -> TextLogprobs:
+    top = tuple(TokenText(i, data, value) for i, (data, value) in enumerate(top))
+    return TextLogprobs(9, text, logprob, drawn=logprob, offset=offset, hidden=hidden, top=top)
+
+
+def collected(*updates: Update) -> Answers:
+    answers = Answers()
+    for update in updates:
+        answers.add(update)
+    return answers
+
+
+WHERE = {"id": "x-1", "created": 5, "model": "m"}
+USAGE = Usage(prompt_tokens=7, completion_tokens=3, cached_tokens=4)
+HALF = "世".encode()[:2]
+
+
+def test_a_chat_is_answered():
+    entries = (entry(b"a", 0, top=[(b"a", -1.0), (b"b", -2.0)]), entry(b"end", 1, hidden=True))
+    update = Update(id="c", index=0, text="a", logprobs=entries, finish_reason="stop", usage=USAGE)
+    body = openai_answers.response(
+        chat(logprobs=True, top_logprobs=2), [collected(update)], **WHERE
+    )
+    assert body == {
+        "id": "x-1",
+        "object": "chat.completion",
+        "created": 5,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "a", "refusal": None},
+                "logprobs": {
+                    "content": [
+                        {
+                            "token": "a",
+                            "logprob": -1.0,
+                            "bytes": [97],
+                            "top_logprobs": [
+                                {"token": "a", "logprob": -1.0, "bytes": [97]},
+                                {"token": "b", "logprob": -2.0, "bytes": [98]},
+                            ],
+                        }
+                    ],
+                    "refusal": None,
+                },
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 3,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
+    }
+
+
+def test_calls_of_tools_are_split_off_where_there_are_tools():
+    def split(text):
+        return "", [{"id": "call_0", "type": "function", "function": {"name": text}}]
+
+    update = Update(id="c", index=0, text="weather", finish_reason="stop", usage=USAGE)
+    for tools, reason in (([TOOL], "tool_calls"), (None, "stop")):
+        body = openai_answers.response(
+            chat(tools=tools), [collected(update)], split_tool_calls=split, **WHERE
+        )
+        [choice] = body["choices"]
+        assert choice["finish_reason"] == reason
+        assert ("tool_calls" in choice["message"]) == (tools is not None)
+        assert choice["message"]["content"] == (None if tools else "weather")
+
+
+def test_completions_are_answered_by_prompt_and_choice():
+    call = completion(prompt=["a", "b"], n=2, logprobs=1, echo=True, return_token_ids=True)
+    first = (entry(b"p", 0, logprob=None), entry(b"q", 1))
+    answers = [
+        collected(
+            Update(id="c", index=0, text="pq" + text, tokens=(1,), prompt_logprobs=first,
+                   logprobs=(entry(HALF, 2, top=[(HALF, -1.0), (b"z", -3.0)]),),
+                   finish_reason="length"),
+            Update(id="c", index=1, text="u", finish_reason="stop", usage=USAGE),
+        )
+        for text in ("s", "t")
+    ]  # fmt: skip
+    body = openai_answers.response(call, answers, **WHERE)
+    assert body["object"] == "text_completion"
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert [c["text"] for c in body["choices"]] == ["pqs", "u", "pqt", "u"]
+    assert body["choices"][0]["token_ids"] == [1]
+    half = "bytes:\\xe4\\xb8"
+    assert body["choices"][0]["logprobs"] == {
+        "tokens": ["p", "q", half],
+        "token_logprobs": [None, -1.0, -1.0],
+        "top_logprobs": [None, {"q": -1.0}, {half: -1.0, "z": -3.0}],
+        "text_offset": [0, 1, 2],
+    }
+    assert "prompt_logprobs" not in body["choices"][0]
+    assert body["usage"]["completion_tokens"] == 6
+    json.dumps(body)
+
+
+def test_prompts_logprobs_are_given_by_token_where_asked():
+    first = (entry(b"p", 0, logprob=None), entry(b"q", 1, top=[(b"z", -0.5)]))
+    update = Update(id="c", index=0, prompt_logprobs=first, finish_reason="length", usage=USAGE)
+    body = openai_answers.response(
+        chat(prompt_logprobs=1, max_tokens=0), [collected(update)], **WHERE
+    )
+    assert body["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            "0": {"logprob": -0.5, "decoded_token": "z"},
+            "9": {"logprob": -1.0, "decoded_token": "q"},
+        },
+    ]
+
+
+def test_streams():
+    call = chat(stream=True, stream_options={"include_usage": True}, n=2)
+    first = openai_answers.first_chunk(call, 1, **WHERE)
+    assert first["object"] == "chat.completion.chunk" and first["usage"] is None
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    update = Update(id="c", index=1, text="a", tokens=(1,))
+    body = openai_answers.chunk(call, update, **WHERE)
+    [choice] = body["choices"]
+    assert (choice["index"], choice["delta"], choice["finish_reason"]) == (
+        1,
+        {"content": "a"},
+        None,
+    )
+    last = openai_answers.chunk(call, Update(id="c", index=0, finish_reason="stop"), **WHERE)
+    assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "stop"
+    end = openai_answers.usage_chunk(call, [USAGE], **WHERE)
+    assert (end["choices"], end["usage"]["total_tokens"]) == ([], 10)
+    call = completion(stream=True, prompt=["a", "b"])
+    body = openai_answers.chunk(call, Update(id="c/1", index=0, text="a"), number=1, **WHERE)
+    assert (body["choices"][0]["index"], body["choices"][0]["text"]) == (1, "a")
+    assert body["object"] == "text_completion" and "usage" not in body
+
+
+def test_vectors_are_numbers_or_base64():
+    vectors_ND = np.asarray([[0.5, -0.25], [1.0, 0.0]], np.float32)
+    made = Embeddings(vectors_ND, 5)
+    call = openai_format.parse_embeddings({"input": ["a", "b"]})
+    body = openai_answers.embeddings_response(call, made, model="m")
+    assert [d["embedding"] for d in body["data"]] == [[0.5, -0.25], [1.0, 0.0]]
+    assert body["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    call = openai_format.parse_embeddings({"input": ["a", "b"], "encoding_format": "base64"})
+    body = openai_answers.embeddings_response(call, made, model="m")
+    got = [np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in body["data"]]
+    assert np.array_equal(got, vectors_ND)
+
+
+def test_a_refusal_has_openais_form():
+    assert openai_answers.error("no", param="top_k") == {
+        "error": {
+            "message": "no",
+            "type": "invalid_request_error",
+            "param": "top_k",
+            "code": None,
+        }
+    }
