@@ -276,12 +276,12 @@ def _visit_forward(blocks, axis, queries, total, visitors, distance):
         k, v, kv_ids = _first(visitors)
         o, lse = blocks.forward(q, k, v, mask=BlockMask(False, ids, kv_ids))
         parts = zip(_halves(o), _halves(lse), strict=True)
-        return tuple(map(_merge, total, parts))
+        return tuple(map(merge, total, parts))
 
     def from_behind():
         k, v, kv_ids = visitors
         part = blocks.forward(late_q, k, v, mask=BlockMask(False, late_ids, kv_ids))
-        return total[0], _merge(total[1], part)
+        return total[0], merge(total[1], part)
 
     return jax.lax.cond(jax.lax.axis_index(axis) >= distance, from_before, from_behind)
 
@@ -308,7 +308,7 @@ def _visit_backward(blocks, axis, queries, dq, visitors, distance):
     return dq, *jax.lax.optimization_barrier(d_visitors)
 
 
-def _merge(total, part):
+def merge(total, part):
     """Attention over two disjoint sets of keys, from that over each; float32."""
     (o_BTNH, lse_BNT), (part_BTNH, part_BNT) = total, part
     new_BNT = jnp.logaddexp(lse_BNT, part_BNT)

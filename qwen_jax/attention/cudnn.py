@@ -1,5 +1,7 @@
 """cuDNN's fused flash attention (GPU only), over whole rows and over blocks of a ring."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
@@ -75,6 +77,24 @@ def block_backward(
     return dq_BTNH, dk_BSKH, dv_BSKH
 
 
+def part_forward(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, lengths_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(o_BTNH, lse_BNT) of a part of the keys, for `ring.merge`; the log-sum-exp is float32.
+
+    lengths_B: every query of a row sees its first so many keys, and where there are none lse is
+    -inf. None: query t sees keys s <= t.
+    """
+    scale = 1 / math.sqrt(q_BTNH.shape[3])
+    if lengths_B is None:
+        return _forward(q_BTNH, k_BSKH, v_BSKH, ring.BlockMask(True), scale=scale)
+    # Without a key the kernel is still given one, whose results are dropped.
+    lengths = (jnp.full_like(lengths_B, q_BTNH.shape[1]), jnp.maximum(1, lengths_B))
+    mask = ring.BlockMask(False)
+    o_BTNH, lse_BNT = _forward(q_BTNH, k_BSKH, v_BSKH, mask, *lengths, scale=scale)
+    return o_BTNH, jnp.where((lengths_B > 0)[:, None, None], lse_BNT, -jnp.inf)
+
+
 def _shared_document(mask: ring.BlockMask) -> tuple[jax.Array, jax.Array]:
     """Which queries and keys of a block that is not causal see each other, [B, T] and [B, S].
 
@@ -87,10 +107,10 @@ def _shared_document(mask: ring.BlockMask) -> tuple[jax.Array, jax.Array]:
     return seen_BT, (mask.kv_ids_BS == shared_B) & seen_BT[:, :1]
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, mask: ring.BlockMask, *lengths_B):
+def _forward(q_BTNH, k_BSKH, v_BSKH, mask: ring.BlockMask, *lengths_B, scale: float = 1.0):
     """(o, lse) by the primitive under `jax.nn.dot_product_attention`, which hands out neither
     its float32 log-sum-exp nor its backward pass."""
-    operands, static = _call(q_BTNH, mask, lengths_B)
+    operands, static = _call(q_BTNH, mask, lengths_B, scale=scale)
     o_BTNH, lse_BNT = fused._dot_product_attention_fwd_p_wrapper.bind(
         q_BTNH, k_BSKH, v_BSKH, *operands, **static, is_training=True
     )
@@ -105,8 +125,11 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, rows: ring.Rows, mask: ring.BlockMask, *le
     return dq_BTNH, dk_BSKH, dv_BSKH
 
 
-def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple):
-    """The operands after q, k and v, and the parameters, of cuDNN's two primitives."""
+def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple, *, scale: float = 1.0):
+    """The operands after q, k and v, and the parameters, of cuDNN's two primitives.
+
+    `scale` is 1 where queries are scaled already.
+    """
     unused = jnp.zeros(0, q_BTNH.dtype)
     bias = unused
     if mask.causal and mask.q_ids_BT is not None:
@@ -121,7 +144,7 @@ def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple):
     # bias, lengths of queries and keys, their offsets, page tables of keys and values
     operands = (bias, *(lengths_B or (unused, unused)), unused, unused, unused, unused)
     static = {
-        "scale": 1.0,  # of queries that are scaled already
+        "scale": scale,
         "seed": 0,
         "dropout_rate": 0.0,
         "variadic_args": (bias is not unused, False),  # a bias; no gradient of it

@@ -1,6 +1,7 @@
 """Attention over pages of keys and values (`qwen_jax/paged_cache.py`): one name, many kernels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -9,10 +10,27 @@ import jax.numpy as jnp
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import paged_cache
-from qwen_jax.attention import paged_reference
+from qwen_jax.attention import paged_gpu, paged_reference
 
-DECODE: dict[str, Callable[..., jax.Array]] = {"reference": paged_reference.decode}
-EXTEND: dict[str, Callable[..., jax.Array]] = {"reference": paged_reference.extend}
+Implementation = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Implementations by name, best first, and why one cannot run a call (None: it can)."""
+
+    implementations: dict[str, Implementation]
+    why_not: dict[str, Callable[..., str | None]]
+
+
+DECODE = Kind(
+    {"gpu": paged_gpu.decode, "reference": paged_reference.decode},
+    {"gpu": paged_gpu.why_not_decode},
+)
+EXTEND = Kind(
+    {"gpu": paged_gpu.extend, "reference": paged_reference.extend},
+    {"gpu": paged_gpu.why_not_extend},
+)
 
 Past = Literal["pages", "none"]
 
@@ -34,7 +52,7 @@ def decode(
     `implementation=None` takes the best on the layout's devices, or without a layout on JAX's
     default backend; a named one that cannot run raises `ValueError`.
     """
-    kernel = _kernel(DECODE, implementation, q_BNH, kv_PSCH, layout=layout)
+    kernel = _implementation(DECODE, implementation, q_BNH, kv_PSCH, layout)
     rows = {"table_BM": table_BM, "lengths_B": lengths_B}
     return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout)
 
@@ -59,43 +77,49 @@ def extend(
     read them there or take them as given, whichever is faster. Queries t >= lengths_B are padding;
     what they get is finite and not specified.
 
+    A table of fewer pages, enough for positions up to the chunk's end, is read in less time.
     past="none" promises that starts_B is 0 everywhere, which some implementations make use of.
     For `implementation` see `decode`.
     """
     if past not in ("pages", "none"):
         raise ValueError(f"past={past!r} is unknown; known: pages, none")
-    kernel = _kernel(EXTEND, implementation, q_BTNH, kv_PSCH, layout=layout)
+    kernel = _implementation(EXTEND, implementation, q_BTNH, kv_PSCH, layout)
     rows = {"table_BM": table_BM, "starts_B": starts_B, "lengths_B": lengths_B}
     chunk = (q_BTNH, k_BTKH, v_BTKH)
     return _on_own_heads(kernel, chunk, kv_PSCH, rows, past=past, layout=layout)
 
 
-def _kernel(table: dict, name: str | None, q: jax.Array, kv_PSCH: jax.Array, *, layout):
-    """The implementation of this name, or the best one. Raises `ValueError` if it cannot run."""
+def choose(kind: Kind, q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str:
+    """The best implementation on `platform` that can run this call."""
+    return next(
+        name
+        for name in kind.implementations
+        if why_not(kind, name, q, kv_PSCH, platform=platform) is None
+    )
+
+
+def why_not(
+    kind: Kind, name: str, q: jax.Array, kv_PSCH: jax.Array, *, platform: str
+) -> str | None:
+    """Why the implementation cannot run this call on `platform`, or None if it can."""
+    if name not in kind.why_not:
+        return None
+    return kind.why_not[name](q, kv_PSCH, platform=platform)
+
+
+def _implementation(
+    kind: Kind, name: str | None, q: jax.Array, kv_PSCH: jax.Array, layout: Layout | None
+) -> Implementation:
     platform = jax.default_backend() if layout is None else layout.platform
     if name is None:
-        name = choose(q, kv_PSCH, platform=platform)
-    if name not in table:
-        raise ValueError(
-            f"unknown paged attention implementation {name!r}; known: {', '.join(table)}"
-        )
-    reason = why_not(name, q, kv_PSCH, platform=platform)
+        name = choose(kind, q, kv_PSCH, platform=platform)
+    if name not in kind.implementations:
+        known = ", ".join(kind.implementations)
+        raise ValueError(f"unknown paged attention implementation {name!r}; known: {known}")
+    reason = why_not(kind, name, q, kv_PSCH, platform=platform)
     if reason is not None:
         raise ValueError(f"paged attention implementation {name!r} cannot run: {reason}")
-    return table[name]
-
-
-def choose(q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str:
-    """The best implementation on `platform`."""
-    names = ("tpu", "gpu")
-    fits = (n for n in names if n in DECODE and why_not(n, q, kv_PSCH, platform=platform) is None)
-    return next(fits, "reference")
-
-
-def why_not(name: str, q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str | None:
-    """Why the implementation cannot run this call on `platform`, or None if it can."""
-    del name, q, kv_PSCH, platform
-    return None
+    return kind.implementations[name]
 
 
 def _on_own_heads(

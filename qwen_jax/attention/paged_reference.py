@@ -96,6 +96,8 @@ def _attend(
         ) / math.sqrt(H)
         position_S = index * per_block * S + jnp.arange(per_block * S)
         seen_11TS = (position_S[None] <= last_T[:, None])[None, None]
+        # What an earlier owner left on a page may be infinite, and 0 times that is not 0.
+        v_SKH = jnp.where((position_S <= jnp.max(last_T))[:, None, None], v_SKH, 0)
         scores_KGTS = jnp.where(seen_11TS, scores_KGTS, reference.MASKED)
         new_KGT1 = jnp.maximum(max_KGT1, scores_KGTS.max(axis=-1, keepdims=True))
         weights_KGTS = jnp.where(seen_11TS, jnp.exp(scores_KGTS - new_KGT1), 0)

@@ -1,0 +1,120 @@
+"""The GPU's decode kernel in the interpreter, and its chunks with cuDNN played by the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partitioning import ring
+from qwen_jax.attention import cudnn, paged, paged_gpu, paged_reference, reference
+from tests.qwen_jax.attention import paged_cases as cases
+
+# One split and several, a last block that is full and one that is not, a row that is not active.
+LENGTHS_B = np.array([1, 320, 0, 77], np.int32)
+
+
+def _inputs(N: int, K: int, H: int, page_size: int, dtype: str):
+    k, v = (cases.draw(4, 320, K, H, dtype=dtype, seed=seed) for seed in (1, 2))
+    return cases.draw(4, N, H, dtype=dtype), *cases.paged(k, v, page_size=page_size)
+
+
+def _decode(tuning: paged_gpu.Tuning):
+    return jax.jit(functools.partial(paged_gpu.decode, tuning=tuning, interpret=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype", "tolerance"),
+    [
+        ((14, 2, 64), 64, "float32", 1e-6),
+        ((14, 2, 64), 16, "bfloat16", 1e-2),
+        pytest.param((28, 4, 128), 64, "bfloat16", 1e-2, marks=pytest.mark.slow),
+        pytest.param((4, 4, 16), 128, "float32", 1e-6, marks=pytest.mark.slow),
+        pytest.param((40, 2, 16), 32, "float32", 1e-6, marks=pytest.mark.slow),
+    ],
+)
+def test_decode_equals_the_reference(heads, page_size, dtype, tolerance):
+    q, kv, table = _inputs(*heads, page_size, dtype)
+    got = _decode(paged_gpu.Tuning(min_keys=64))(q, kv, table_BM=table, lengths_B=LENGTHS_B)
+    want = paged_reference.decode(q, kv, table_BM=table, lengths_B=LENGTHS_B)
+    assert got.dtype == q.dtype
+    cases.assert_close(got, want, tolerance)
+    np.testing.assert_array_equal(got[2], 0)
+
+
+def test_a_row_is_bitwise_its_own():
+    """A row's splits follow from its own length: in bfloat16 too, neighbours change nothing."""
+    q, kv, table = _inputs(4, 2, 16, 32, "bfloat16")
+    decode = _decode(paged_gpu.Tuning(min_keys=64, block=32))
+    one = decode(q, kv, table_BM=table, lengths_B=jnp.array([9, 300, 0, 1]))
+    two = decode(q, kv, table_BM=table, lengths_B=jnp.array([320, 300, 31, 0]))
+    np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_query_heads_that_share_some_of_the_pages_heads():
+    q, kv, table = _inputs(4, 4, 16, 64, "float32")
+    heads_K = jnp.array([2, 1], jnp.int32)
+    rows = {"table_BM": table, "lengths_B": LENGTHS_B, "heads_K": heads_K}
+    got = _decode(paged_gpu.TUNING)(q, kv, **rows)
+    cases.assert_close(got, paged_reference.decode(q, kv, **rows), 1e-6)
+
+
+def test_splits_occupy_the_gpu_and_are_worth_their_while():
+    tuning = paged_gpu.Tuning(programs=2048, min_keys=256)
+    assert paged_gpu.num_splits(4, 32768, tuning=tuning) == 128
+    assert paged_gpu.num_splits(4, 1024, tuning=tuning) == 4
+    assert paged_gpu.num_splits(1024, 32768, tuning=tuning) == 2
+    assert paged_gpu.num_splits(4096, 32768, tuning=tuning) == 1
+
+
+def _forward(q, k, v, mask, *lengths, scale):
+    """cuDNN's call, played by the reference, with NaN where it may leave anything."""
+    if lengths:
+        of_keys = jnp.arange(k.shape[1])[None] < lengths[1][:, None]
+        mask = ring.BlockMask(False, jnp.ones(q.shape[:2]), of_keys.astype(jnp.float32))
+        k, v = (jnp.where(of_keys[..., None, None], x, 0) for x in (k, v))
+    return reference.block_forward(q * scale, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("heads_K", [None, np.array([1, 0], np.int32)])
+def test_a_chunk_is_merged_with_what_came_before(heads_K, monkeypatch):
+    monkeypatch.setattr(cudnn, "_forward", _forward)
+    N, K, H, T = 4, 2, 16, 40
+    starts_B, lengths_B = np.array([0, 45, 130], np.int32), np.array([37, 40, 3], np.int32)
+    q, k, v = (cases.draw(3, 170, n, H, seed=seed) for seed, n in enumerate((N, K, K)))
+    kv, table = cases.paged(k, v, page_size=16)
+    place = np.arange(3)[:, None], starts_B[:, None] + np.arange(T)
+    q, k, v = (x[place] for x in (q, k, v))
+    if heads_K is not None:
+        k, v = k[:, :, heads_K], v[:, :, heads_K]
+    rows = {"table_BM": table, "starts_B": starts_B, "lengths_B": lengths_B, "heads_K": heads_K}
+    got = jax.jit(functools.partial(paged_gpu.extend, past="pages"))(q, k, v, kv, **rows)
+    want = paged_reference.extend(q, k, v, kv, **rows, past="pages")
+    real = (np.arange(T) < lengths_B[:, None])[:, :, None, None]
+    cases.assert_close(np.where(real, got, 0), np.where(real, want, 0), 1e-6)
+
+
+def test_without_a_gpu_the_reference_is_chosen_and_the_kernel_refused():
+    q, kv, table = _inputs(4, 2, 16, 64, "float32")
+    assert paged.choose(paged.DECODE, q, kv, platform="cpu") == "reference"
+    assert paged.choose(paged.DECODE, q, kv, platform="gpu") == "gpu"
+    odd = jnp.zeros((2, 24, 4, 16))
+    reason = paged.why_not(paged.DECODE, "gpu", q, odd, platform="gpu")
+    assert reason == "page_size 24 is not a power of two from 16"
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="'gpu' cannot run: platform 'cpu' is not 'gpu'"):
+            paged.decode(q, kv, table_BM=table, lengths_B=LENGTHS_B, implementation="gpu")
+
+
+def test_the_kernels_lower_to_triton():
+    """Where there is no GPU, the kernels' own program is made all the same."""
+    rows = {"table_BM": jnp.zeros((4, 20), jnp.int32), "lengths_B": jnp.zeros(4, jnp.int32)}
+    for page_size in (16, 64):
+        q, kv = (
+            jnp.zeros((4, 28, 128), jnp.bfloat16),
+            jnp.zeros((9, page_size, 8, 128), jnp.bfloat16),
+        )
+        traced = jax.jit(paged_gpu.decode).trace(q, kv, **rows)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("__gpu$xla.gpu.triton") == 2
