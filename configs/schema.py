@@ -327,13 +327,17 @@ class Engine:
     prefill_chunk: int = 2048  # most tokens of one prompt that are read at one time
     prefill_tokens: int = 8192  # most tokens of all prompts that are read at one time
     decode_steps: int = 8  # tokens a request draws before the host looks
+    prefill_rounds: int = 1  # prefills in a row that requests which decode may wait for
     prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
     policy: Literal["fair", "longest_first"] = "fair"
+    # Shapes of the device's programs: some of each, or one, so that neighbours never change one.
+    buckets: Literal["powers_of_two", "one"] = "powers_of_two"
 
     def __post_init__(self) -> None:
         _check_positive(
-            self, "num_slots", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps"
-        )
+            self, "num_slots", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps",
+            "prefill_rounds",
+        )  # fmt: skip
         for name in ("num_pages", "max_length"):
             value = getattr(self, name)
             _check(value >= 0, f"{name}={value} must be 0 or greater")
@@ -354,6 +358,10 @@ class Engine:
         _check(
             self.policy in ("fair", "longest_first"),
             f"policy={self.policy!r} is unknown; known: fair, longest_first",
+        )
+        _check(
+            self.buckets in ("powers_of_two", "one"),
+            f"buckets={self.buckets!r} is unknown; known: powers_of_two, one",
         )
 
 
