@@ -308,11 +308,16 @@ class Sampling:
             len(self.logit_bias) <= MOST_BIASES,
             f"logit_bias has {len(self.logit_bias)} tokens; at most {MOST_BIASES} are taken",
         )
+        _check(
+            len(self.stop_token_ids) <= MOST_STOPS,
+            f"stop_token_ids has {len(self.stop_token_ids)} tokens; at most {MOST_STOPS} are taken",
+        )
         _check(0 <= self.seed < 2**32, f"seed={self.seed} must be in [0, 2**32)")
 
 
 MOST_LOGPROBS = 20  # likeliest tokens that one logprob can bring along, as in OpenAI's API
 MOST_BIASES = 300  # as in OpenAI's API
+MOST_STOPS = 16  # stop_token_ids of one request
 
 
 @dataclass(frozen=True, kw_only=True)

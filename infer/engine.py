@@ -1,0 +1,367 @@
+"""The batch inference engine: requests in, tokens out, as the scheduler shares out one model.
+
+The host is always one dispatch ahead: it reads a dispatch's tokens while the device runs the
+next. What it learns late, that a row has ended, costs rows of a dispatch that do nothing. Shapes
+come from a short list, which `warm_up` compiles.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import schema
+from infer import device, memory, page_table, results, scheduler
+from infer.request import Event, FinishReason, Request, TokenLogprobs
+from partitioning.sharding import Layout
+from qwen_jax import generation, model, paged_decode, sampling
+from qwen_jax.logprobs import Logprobs
+
+
+@dataclass
+class _Live:
+    """A request on its way."""
+
+    request: Request
+    how: sampling.How
+    slot: int = -1
+    dispatched: int = 0  # tokens that dispatches so far may have drawn
+    drawn: int = 0  # tokens read
+    num_cached: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def budget(self) -> int:
+        """Tokens that no dispatch has been asked for yet."""
+        return self.request.sampling.max_tokens - self.dispatched
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A dispatch whose results have not been read: its rows' requests, without padding."""
+
+    rows: tuple[_Live, ...]
+    drawn: sampling.Drawn  # leaves [R, ...] or [steps, R, ...]
+    scored: Logprobs | None = None
+    chunks: tuple[scheduler.Chunk, ...] = ()
+
+
+class Engine:
+    """Serves requests over one set of parameters; one thread may call it."""
+
+    def __init__(
+        self,
+        cfg: schema.Model,
+        params: dict,
+        *,
+        settings: schema.Engine,
+        eos_ids: Sequence[int],
+        dtype: jnp.dtype,
+        attention: paged_decode.Attention | None = None,
+        layout: Layout | None = None,
+    ):
+        """`params` have their layers apart, in a form of `decode.prepare`.
+
+        Raises `ValueError` for stacked parameters, a mesh that spreads the batch, and memory in
+        which not even one request fits.
+        """
+        if not isinstance(params["layers"], tuple):
+            raise ValueError("an engine's layers lie apart: prepare them as 'fused' or 'unstacked'")
+        if layout is not None and layout.size("batch") > 1:
+            raise ValueError(
+                f"mesh axes {layout.mesh_axes('batch')} would spread an engine's batch; give each "
+                f"replica its own engine, and this one tensor and expert axes only"
+            )
+        reach = model.max_length(cfg)
+        if settings.max_length > reach:
+            raise ValueError(
+                f"max_length={settings.max_length} exceeds the {reach} tokens of {cfg.name}; lower "
+                f"it, or extend the context with rope_scaling"
+            )
+        dtype = jnp.dtype(dtype)
+        num_pages = settings.num_pages or memory.num_pages(
+            cfg, params, settings=settings, dtype=dtype, layout=layout
+        )
+        self.settings = dataclasses.replace(
+            settings, max_length=settings.max_length or reach, num_pages=num_pages
+        )
+        self._cfg, self._eos = cfg, tuple(eos_ids)
+        self._device = device.Device(
+            cfg,
+            params,
+            settings=self.settings,
+            eos_ids=self._eos,
+            dtype=dtype,
+            attention=attention,
+            layout=layout,
+        )
+        self._pages = page_table.PageTable(
+            num_pages,
+            page_size=settings.page_size,
+            granularity=scheduler.granularity(self.settings),
+        )
+        self._scheduler = scheduler.Scheduler(self.settings, self._pages)
+        self._live: dict[str, _Live] = {}
+        self._in_slot: dict[int, _Live] = {}
+        self._flights: collections.deque[_Flight] = collections.deque()
+        self._events: list[Event] = []  # of what ended without a dispatch
+        self._counts = collections.Counter()
+
+    # -- requests
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises `ValueError` for an id in use, a token outside the vocabulary, and a prompt that with
+        its max_tokens exceeds the engine's max_length or all of its pages.
+        """
+        if request.id in self._live:
+            raise ValueError(f"a request with id {request.id!r} is being served; give each its own")
+        # Checked as everywhere: empty prompts begin with bos, tokens are in the vocabulary.
+        checked = generation.request(self._cfg, request.tokens, settings=request.sampling)
+        request = dataclasses.replace(request, tokens=checked.tokens)
+        needed = len(request.tokens) + request.sampling.max_tokens
+        limit = min(self.settings.max_length, self.settings.num_pages * self.settings.page_size)
+        if needed > limit:
+            raise ValueError(
+                f"prompt of {len(request.tokens)} tokens with max_tokens="
+                f"{request.sampling.max_tokens} needs {needed} positions; this engine has {limit} "
+                f"for a request: shorten the prompt, lower max_tokens, or raise max_length"
+            )
+        how = "full" if request.constraint else sampling.how(request.sampling)
+        self._live[request.id] = _Live(request, how)
+        self._scheduler.add(request)
+
+    def cancel(self, id: str) -> None:
+        """Ends a request, with an event; nothing happens where none of this id is being served."""
+        live = self._live.get(id)
+        if live is not None:
+            self._scheduler.cancel(id)
+            self._events.append(self._end(live, (), "cancelled"))
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting, running or unread."""
+        return not (self._live or self._flights or self._events)
+
+    # -- rounds
+
+    def step(self) -> list[Event]:
+        """Dispatches what the scheduler says, and gives what has arrived; [] when idle."""
+        events, self._events = self._events, []
+        work, in_flight = self._scheduler.next(), len(self._flights)
+        if isinstance(work, scheduler.Prefill):
+            self._read_prompts(work)
+        elif isinstance(work, scheduler.Decode):
+            events += self._decode(work)
+        # The device always has one dispatch to go on with while another is read.
+        if self._flights and (len(self._flights) > 1 or len(self._flights) <= in_flight):
+            events += self._read(self._flights.popleft())
+        return events
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Submits all, and gives events until the engine is idle."""
+        for request in requests:
+            self.submit(request)
+        while not self.idle:
+            yield from self.step()
+
+    def stats(self) -> dict[str, float]:
+        """What a monitor shows, by name; sums since the engine was made."""
+        return {
+            "waiting": self._scheduler.num_waiting,
+            "running": len(self._in_slot),
+            "free_pages": self._pages.free_pages,
+            "cached_pages": self._pages.cached_pages,
+            "compilations": paged_decode.compilations.total(),
+            **{name: self._counts[name] for name in _COUNTED},
+        }
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The final hidden state of each prompt's last token, of length 1: [n, D] in float32."""
+        settings = schema.Sampling(max_tokens=1)
+        rows = [generation.request(self._cfg, tokens, settings=settings) for tokens in prompts]
+        return np.stack([self._device.embed(row.tokens) for row in rows])
+
+    def warm_up(self, *, show: Callable[[str], None] = lambda line: None) -> float:
+        """Compiles every program that requests can need, and gives the seconds that it took.
+
+        `show` is told of each. Afterwards `stats()["compilations"]` stays as it is, but for embed.
+        """
+        began = time.monotonic()
+        for text, run in self._device.programs():
+            at = time.monotonic()
+            run()
+            show(f"{text}: {time.monotonic() - at:.1f} s")
+        return time.monotonic() - began
+
+    # -- dispatches
+
+    def _read_prompts(self, work: scheduler.Prefill) -> None:
+        rows, score = [], "no"
+        for chunk in work.chunks:
+            live = self._live[chunk.request.id]
+            if live.slot < 0:
+                live.slot, live.num_cached = chunk.slot, chunk.num_cached
+                self._in_slot[chunk.slot] = live
+                self._counts["cached_tokens"] += chunk.num_cached
+            self._counts["prompt_tokens"] += len(chunk.tokens)
+            if chunk.request.sampling.prompt_logprobs is not None:
+                score = "prompt"
+            rows.append(live)
+        past = "none" if work.fresh else "pages"
+        drawn, scored = self._device.prefill(
+            self._chunks(work, rows), how="full", past=past, score=score
+        )
+        self._flights.append(_Flight(tuple(rows), drawn, scored, work.chunks))
+        for chunk, live in zip(work.chunks, rows, strict=True):
+            if chunk.is_last:
+                self._scheduler.started(chunk.slot)
+                live.dispatched = 1
+
+    def _decode(self, work: scheduler.Decode) -> list[Event]:
+        """Events of what had to be read first: a grammar must know the token before."""
+        events: list[Event] = []
+        if any(self._in_slot[slot].request.constraint for slot in work.slots):
+            while self._flights:
+                events += self._read(self._flights.popleft())
+        rows = [self._in_slot[slot] for slot in work.slots if slot in self._in_slot]
+        rows = [live for live in rows if live.budget > 0]
+        if not rows:
+            return events
+        constrained = any(live.request.constraint for live in rows)
+        num_steps = 1 if constrained else self.settings.decode_steps
+        drawn = self._device.advance(
+            [live.slot for live in rows],
+            _masks(rows),
+            rows=work.num_rows,
+            how=_joint(rows),
+            num_steps=num_steps,
+        )
+        for live in rows:
+            live.dispatched += num_steps
+        self._flights.append(_Flight(tuple(rows), drawn))
+        return events
+
+    def _chunks(self, work: scheduler.Prefill, rows: Sequence[_Live]) -> paged_decode.Chunks:
+        fields = self._device.blank(rows=work.num_rows, length=work.length)
+        for row, chunk in enumerate(work.chunks):
+            prompt, start, count = chunk.request.tokens, chunk.start, len(chunk.tokens)
+            following = prompt[start + 1 : start + count + 1]
+            fields["slots_R"][row] = chunk.slot
+            fields["tokens_RT"][row, :count] = chunk.tokens
+            fields["next_RT"][row, : len(following)] = following
+            fields["starts_R"][row], fields["lengths_R"][row] = start, count
+            fields["table_RM"][row, : len(chunk.pages)] = chunk.pages
+            fields["last_R"][row] = chunk.is_last
+            fields["max_tokens_R"][row] = chunk.request.sampling.max_tokens
+            if chunk.is_last:
+                fields["seen_RW"][row] = self._device.bits(prompt)
+        requests = [chunk.request.sampling for chunk in work.chunks]
+        return paged_decode.Chunks(
+            **fields,
+            settings=sampling.settings(requests, num_rows=work.num_rows),
+            mask_RW=self._device.masks(_masks(rows), rows=work.num_rows),
+        )
+
+    # -- results
+
+    def _read(self, flight: _Flight) -> list[Event]:
+        tokens = np.asarray(flight.drawn.tokens_B)
+        tokens_SR = tokens if tokens.ndim == 2 else tokens[None]
+        logprobs = results.host(flight.drawn.logprobs, [live.request for live in flight.rows])
+        events = []
+        for row, live in enumerate(flight.rows):
+            if live.finished:
+                continue
+            if flight.chunks:
+                self._keep_scores(flight, row, live)
+                if not flight.chunks[row].is_last:
+                    continue
+                if live.request.sampling.max_tokens == 0:
+                    events.append(self._end(live, (), "length"))
+                    continue
+            column = tokens_SR[:, row]
+            drawn = tuple(int(token) for token in column if token != paged_decode.PAD)
+            if drawn:
+                events.append(self._event(live, drawn, logprobs, row))
+        return events
+
+    def _event(self, live: _Live, drawn: tuple[int, ...], logprobs, row: int) -> Event:
+        settings = live.request.sampling
+        first, live.drawn = live.drawn == 0, live.drawn + len(drawn)
+        self._counts["generated_tokens"] += len(drawn)
+        if live.request.constraint is not None:
+            for token in drawn:
+                if token not in self._ends(live):
+                    live.request.constraint.accept(token)
+        given = None
+        if settings.logprobs is not None:
+            given = results.token_logprobs(drawn, logprobs, row, count=settings.logprobs)
+        reason: FinishReason | None = None
+        if drawn[-1] in self._ends(live):
+            reason = "stop"
+        elif live.drawn == settings.max_tokens:
+            reason = "length"
+        if reason is not None:
+            return self._end(live, drawn, reason, logprobs=given, first=first)
+        return self._made(live, drawn, None, logprobs=given, first=first)
+
+    def _ends(self, live: _Live) -> set[int]:
+        settings = live.request.sampling
+        return {*settings.stop_token_ids, *(() if settings.ignore_eos else self._eos)}
+
+    def _end(
+        self, live: _Live, tokens, reason: FinishReason, *, logprobs=None, first=True
+    ) -> Event:
+        live.finished = True
+        del self._live[live.request.id]
+        if live.slot >= 0:
+            del self._in_slot[live.slot]
+            if reason != "cancelled":  # the scheduler knows of those already
+                self._scheduler.finished(live.slot)
+        self._counts[f"finished_{reason}"] += 1
+        return self._made(live, tokens, reason, logprobs=logprobs, first=first)
+
+    def _made(self, live: _Live, tokens, reason, *, logprobs, first: bool) -> Event:
+        asked = live.request.sampling.prompt_logprobs is not None and first
+        return Event(
+            id=live.request.id,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(live.prompt_logprobs) if asked else None,
+            finish_reason=reason,
+            num_cached=live.num_cached,
+        )
+
+    def _keep_scores(self, flight: _Flight, row: int, live: _Live) -> None:
+        count = live.request.sampling.prompt_logprobs
+        if count is None:
+            return
+        chunk = flight.chunks[row]
+        following = live.request.tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
+        scored = jax.tree.map(lambda x: np.asarray(x[row])[:, None], flight.scored)
+        live.prompt_logprobs += results.token_logprobs(following, scored, 0, count=count)
+
+
+def _masks(rows: Sequence[_Live]) -> list[np.ndarray | None]:
+    """What each row's grammar allows next."""
+    constraints = [live.request.constraint for live in rows]
+    return [None if grammar is None else grammar.mask() for grammar in constraints]
+
+
+def _joint(rows: Sequence[_Live]) -> sampling.How:
+    """What serves all of them."""
+    return "full" if any(r.how != "greedy" for r in rows) else "greedy"
+
+
+_COUNTED = (
+    "prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length",
+    "finished_cancelled",
+)  # fmt: skip

@@ -1,0 +1,387 @@
+"""Device programs of a batch inference engine: read chunks of prompts, and draw tokens for slots.
+
+A slot is a row of `State`: one running request. Its keys and values lie in pages that its row of
+the page table names. `prefill` reads one chunk each of some prompts and, after a prompt's last
+one, draws the first token; `advance` draws several tokens for some slots. Rows of a dispatch are
+padded to a bucket by slots that do not exist, whose results go nowhere.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import fused, logprobs, model, paged_cache, rope, sampling
+from qwen_jax.attention import api, paged
+
+PAD = -1  # in token outputs: the row had ended
+
+# Programs traced so far, by name and shape: a bucket that is used again adds nothing.
+compilations: collections.Counter[str] = collections.Counter()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the device knows of requests, one a row.
+
+    lengths_B tokens are in the cache; tokens_B was drawn and is not there yet. remaining_B tokens
+    may still be drawn: 0 where the row has ended. seen_BV marks the prompt's tokens, counts_BV
+    counts the answer's.
+    """
+
+    table_BM: jax.Array  # int32: pages in order of position
+    lengths_B: jax.Array  # int32
+    tokens_B: jax.Array  # int32
+    generated_B: jax.Array  # int32
+    remaining_B: jax.Array  # int32
+    settings: sampling.Settings
+    seen_BV: jax.Array  # bool
+    counts_BV: jax.Array  # int32
+
+
+_ROWS = ["table_BM", "lengths_B", "tokens_B", "generated_B", "remaining_B", "settings"]
+jax.tree_util.register_dataclass(Rows, [*_ROWS, "seen_BV", "counts_BV"], [])
+
+
+@dataclass(frozen=True)
+class State:
+    """Between two dispatches: all pages, and all slots."""
+
+    pages: paged_cache.Pages
+    slots: Rows
+
+
+jax.tree_util.register_dataclass(State, ["pages", "slots"], [])
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A part of each of R prompts, right-padded to T tokens; rows beyond them have length 0.
+
+    starts_R tokens of each are in the cache already. last_R: whether the prompt ends here; only
+    then do slots_R (one that does not exist for a row of padding), max_tokens_R, settings, seen_RW
+    (bits of the whole prompt's tokens) and mask_RW matter. next_RT is the token after each.
+    """
+
+    slots_R: jax.Array
+    tokens_RT: jax.Array
+    starts_R: jax.Array
+    lengths_R: jax.Array
+    table_RM: jax.Array
+    last_R: jax.Array
+    max_tokens_R: jax.Array
+    settings: sampling.Settings
+    seen_RW: jax.Array
+    mask_RW: jax.Array
+    next_RT: jax.Array
+
+
+_CHUNKS = ["slots_R", "tokens_RT", "starts_R", "lengths_R", "table_RM", "last_R", "max_tokens_R"]
+jax.tree_util.register_dataclass(
+    Chunks, [*_CHUNKS, "settings", "seen_RW", "mask_RW", "next_RT"], []
+)
+
+
+def empty(
+    cfg: schema.Model,
+    *,
+    num_slots: int,
+    width: int,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
+) -> State:
+    """`num_slots` slots without a request, of at most `width` pages each, and `num_pages` pages."""
+    pages = paged_cache.create(
+        cfg, num_pages=num_pages, page_size=page_size, dtype=dtype, layout=layout
+    )
+
+    def zeros(*shape: int, dtype: jnp.dtype = jnp.int32) -> jax.Array:
+        return jnp.zeros((num_slots, *shape), dtype)
+
+    slots = Rows(
+        table_BM=zeros(width),
+        lengths_B=zeros(),
+        tokens_B=zeros(),
+        generated_B=zeros(),
+        remaining_B=zeros(),
+        settings=jax.tree.map(jnp.asarray, sampling.settings([], num_rows=num_slots)),
+        seen_BV=zeros(cfg.vocab_size, dtype=bool),
+        counts_BV=zeros(cfg.vocab_size),
+    )
+    if layout is not None:
+        slots = jax.device_put(slots, jax.NamedSharding(layout.mesh, jax.P()))
+    return State(pages, slots)
+
+
+Attention = Literal["reference", "gpu", "tpu"]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "past", "score", "attention", "layout"),
+    donate_argnames=("state",),
+)
+def prefill(
+    cfg: schema.Model,
+    params: dict,
+    state: State,
+    chunks: Chunks,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    past: Literal["none", "pages"],
+    score: Literal["no", "prompt"] = "no",
+    attention: Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn, logprobs.Logprobs | None]:
+    """Reads the chunks; where a prompt ends, its slot begins with the first token drawn.
+
+    past: "none" promises that every chunk is the beginning of its prompt. score: whether to give
+    the logprobs [R, T] of `next_RT` too. The drawn tokens [R] are PAD where the prompt goes on.
+    """
+    R, T = chunks.tokens_RT.shape
+    compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
+    positions_RT = chunks.starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)
+    valid_RT = jnp.arange(T) < chunks.lengths_R[:, None]
+
+    def attend(index: int):
+        kv_PSCH = state.pages.layers[index]
+
+        def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+            kept = paged_cache.write(
+                kv_PSCH,
+                k_RTKH,
+                v_RTKH,
+                table_BM=chunks.table_RM,
+                positions_BT=positions_RT,
+                valid_BT=valid_RT,
+            )
+            o_RTNH = paged.extend(
+                q_RTNH,
+                k_RTKH,
+                v_RTKH,
+                kept,
+                table_BM=chunks.table_RM,
+                starts_B=chunks.starts_R,
+                lengths_B=chunks.lengths_R,
+                past=past,
+                implementation=attention,
+                layout=layout,
+            )
+            return o_RTNH, kept
+
+        return inner
+
+    dtype = state.pages.dtype
+    with _precision(dtype):
+        x_RTD, kept = _run(
+            cfg, params, chunks.tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
+        )
+        pages = paged_cache.constrain(paged_cache.Pages(kept), layout)
+        at_R = jnp.maximum(chunks.lengths_R - 1, 0)
+        logits_RV = _logits(
+            cfg, params, jnp.take_along_axis(x_RTD, at_R[:, None, None], axis=1), layout=layout
+        )
+        scored = None
+        if score == "prompt":
+            kernel_DV = model.output_kernel(cfg, params)
+            scored = logprobs.of_prompt(x_RTD, kernel_DV, chunks.next_RT, layout=layout)
+    V = cfg.vocab_size
+    ended = chunks.starts_R + chunks.lengths_R
+    rows = Rows(
+        table_BM=chunks.table_RM,
+        lengths_B=ended,
+        tokens_B=jnp.zeros_like(ended),
+        generated_B=jnp.zeros_like(ended),
+        remaining_B=jnp.where(chunks.last_R, chunks.max_tokens_R, 0),
+        settings=chunks.settings,
+        seen_BV=sampling.unpack(chunks.seen_RW, vocab_size=V),
+        counts_BV=jnp.zeros((R, V), jnp.int32),
+    )
+    rows, drawn = _draw(logits_RV, rows, chunks.mask_RW, how=how, eos_E=eos_E, layout=layout)
+    slots = _put(state.slots, jnp.where(chunks.last_R, chunks.slots_R, _NOWHERE), rows)
+    return State(pages, slots), drawn, scored
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "num_steps", "attention", "layout"),
+    donate_argnames=("state",),
+)
+def advance(
+    cfg: schema.Model,
+    params: dict,
+    state: State,
+    slots_R: jax.Array,
+    mask_RW: jax.Array,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    num_steps: int,
+    attention: Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn]:
+    """Draws up to `num_steps` tokens for each of the slots -> leaves [num_steps, R], PAD at ends.
+
+    Rows whose slot does not exist are padding. A mask serves one step only: give it with one.
+    """
+    R = slots_R.shape[0]
+    compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
+    exists_R = slots_R < state.slots.lengths_B.shape[0]
+    slots = state.slots
+    if how == "greedy":
+        slots = dataclasses.replace(slots, seen_BV=None, counts_BV=None)
+    rows = jax.tree.map(lambda x: x.at[slots_R].get(mode="clip"), slots)
+    rows = dataclasses.replace(rows, remaining_B=jnp.where(exists_R, rows.remaining_B, 0))
+    dtype = state.pages.dtype
+
+    def step(carry: tuple[paged_cache.Pages, Rows], _):
+        pages, rows = carry
+        active_R = rows.remaining_B > 0
+        attend = functools.partial(
+            _attend_one, pages, rows, active_R, attention=attention, layout=layout
+        )
+        tokens_R1, positions_R1 = rows.tokens_B[:, None], rows.lengths_B[:, None]
+        with _precision(dtype):
+            x_R1D, kept = _run(
+                cfg, params, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout
+            )
+            logits_RV = _logits(cfg, params, x_R1D, layout=layout)
+        rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+        rows, drawn = _draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E, layout=layout)
+        return (paged_cache.constrain(paged_cache.Pages(kept), layout), rows), drawn
+
+    (pages, rows), drawn = jax.lax.scan(step, (state.pages, rows), length=num_steps)
+    slots = _put(slots, slots_R, rows)
+    if how == "greedy":
+        whole = state.slots
+        slots = dataclasses.replace(slots, seen_BV=whole.seen_BV, counts_BV=whole.counts_BV)
+    return State(pages, slots), drawn
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "attention", "layout"))
+def embed(
+    cfg: schema.Model,
+    params: dict,
+    tokens_RT: jax.Array,
+    lengths_R: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    attention: str | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """The final hidden state of each row's last token, of length 1: [R, D] in float32."""
+    R, T = tokens_RT.shape
+    compilations[f"embed rows={R} tokens={T}"] += 1
+    positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T))
+
+    def attend(index: int):
+        def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+            mask = api.Mask(causal=True)
+            return api.attention(
+                q_RTNH, k_RTKH, v_RTKH, mask=mask, implementation=attention, layout=layout
+            ), None
+
+        return inner
+
+    with _precision(dtype):
+        x_RTD, _ = _run(cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout)
+    last_RD = jnp.take_along_axis(x_RTD, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
+    last_RD = last_RD.astype(jnp.float32)
+    return last_RD / jnp.linalg.norm(last_RD, axis=-1, keepdims=True)
+
+
+_NOWHERE = jnp.iinfo(jnp.int32).max  # a slot that does not exist
+
+
+def _attend_one(pages, rows: Rows, active_R, index: int, *, attention, layout):
+    kv_PSCH = pages.layers[index]
+
+    def inner(q_R1NH: jax.Array, k_R1KH: jax.Array, v_R1KH: jax.Array):
+        kept = paged_cache.write(
+            kv_PSCH,
+            k_R1KH,
+            v_R1KH,
+            table_BM=rows.table_BM,
+            positions_BT=rows.lengths_B[:, None],
+            valid_BT=active_R[:, None],
+        )
+        o_RNH = paged.decode(
+            q_R1NH[:, 0],
+            kept,
+            table_BM=rows.table_BM,
+            lengths_B=jnp.where(active_R, rows.lengths_B + 1, 0),
+            implementation=attention,
+            layout=layout,
+        )
+        return o_RNH[:, None], kept
+
+    return inner
+
+
+def _run(cfg, params, tokens_RT, positions_RT, attend, *, dtype, layout):
+    """The model's layers -> final norm's output, and what `attend(index)` kept of each."""
+    block = fused.block if fused.is_fused(params["layers"][0]) else model.block
+    turn = rope.rotation(cfg, positions_RT)
+    x_RTD = model.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
+    kept = []
+    for index, layer in enumerate(params["layers"]):
+        x_RTD, one, _ = block(cfg, layer)(x_RTD, turn=turn, attend=attend(index), layout=layout)
+        kept.append(one)
+    return model.parts(cfg)["norm"].bind(params["norm"])(x_RTD), tuple(kept)
+
+
+def _logits(cfg, params, x_R1D, *, layout) -> jax.Array:
+    logits_RV = model.unembed(cfg, params, x_R1D)[:, 0]
+    # Sorting and drawing are per row: with whole rows on each device no collective is needed.
+    return sharding.constrain(logits_RV, ("batch", None), layout)
+
+
+def _draw(logits_RV, rows: Rows, mask_RW, *, how, eos_E, layout) -> tuple[Rows, sampling.Drawn]:
+    """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
+    active_R = rows.remaining_B > 0
+    drawn = sampling.draw(
+        logits_RV,
+        rows.settings,
+        how=how,
+        positions_B=rows.lengths_B,
+        generated_B=rows.generated_B,
+        eos_E=eos_E,
+        seen_BV=rows.seen_BV,
+        counts_BV=rows.counts_BV,
+        mask_BW=mask_RW,
+    )
+    ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
+    rows = dataclasses.replace(
+        rows,
+        tokens_B=jnp.where(active_R, drawn.tokens_B, 0),
+        generated_B=rows.generated_B + active_R,
+        remaining_B=jnp.where(ended_R | ~active_R, 0, rows.remaining_B - 1),
+    )
+    if how != "greedy":
+        index_R = jnp.arange(active_R.shape[0])
+        counts_RV = rows.counts_BV.at[index_R, drawn.tokens_B].add(active_R.astype(jnp.int32))
+        rows = dataclasses.replace(rows, counts_BV=counts_RV)
+    tokens_R = jnp.where(active_R, drawn.tokens_B, PAD)
+    return rows, dataclasses.replace(drawn, tokens_B=tokens_R)
+
+
+def _put(slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
+    return jax.tree.map(lambda all_, some: all_.at[slots_R].set(some, mode="drop"), slots, rows)
+
+
+def _precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Who asks for float32 means it: GPUs and TPUs would otherwise multiply in fewer bits."""
+    if dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
