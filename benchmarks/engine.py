@@ -78,6 +78,7 @@ def run_model(name: str, arguments: argparse.Namespace, *, until: float) -> None
         prefill_tokens=128 if arguments.tiny else 8192,
         page_size=16 if arguments.tiny else 64,
         decode_steps=arguments.steps,
+        prefill_rounds=64,
     )
     engine = make(cfg, settings, mesh=arguments.mesh)
     for case in cases:
