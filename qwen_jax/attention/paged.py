@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import paged_cache
-from qwen_jax.attention import paged_gpu, paged_reference
+from qwen_jax.attention import paged_gpu, paged_reference, paged_tpu
 
 Implementation = Callable[..., jax.Array]
 
@@ -24,12 +24,12 @@ class Kind:
 
 
 DECODE = Kind(
-    {"gpu": paged_gpu.decode, "reference": paged_reference.decode},
-    {"gpu": paged_gpu.why_not_decode},
+    {"tpu": paged_tpu.decode, "gpu": paged_gpu.decode, "reference": paged_reference.decode},
+    {"tpu": paged_tpu.why_not, "gpu": paged_gpu.why_not_decode},
 )
 EXTEND = Kind(
-    {"gpu": paged_gpu.extend, "reference": paged_reference.extend},
-    {"gpu": paged_gpu.why_not_extend},
+    {"tpu": paged_tpu.extend, "gpu": paged_gpu.extend, "reference": paged_reference.extend},
+    {"tpu": paged_tpu.why_not, "gpu": paged_gpu.why_not_extend},
 )
 
 Past = Literal["pages", "none"]
@@ -136,7 +136,7 @@ def _on_own_heads(
     Key-value heads that are on every device (`kv_heads=replicated`) stay where they are: the kernel
     is told which of them its query heads read.
     """
-    if layout is None or layout.mesh.size == 1:
+    if layout is None:
         return kernel(*chunk, kv_PSCH, **rows, **static)
     q, N, K = chunk[0], chunk[0].shape[-2], kv_PSCH.shape[2] // 2
     sharding.check_divisible(q.shape[:1], ("batch",), layout, what="rows of paged attention")
