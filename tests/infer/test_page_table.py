@@ -27,8 +27,9 @@ def _leave(table: PageTable, tokens: range | list[int]) -> tuple[int, ...]:
     return reservation.pages
 
 
-def test_neither_the_scheduler_nor_the_page_table_needs_jax():
-    code = "import sys, infer.scheduler, infer.page_table; assert 'jax' not in sys.modules"
+def test_what_decides_on_the_host_needs_no_jax():
+    modules = "infer.scheduler, infer.page_table, infer.speculation"
+    code = f"import sys, {modules}; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
