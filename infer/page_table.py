@@ -12,17 +12,21 @@ alike share pages, in blocks of `granularity` tokens:
   first. Users of a block use those before it too, so a block goes before the one it follows.
 """
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _START = 0  # the number that a prompt's first block follows
+_ITEM = array("q").itemsize
+
+Key = tuple[int, bytes]  # the number of the block before, and the tokens as 64-bit numbers
 
 
 @dataclass(eq=False)
 class _Block:
     number: int
-    key: tuple[int, tuple[int, ...]]
+    key: Key
     pages: tuple[int, ...]
     users: int = 0
     written: bool = False
@@ -37,7 +41,6 @@ class Reservation:
 
     pages: tuple[int, ...]
     num_cached: int
-    _tokens: tuple[int, ...]
     _chain: list[_Block]  # blocks from the prompt's beginning on that it uses and are written
     _private: set[int]  # its pages that nobody else may read
     _promised: deque[_Block] = field(default_factory=deque)  # what it is going to write, in order
@@ -62,7 +65,7 @@ class PageTable:
         self.page_size = page_size
         self.granularity = granularity
         self._free = list(reversed(range(num_pages)))  # the last one is given out first
-        self._blocks: dict[tuple[int, tuple[int, ...]], _Block] = {}
+        self._blocks: dict[Key, _Block] = {}
         self._unused: OrderedDict[int, _Block] = OrderedDict()  # by number; oldest first
         self._last_number = _START
 
@@ -84,17 +87,20 @@ class PageTable:
         """How many pages hold so many positions."""
         return -(-capacity // self.page_size)
 
-    def reserve(self, tokens: Sequence[int], *, capacity: int) -> Reservation | None:
+    def reserve(
+        self, tokens: Sequence[int], *, capacity: int, most_promised: int | None = None
+    ) -> Reservation | None:
         """Pages for `capacity` positions of a request whose prompt is `tokens`; None: not now.
 
         Written blocks that the prompt begins with are shared, but never the whole of it: the last
         token is always computed, because somebody wants what follows it. Its other whole blocks
-        are promised to later prompts (`num_promised`) until `share` or `release`. No tokens: the
-        request shares nothing.
+        are promised to later prompts until `share` or `release`. None is given, and nothing is
+        changed, where there are too few pages, and where others are writing more than
+        `most_promised` of the tokens that follow those shared. No tokens: the request shares
+        nothing.
         Raises `ValueError` for a capacity that is not positive, below the prompt, or above all
         pages together.
         """
-        tokens = tuple(tokens)
         if capacity < max(1, len(tokens)):
             raise ValueError(
                 f"capacity={capacity} must be at least 1 and hold the prompt's {len(tokens)} tokens"
@@ -105,39 +111,28 @@ class PageTable:
                 f"{capacity} positions need {num_pages} pages of {self.page_size}, and there are "
                 f"{self.num_pages}; shorten the prompt, lower max_tokens or give more pages"
             )
-        chain = self._written(tokens)
+        contents = self._contents(tokens)
+        chain, promised = self._find(contents[: max(0, len(tokens) - 1) // self.granularity])
+        if most_promised is not None and promised > most_promised:
+            return None
         missing = num_pages - len(chain) * self._pages_per_block
         unused = sum(block.users == 0 for block in chain)
         if missing > self.free_pages + self.cached_pages - unused * self._pages_per_block:
             return None
         for block in chain:
-            self._use(block)
+            block.users += 1
+            self._unused.pop(block.number, None)
         while missing > self.free_pages:
             self._evict()
         private = [self._free.pop() for _ in range(missing)]
         reservation = Reservation(
             pages=(*(page for block in chain for page in block.pages), *private),
             num_cached=len(chain) * self.granularity,
-            _tokens=tokens,
             _chain=chain,
             _private=set(private),
         )
-        self._promise(reservation)
+        self._promise(reservation, contents)
         return reservation
-
-    def num_promised(self, tokens: Sequence[int]) -> int:
-        """Tokens of this prompt that others are writing now, right after those cached by now."""
-        tokens = tuple(tokens)
-        chain = self._written(tokens)
-        number = chain[-1].number if chain else _START
-        promised = 0
-        for i in range(len(chain), self._most_blocks(tokens)):
-            block = self._blocks.get((number, self._slice(tokens, i)))
-            if block is None:
-                break
-            number = block.number
-            promised += self.granularity
-        return promised
 
     def share(self, reservation: Reservation, num_tokens: int) -> None:
         """Says that the first `num_tokens` tokens' keys and values are written.
@@ -166,31 +161,36 @@ class PageTable:
                 self._unused[block.number] = block
         self._free += sorted(reservation._private, reverse=True)
 
-    def _most_blocks(self, tokens: tuple[int, ...]) -> int:
-        return max(0, len(tokens) - 1) // self.granularity
+    def _contents(self, tokens: Sequence[int]) -> list[bytes]:
+        """The tokens of each whole block, as bytes: those are hashed many times faster."""
+        size = self.granularity * _ITEM
+        raw = array("q", tokens).tobytes()
+        return [raw[end - size : end] for end in range(size, len(raw) + 1, size)]
 
-    def _slice(self, tokens: tuple[int, ...], i: int) -> tuple[int, ...]:
-        return tokens[i * self.granularity : (i + 1) * self.granularity]
-
-    def _written(self, tokens: tuple[int, ...]) -> list[_Block]:
+    def _find(self, contents: Sequence[bytes]) -> tuple[list[_Block], int]:
+        """Written blocks that begin so, and how many tokens after them others are writing."""
         chain: list[_Block] = []
-        for i in range(self._most_blocks(tokens)):
-            number = chain[-1].number if chain else _START
-            block = self._blocks.get((number, self._slice(tokens, i)))
-            if block is None or not block.written:
+        number, promised = _START, 0
+        for content in contents:
+            block = self._blocks.get((number, content))
+            if block is None:
                 break
-            chain.append(block)
-        return chain
+            number = block.number
+            if block.written:
+                chain.append(block)
+            else:
+                promised += self.granularity
+        return chain, promised
 
-    def _promise(self, reservation: Reservation) -> None:
+    def _promise(self, reservation: Reservation, contents: Sequence[bytes]) -> None:
         """Makes blocks of the whole blocks of a prompt after the shared ones.
 
         Up to one that another request has made: what follows it hangs on that request.
         """
-        chain, tokens = reservation._chain, reservation._tokens
+        chain = reservation._chain
         number = chain[-1].number if chain else _START
-        for i in range(len(chain), len(tokens) // self.granularity):
-            key = (number, self._slice(tokens, i))
+        for i in range(len(chain), len(contents)):
+            key = (number, contents[i])
             if key in self._blocks:
                 return
             self._last_number += 1
@@ -200,10 +200,6 @@ class PageTable:
             block = _Block(number=number, key=key, pages=pages, users=1)
             self._blocks[key] = block
             reservation._promised.append(block)
-
-    def _use(self, block: _Block) -> None:
-        block.users += 1
-        self._unused.pop(block.number, None)
 
     def _evict(self) -> None:
         _, block = self._unused.popitem(last=False)

@@ -28,7 +28,7 @@ from infer.request import Request
 SHORTEST_BUCKET = 16  # tokens; padding a chunk up to it costs next to nothing
 _PATIENCE = {"fair": 1, "longest_first": 16}  # times num_slots: how often one may be overtaken
 _LOOK_AHEAD = 32  # requests that do not fit which are passed over in one look
-_WORTH_WAITING = 128  # tokens being written for another prompt: reading fewer again is quicker
+_WORTH_READING = 127  # tokens that are read again rather than waited for, if another writes them
 _CHEAP_PADDING = 512  # tokens of padding that cost less than one more prefill
 
 
@@ -180,6 +180,10 @@ class Scheduler:
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
+    def request(self, slot: int) -> Request:
+        """Whose this slot is."""
+        return self._running[slot].request
+
     def add(self, request: Request) -> None:
         """Puts a request in line.
 
@@ -276,9 +280,9 @@ class Scheduler:
         """
         request = self._waiting[arrival]
         tokens = request.tokens if self._shares(request) else ()
-        if not overdue and self._pages.num_promised(tokens) >= _WORTH_WAITING:
-            return False
-        reservation = self._pages.reserve(tokens, capacity=capacity(request))
+        reservation = self._pages.reserve(
+            tokens, capacity=capacity(request), most_promised=None if overdue else _WORTH_READING
+        )
         if reservation is None:
             return False
         self._overtook.add(arrival)
