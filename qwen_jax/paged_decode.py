@@ -151,8 +151,8 @@ def prefill(
     """
     R, T = chunks.tokens_RT.shape
     compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
-    positions_RT = chunks.starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)
-    valid_RT = jnp.arange(T) < chunks.lengths_R[:, None]
+    positions_RT = chunks.starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    valid_RT = jnp.arange(T)[None] < chunks.lengths_R[:, None]
 
     def attend(index: int):
         kv_PSCH = state.pages.layers[index]

@@ -255,7 +255,7 @@ def ends(tokens_B: jax.Array, settings: Settings, *, eos_E: jax.Array) -> jax.Ar
 
 def unpack(words_BW: jax.Array, *, vocab_size: int) -> jax.Array:
     """The bits of uint32 words, [B, V] bool: token i is bit i % 32 of word i // 32."""
-    bits_BW32 = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits_BW32 = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
     return bits_BW32.reshape(words_BW.shape[0], -1)[:, :vocab_size].astype(bool)
 
 
