@@ -64,8 +64,6 @@ def job(line: Line, terms: Terms) -> TextJob | VectorJob:
     """What a line asks for. Raises `ValueError`, without naming the line."""
     if line.record is None:
         raise ValueError(line.problem)
-    seed = zlib.crc32(f"{terms.settings.seed}:{line.custom_id}".encode())
-    terms = dataclasses.replace(terms, settings=dataclasses.replace(terms.settings, seed=seed))
     if _is_openai(line):
         return _openai_job(line, terms)
     reader = Reader(line.record, name="the line")
@@ -95,6 +93,11 @@ def is_error(record: Mapping[str, Any]) -> bool:
     return record.get("error") is not None
 
 
+def _seed(line: Line, terms: Terms) -> int:
+    """A seed of the line's own, for where it does not say one."""
+    return zlib.crc32(f"{terms.settings.seed}:{line.custom_id}".encode())
+
+
 def _is_openai(line: Line) -> bool:
     return line.record is not None and ("url" in line.record or "body" in line.record)
 
@@ -118,7 +121,8 @@ def _openai_job(line: Line, terms: Terms) -> TextJob | VectorJob:
         return VectorJob(tuple(map(terms.service.encode_input, call.prompts)), vectors)
     is_chat = url == known[0]
     parse = openai_format.parse_chat if is_chat else openai_format.parse_completion
-    call = parse(body, id=str(line.number), defaults=terms.settings)
+    defaults = dataclasses.replace(terms.settings, seed=_seed(line, terms))
+    call = parse(body, id=str(line.number), defaults=defaults)
     if call.stream:
         raise ParameterError("stream", "stream=true has no place in a file; leave it out")
     model = _model(call.model, terms)
@@ -187,7 +191,7 @@ def _text_job(line: Line, reader: Reader, prompt: Prompt, terms: Terms) -> TextJ
             defaults=terms.settings,
             max_tokens=reader.take("max_tokens", int),
             logprobs=reader.take("logprobs", int),
-            seed=reader.take("seed", int),
+            seed=reader.take("seed", int, _seed(line, terms)),
         ),
     )
     reader.finish()

@@ -258,4 +258,4 @@ def _sampling(request: TextRequest, index: int) -> schema.Sampling:
         own["seed"] = zlib.crc32(f"{request.sampling.seed}:{index}".encode())
     if (request.best_of or request.n) > request.n and request.sampling.logprobs is None:
         own["logprobs"] = 0
-    return dataclasses.replace(request.sampling, **own)
+    return dataclasses.replace(request.sampling, **own) if own else request.sampling
