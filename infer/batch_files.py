@@ -33,6 +33,14 @@ class Share:
         if not 0 <= self.index < self.count:
             raise ValueError(f"share {self.index} of {self.count}: shares count from 0")
 
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """`0/4`: the first of four."""
+        index, _, count = text.partition("/")
+        if not (index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"share {text!r} must be written like 0/4, the first of four")
+        return cls(int(index), int(count))
+
     def has(self, number: int) -> bool:
         return (number - 1) % self.count == self.index
 

@@ -242,9 +242,10 @@ def test_shares_are_answered_apart_and_merged(tmp_path):
     paths[1].write_bytes(paths[1].read_bytes()[:-5])
     with pytest.raises(ValueError, match="1 lines have no answer yet, first .*in.jsonl:20"):
         batch.merge(tmp_path / "in.jsonl", tmp_path / "out.jsonl", count=3)
-    for bad in ((1, 1), (-1, 2)):
-        with pytest.raises(ValueError, match="shares count from 0"):
-            Share(*bad)
+    assert Share.parse("3/8") == Share(3, 8)
+    for bad in ("1/1", "0/0", "-1/2", "1", "a/b"):
+        with pytest.raises(ValueError, match="share "):
+            Share.parse(bad)
 
 
 BAD = [
