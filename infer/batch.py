@@ -1,40 +1,42 @@
 """A file of prompts to a file of answers, one JSON object a line.
 
-Input lines have `prompt` (text) or `messages` (a conversation), optionally `custom_id` (default
-`request-<line number>`) and sampling parameters for this line. Output lines have `custom_id`,
-`text`, `token_ids`, `finish_reason`, in the order in which answers come; a line that cannot be
-served gives `custom_id` and `error`. A job started again answers only what is missing.
+`infer.batch_lines` says what lines may hold and how they are answered. Answers are written as they
+come; a job started again, after whatever end, answers only what is missing, and tries refused lines
+anew. Several processes can share an input: each answers its lines into a file of its own.
 """
 
-import collections
-import dataclasses
-import json
-import zlib
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import jax
-from rich import progress
+from typing import Literal
 
 from configs import schema
-from infer import generate
-from qwen_jax import generation, tokenizer
+from infer import batch_files, batch_lines, batch_progress
+from infer.batch_files import Line, Share
+from infer.batch_lines import Terms, TextJob, VectorJob
+from infer.openai_answers import SplitToolCalls
+from infer.service import Embeddings, Service
+from infer.updates import Answers, Update
+from qwen_jax.tokenizer import Special
 
-_OWN_KEYS = ("prompt", "messages", "custom_id")
-_SAMPLING_KEYS = tuple(f.name for f in dataclasses.fields(schema.Sampling))
-_HOST_MEMORY = 2 * 2**30  # bytes for caches and activations where the device does not tell its size
+Order = Literal["arrival", "input"]
+
+_READ_AT_ONCE = 64  # lines between two steps of the engine, which must not wait for the tokenizer
+_VECTORS_AT_ONCE = 64  # lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a run did: lines answered, refused, and found answered already."""
 
+    path: Path  # of the answers
     answered: int
     failed: int
     skipped: int
+    prompt_tokens: int
     generated_tokens: int
+    seconds: float
 
     @property
     def exit_code(self) -> int:
@@ -42,243 +44,194 @@ class Summary:
         return 1 if self.failed else 0
 
 
-@dataclass(frozen=True)
-class _Line:
-    custom_id: str
-    where: str  # file and line number
-    record: dict[str, Any] | None  # None: not a JSON object
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class _Job:
-    custom_id: str
-    request: generation.Request
-
-
 def run(
-    generator: generate.Generator,
+    service: Service,
     input_path: str | Path,
     output_path: str | Path,
     *,
     settings: schema.Sampling | None = None,
-    special: Literal["text", "control"] = "text",
-    max_rows: int = 64,
-    memory: int | None = None,
-    show_progress: bool = True,
+    special: Special = "text",
+    models: Sequence[str] = (),
+    share: Share = Share(),  # noqa: B008 (frozen)
+    order: Order = "arrival",
+    max_open: int = 1024,
+    split_tool_calls: SplitToolCalls | None = None,
+    report: batch_progress.Report = lambda _: None,
 ) -> Summary:
     """Answers every line of `input_path` that `output_path` does not hold yet.
 
-    `settings` (default: the model's) serve lines that do not set their own. A line without a seed
-    gets one of its own, made of `settings.seed` and its custom_id. `memory` is the bytes that a
-    batch may take beside the parameters; default: four fifths of what the device has left.
-    Raises `ValueError` if two lines share a custom_id, or if the output holds something else.
+    `settings` (default: the service's) serve lines that do not set their own. A line without a seed
+    gets one of its own, made of `settings.seed` and its custom_id. `models` are the names that
+    OpenAI's bodies may ask for. At most `max_open` lines are read and not answered at any time.
+    With `order="input"` the answers are sorted at the end; a job that was killed is not sorted yet.
+    Raises `ValueError` if two lines share a custom_id, if the output holds something else, or if
+    another process writes to it.
     """
-    settings = settings or generator.defaults
-    lines = _read_input(Path(input_path))
-    finished = _repair_output(Path(output_path), known={line.custom_id for line in lines})
-    missing = [line for line in lines if line.custom_id not in finished]
-    answered = failed = tokens = 0
-    with Path(output_path).open("a", encoding="utf-8") as out, _bar(show_progress) as bar:
-        task = bar.add_task("answers", total=len(missing), rate=0.0)
-        jobs = []
-        for line in missing:
-            try:
-                jobs.append(_job(generator, line, settings=settings, special=special))
-            except ValueError as error:
-                failed += 1
-                message = f"{error}".encode("utf-8", "backslashreplace").decode("utf-8")
-                _write(out, {"custom_id": line.custom_id, "error": {"message": message}})
-                bar.advance(task)
-        batches = _batches(generator, jobs, max_rows=max_rows, memory=memory)
-        for batch in batches:
-            for step in _answers(generator, batch):
-                tokens += step.num_tokens
-                bar.update(task, rate=tokens / max(bar.tasks[task].elapsed or 0.0, 1e-9))
-                if step.record is not None:
-                    answered += 1
-                    _write(out, step.record)
-                    bar.advance(task)
-    return Summary(
-        answered=answered, failed=failed, skipped=len(lines) - len(missing), generated_tokens=tokens
+    index = batch_files.Index(Path(input_path))
+    output = batch_files.Output(
+        share.path(Path(output_path)), index=index, share=share, is_error=batch_lines.is_error
     )
-
-
-def _read_input(path: Path) -> list[_Line]:
-    lines: list[_Line] = []
-    seen: dict[str, str] = {}
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            line = _parse(raw, number, where=f"{path}:{number}")
-            if line.custom_id in seen:
-                raise ValueError(
-                    f"{line.where}: custom_id {line.custom_id!r} was used at "
-                    f"{seen[line.custom_id]}; answers are told apart by it, give each its own"
-                )
-            seen[line.custom_id] = line.where
-            lines.append(line)
-    return lines
-
-
-def _parse(raw: bytes, number: int, *, where: str) -> _Line:
-    default = f"request-{number}"
+    terms = Terms(
+        service=service,
+        settings=settings or service.defaults,
+        special=special,
+        models=tuple(models),
+        split_tool_calls=split_tool_calls,
+    )
+    asked = index.rows(share)
+    total = int(asked.sum() - output.done.sum())
+    job = _Job(terms, output, batch_progress.Meter(total), report)
+    wanted = asked & ~output.done
+    missing = (
+        line
+        for line, is_wanted in zip(batch_files.lines(index.path), wanted, strict=True)
+        if is_wanted
+    )
     try:
-        record = json.loads(raw.decode("utf-8"))
-    except ValueError as error:  # of decoding, or of JSON
-        return _Line(default, where, None, f"not readable as JSON: {error}")
-    if not isinstance(record, dict):
-        return _Line(default, where, None, f"a JSON object is needed, not {type(record).__name__}")
-    custom_id = record.get("custom_id", default)
-    if not isinstance(custom_id, str) or not _is_unicode(custom_id):
-        return _Line(default, where, None, f"custom_id={custom_id!a} must be a Unicode string")
-    return _Line(custom_id, where, record)
+        job.run(missing, max_open=max_open)
+        if order == "input":
+            output.sync()
+            batch_files.merge(index, [output.path], output.path, share=share)
+    finally:
+        output.close()
+    return job.summary(skipped=int(output.done.sum()))
 
 
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def merge(input_path: str | Path, output_path: str | Path, *, count: int) -> Path:
+    """Joins the files of `count` shares into `output_path`, in the order of the input.
+
+    Raises `ValueError` where a share is not complete.
+    """
+    index = batch_files.Index(Path(input_path))
+    output = Path(output_path)
+    parts = [Share(number, count).path(output) for number in range(count)]
+    batch_files.merge(index, parts, output)
+    return output
 
 
-def _job(
-    generator: generate.Generator, line: _Line, *, settings: schema.Sampling, special: str
-) -> _Job:
-    """Raises `ValueError` that names file and line."""
-    try:
-        return _Job(line.custom_id, _request(generator, line, settings=settings, special=special))
-    except ValueError as error:
-        raise ValueError(f"{line.where}: {error}") from None
+@dataclass
+class _OpenLine:
+    line: Line
+    job: TextJob
+    answers: list[Answers] = field(default_factory=list)
+    num_open: int = 0
 
 
-def _request(
-    generator: generate.Generator, line: _Line, *, settings: schema.Sampling, special: str
-) -> generation.Request:
-    record = line.record
-    if record is None:
-        raise ValueError(line.problem)
-    unknown = sorted(set(record) - {*_OWN_KEYS, *_SAMPLING_KEYS})
-    if unknown:
-        raise ValueError(
-            f"unknown keys {unknown}; known: {', '.join((*_OWN_KEYS, *_SAMPLING_KEYS))}"
+class _Job:
+    """A run under way. Of a line that was refused or finished nothing is kept."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        output: batch_files.Output,
+        meter: batch_progress.Meter,
+        report: batch_progress.Report,
+    ) -> None:
+        self._terms, self._output, self._meter, self._report = terms, output, meter, report
+        self._service = terms.service
+        self._lines: dict[int, _OpenLine] = {}  # by their numbers
+        self._requests: dict[str, tuple[_OpenLine, int]] = {}  # place among the line's requests
+        self._vectors: list[tuple[Line, VectorJob]] = []
+        self._began = time.monotonic()
+        self._answered = self._failed = self._prompt_tokens = self._generated_tokens = 0
+
+    def run(self, lines: Iterator[Line], *, max_open: int) -> None:
+        is_last = False
+        while not (is_last and self._service.idle):
+            for _ in range(min(_READ_AT_ONCE, max_open - len(self._lines) - len(self._vectors))):
+                line = next(lines, None)
+                if line is None:
+                    is_last = True
+                    break
+                self._begin(line)
+            if is_last or len(self._vectors) >= min(_VECTORS_AT_ONCE, max_open):
+                waiting, self._vectors = self._vectors, []
+                self._embed(waiting)
+            for update in self._service.step():
+                self._take(update)
+            self._report(self._meter.read())
+
+    def summary(self, *, skipped: int) -> Summary:
+        return Summary(
+            path=self._output.path,
+            answered=self._answered,
+            failed=self._failed,
+            skipped=skipped,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            seconds=time.monotonic() - self._began,
         )
-    if ("prompt" in record) == ("messages" in record):
-        raise ValueError("give either prompt or messages")
-    prompt = record.get("prompt", record.get("messages"))
-    if "prompt" in record and not isinstance(prompt, str):
-        raise ValueError(f"prompt must be a text, not {type(prompt).__name__}")
-    if "messages" in record and not (
-        isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)
-    ):
-        raise ValueError("messages must be a list of objects, at least one")
-    own = {"seed": zlib.crc32(f"{settings.seed}:{line.custom_id}".encode())}
-    own |= {key: record[key] for key in _SAMPLING_KEYS if key in record}
-    settings = generate.with_overrides(settings, own)
-    return generate.prompt_request(generator, prompt, settings=settings, special=special)
 
-
-def _repair_output(path: Path, *, known: set[str]) -> set[str]:
-    """The ids answered in an earlier run. Drops a half-written last line, and errors: they are
-    tried again. Raises `ValueError` for answers to other questions and unreadable lines."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    kept, finished = [], set()
-    for number, raw in enumerate(whole.splitlines(keepends=True), 1):
-        where = f"{path}:{number}"
+    def _begin(self, line: Line) -> None:
         try:
-            record = json.loads(raw)
-            custom_id, failed = record["custom_id"], "error" in record
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{where} is not an answer of an earlier run; move the file away, or name another "
-                f"output"
-            ) from None
-        if custom_id not in known:
-            raise ValueError(
-                f"{where} answers {custom_id!r}, which the input does not ask; move the file away, "
-                f"or name another output"
-            )
-        if not failed:
-            kept.append(raw)
-            finished.add(custom_id)
-    if b"".join(kept) != content:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
-    return finished
+            job = batch_lines.job(line, self._terms)
+            if isinstance(job, VectorJob):
+                self._vectors.append((line, job))
+            else:
+                self._submit(line, job)
+        except ValueError as error:
+            self._refuse(line, error)
 
+    def _submit(self, line: Line, job: TextJob) -> None:
+        opened = _OpenLine(line, job)
+        for request in job.requests:
+            try:
+                self._service.submit(request)
+            except ValueError:
+                for earlier in job.requests[: len(opened.answers)]:
+                    self._service.cancel(earlier.id)
+                    del self._requests[earlier.id]
+                raise
+            self._requests[request.id] = (opened, len(opened.answers))
+            opened.answers.append(Answers())
+        opened.num_open = len(job.requests)
+        self._lines[line.number] = opened
 
-def _batches(
-    generator: generate.Generator, jobs: Sequence[_Job], *, max_rows: int, memory: int | None
-) -> Iterator[list[_Job]]:
-    """Jobs of one shape bucket together, the longest first, as many as memory holds."""
-    cfg, layout = generator.cfg, generator.layout
-    buckets = collections.defaultdict(list)
-    for job in jobs:
-        buckets[generation.shape(cfg, [job.request], layout=layout)[1:]].append(job)
-    memory = _memory_left(generator) if memory is None else memory
-    for (prompt, cache), members in sorted(buckets.items(), reverse=True):
-        rows = generation.batch_bucket(1, layout=layout)
-        while rows < max_rows and memory >= generation.num_bytes(
-            cfg, rows=2 * rows, prompt=prompt, cache=cache, dtype=generator.dtype
-        ):
-            rows *= 2
-        for first in range(0, len(members), rows):
-            yield members[first : first + rows]
+    def _take(self, update: Update) -> None:
+        if update.id not in self._requests:  # of a line that was refused for another prompt
+            return
+        opened, place = self._requests[update.id]
+        opened.answers[place].add(update)
+        self._meter.add_tokens(len(update.tokens))
+        if update.usage is None:
+            return
+        del self._requests[update.id]
+        opened.num_open -= 1
+        if opened.num_open == 0:
+            del self._lines[opened.line.number]
+            usages = [answers.usage for answers in opened.answers]
+            generated = sum(usage.completion_tokens for usage in usages)
+            self._prompt_tokens += sum(usage.prompt_tokens for usage in usages)
+            self._finish(opened.job.record(opened.answers), generated)
 
+    def _finish(self, record: batch_lines.Record, generated: int) -> None:
+        self._output.write(record)
+        self._answered += 1
+        self._generated_tokens += generated
+        self._meter.finish(generated)
 
-def _memory_left(generator: generate.Generator) -> int:
-    devices = [jax.local_devices()[0]]
-    if generator.layout is not None:
-        devices = list(generator.layout.mesh.local_devices)
-    left = 0
-    for device in devices:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            return _HOST_MEMORY
-        left += stats["bytes_limit"] - stats["bytes_in_use"]
-    return left * 4 // 5
+    def _refuse(self, line: Line, error: ValueError) -> None:
+        self._output.write(batch_lines.refusal(line, error))
+        self._failed += 1
+        self._meter.fail()
 
-
-@dataclass(frozen=True)
-class _Step:
-    num_tokens: int
-    record: dict[str, Any] | None  # of the request that these tokens finished
-
-
-def _answers(generator: generate.Generator, batch: Sequence[_Job]) -> Iterator[_Step]:
-    """Runs one batch; a record as each request ends."""
-    decoders = [tokenizer.StreamDecoder(generator.tokenizer, skip_special=True) for _ in batch]
-    texts: list[str] = ["" for _ in batch]
-    token_ids: list[list[int]] = [[] for _ in batch]
-    for piece in generate.run(generator, [job.request for job in batch]):
-        row, record = piece.row, None
-        token_ids[row] += piece.tokens
-        texts[row] += decoders[row].push(generate.visible(piece))
-        if piece.finish_reason is not None:
-            record = {
-                "custom_id": batch[row].custom_id,
-                "text": texts[row] + decoders[row].finish(),
-                "token_ids": token_ids[row],
-                "finish_reason": piece.finish_reason,
-            }
-        yield _Step(len(piece.tokens), record)
-
-
-def _write(out: TextIO, record: dict[str, Any]) -> None:
-    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    out.flush()
-
-
-def _bar(show: bool) -> progress.Progress:
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        progress.TimeRemainingColumn(),
-        disable=not show,
-    )
+    def _embed(self, waiting: list[tuple[Line, VectorJob]]) -> None:
+        """Answers lines that want vectors, together where none of them is refused."""
+        if not waiting:
+            return
+        try:
+            made = self._service.embed([row for _, job in waiting for row in job.rows])
+        except ValueError as error:
+            if len(waiting) == 1:
+                self._refuse(waiting[0][0], error)
+                return
+            for one in waiting:
+                self._embed([one])
+            return
+        start = 0
+        for _, job in waiting:
+            vectors_ND = made.vectors_ND[start : start + len(job.rows)]
+            own = Embeddings(vectors_ND, sum(map(len, job.rows)))
+            self._prompt_tokens += own.num_tokens
+            self._finish(job.record(own), generated=0)
+            start += len(job.rows)

@@ -8,12 +8,12 @@ from typing import Any
 from configs import schema
 from infer.constraints_spec import ConstraintSpec
 
-# Fields of schema.Sampling that are spelled alike in JSON.
-SAMPLING = tuple(
-    field.name
+# Fields of schema.Sampling that JSON spells alike, with their types.
+_SAMPLING = {
+    field.name: field.type if field.type in (bool, float) else int
     for field in dataclasses.fields(schema.Sampling)
     if field.name not in ("max_tokens", "logit_bias", "stop_token_ids", "logprobs", "seed")
-)
+}
 _CONSTRAINTS = {  # key of `structured_outputs` -> kind
     "json": "json_schema",
     "json_object": "json_object",
@@ -100,10 +100,9 @@ class Reader:
 def sampling(reader: Reader, *, defaults: schema.Sampling, **own: int | None) -> schema.Sampling:
     """`defaults` with what the object says; `own` are fields that the caller read itself."""
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-    for field in dataclasses.fields(schema.Sampling):
-        if field.name in SAMPLING and field.name in reader:
-            kind = {"bool": bool, "float": float}.get(_type_name(field.type), int)
-            given[field.name] = reader.take(field.name, kind)
+    for name, kind in _SAMPLING.items():
+        if name in reader:
+            given[name] = reader.take(name, kind)
     if "logit_bias" in reader:
         given["logit_bias"] = _logit_bias(reader.take("logit_bias", dict))
     if "stop_token_ids" in reader:
@@ -153,10 +152,6 @@ def token_ids(name: str, values: list[Any]) -> tuple[int, ...]:
         if type(value) is not int or not 0 <= value < _MOST:
             raise ParameterError(name, f"{name} holds {_shown(value)}, which is not a token id")
     return tuple(values)
-
-
-def _type_name(annotation: object) -> str:
-    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
 
 
 def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:

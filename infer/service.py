@@ -159,12 +159,13 @@ class Service:
         """One round of the engine; what has become text."""
         return [update for event in self.engine.step() for update in self._updates(event)]
 
-    def embed(self, prompts: Sequence[Prompt]) -> Embeddings:
+    def encode_input(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The tokens of what is to be embedded."""
+        return self._not_empty(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def embed(self, prompts: Sequence[str | Sequence[int]]) -> Embeddings:
         """A vector for each text or list of token ids. Raises `ValueError` for the whole call."""
-        rows = [
-            tuple(self._not_empty(self.tokenizer.encode(p) if isinstance(p, str) else p))
-            for p in prompts
-        ]
+        rows = [self.encode_input(prompt) for prompt in prompts]
         return Embeddings(self.engine.embed(rows), sum(map(len, rows)))
 
     def _not_empty(self, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -257,4 +258,4 @@ def _sampling(request: TextRequest, index: int) -> schema.Sampling:
         own["seed"] = zlib.crc32(f"{request.sampling.seed}:{index}".encode())
     if (request.best_of or request.n) > request.n and request.sampling.logprobs is None:
         own["logprobs"] = 0
-    return dataclasses.replace(request.sampling, **own)
+    return dataclasses.replace(request.sampling, **own) if own else request.sampling

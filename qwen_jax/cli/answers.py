@@ -1,7 +1,8 @@
 """Commands that answer prompts: one, a talk, a file of them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -10,6 +11,8 @@ from qwen_jax.cli.apps import Dtype, Flat, Positional, app
 
 if TYPE_CHECKING:
     from infer import generate as generate_lib
+
+_ENGINE = schema.Engine()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,26 +97,68 @@ def batch(
     *,
     loaded: Annotated[Loaded, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
-    max_rows: int = 64,
+    engine: schema.Engine = _ENGINE,
+    share: str = "0/1",
+    order: Literal["arrival", "input"] = "arrival",
+    model_name: tuple[str, ...] = (),
 ) -> int:
     """Answer every line of a JSONL file; run again, it does only what is missing.
 
-    Lines hold `prompt` or `messages`, and may hold `custom_id` and sampling settings of their own.
+    Lines are OpenAI's batch format (chat, completions, embeddings); or they hold `prompt` or
+    `messages`, with sampling settings of their own or `continuations` to be scored; or `input`, to
+    be embedded.
 
     Args:
         input: JSONL to read.
-        output: JSONL to write: custom_id, text, token_ids, finish_reason.
-        max_rows: Most requests decoded at one time.
+        output: JSONL to write; a line that cannot be served gets an error, and the job goes on.
+        sampling: For lines that do not say it themselves.
+        share: For several processes: this one's number, from 0, of how many. Each writes its own
+            file (out-00000-of-00004.jsonl); `qwen-jax merge` joins them.
+        order: Answers as they come, or sorted like the input when all are there.
+        model_name: More names that lines may call the model by; the first is written into answers.
+    """
+    from infer import batch as batch_lib
+    from infer import batch_progress, loading
+    from partitioning import mesh as mesh_lib
+
+    service = loading.load(
+        loaded.model,
+        settings=engine,
+        sampling={name: value for name, value in vars(sampling).items() if value is not None},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+    )
+    with batch_progress.bar() as report:
+        summary = batch_lib.run(
+            service,
+            input,
+            output,
+            models=(*model_name, Path(loaded.model).resolve().name, loaded.model),
+            share=batch_lib.Share.parse(share),
+            order=order,
+            max_open=4 * engine.num_slots,
+            report=report,
+        )
+    print(
+        f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
+        f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
+    )
+    return summary.exit_code
+
+
+@app.command
+def merge(input: Positional[str], output: Positional[str], *, shares: int) -> int:
+    """Join the files that a batch's shares wrote, in the input's order.
+
+    Args:
+        input: The batch's input.
+        output: The batch's output as it was given to each share.
+        shares: How many there are.
     """
     from infer import batch as batch_lib
 
-    generator, settings = _generator(loaded, sampling)
-    summary = batch_lib.run(generator, input, output, settings=settings, max_rows=max_rows)
-    print(
-        f"{output}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} there "
-        f"already, {summary.generated_tokens} tokens"
-    )
-    return summary.exit_code
+    print(batch_lib.merge(input, output, count=shares))
+    return 0
 
 
 def _generator(

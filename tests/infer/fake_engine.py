@@ -1,11 +1,38 @@
 """An engine without a model: its tokens are made of the request alone, a few at each step."""
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from configs import schema
+from infer import service as service_lib
 from infer.request import Event, Request, TokenLogprobs
+from qwen_jax import tokenizer_train
+from qwen_jax.tokenizer import Tokenizer
+
+SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
+
+
+@functools.cache
+def words() -> Tokenizer:
+    """Bytes, a few merges, and Qwen's control tokens."""
+    return tokenizer_train.train_bpe(["a few words, to have a corpus of words"], vocab_size=283)
+
+
+def service(
+    *, text: str | None = None, kind: "type[FakeEngine] | None" = None, **options
+) -> service_lib.Service:
+    """A service whose engine answers everything with `text` and the end token, or at random."""
+    vocabulary, answer = words(), None
+    if text is not None:
+        answer = lambda request: [*vocabulary.encode(text), vocabulary.eos_ids[0]]  # noqa: E731
+    of_service = {k: options.pop(k) for k in ("bos_id", "compile_constraint") if k in options}
+    engine = (kind or FakeEngine)(
+        answer=answer, vocab_size=vocabulary.vocab_size, eos_ids=vocabulary.eos_ids, **options
+    )
+    return service_lib.Service(engine, tokenizer=vocabulary, defaults=SETTINGS, **of_service)
 
 
 def drawn(request: Request, *, vocab_size: int) -> list[int]:

@@ -6,33 +6,18 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from configs import schema
-from infer import service as service_lib
 from infer.constraints_spec import ConstraintSpec
 from infer.service import TextRequest
 from infer.stop_strings import StopStrings
 from infer.updates import Answers
-from qwen_jax import tokenizer_train
 from tests.infer import fake_engine
 
-SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
+SETTINGS = fake_engine.SETTINGS
 
 
 @pytest.fixture(scope="module")
 def words():
-    return tokenizer_train.train_bpe(["a few words, to have a corpus of words"], vocab_size=283)
-
-
-def make(words, *, text: str | None = None, **options) -> service_lib.Service:
-    """A service whose engine answers everything with `text` and the end token."""
-    answer = None
-    if text is not None:
-        answer = lambda request: [*words.encode(text), words.eos_ids[0]]  # noqa: E731
-    of_service = {k: options.pop(k) for k in ("bos_id", "compile_constraint") if k in options}
-    engine = fake_engine.FakeEngine(
-        answer=answer, vocab_size=words.vocab_size, eos_ids=words.eos_ids, **options
-    )
-    return service_lib.Service(engine, tokenizer=words, defaults=SETTINGS, **of_service)
+    return fake_engine.words()
 
 
 def request(id: str = "r", prompt="hello", *, own: dict | None = None, **options) -> TextRequest:
@@ -60,7 +45,7 @@ def answer(service, asked: TextRequest):
 
 def test_text_is_the_tokens_without_the_closing_one(words):
     text = "Grüße, 世界! <tool_call> a few words"
-    collected = answer(make(words, text=text), request())
+    collected = answer(fake_engine.service(text=text), request())
     [choice] = collected.choices
     assert (choice.text, choice.finish_reason) == (text, "stop")
     assert choice.tokens == [*words.encode(text), words.eos_ids[0]]
@@ -70,7 +55,7 @@ def test_text_is_the_tokens_without_the_closing_one(words):
 
 
 def test_half_a_character_at_the_end_is_replaced(words):
-    service = make(words, text="ab世")
+    service = fake_engine.service(text="ab世")
     cut = len(words.encode("ab世")) - 1
     [choice] = answer(service, request(own={"max_tokens": cut})).choices
     assert (choice.text, choice.finish_reason) == ("ab\ufffd", "length")
@@ -118,7 +103,7 @@ def test_text_is_held_back_no_longer_than_needed():
 @pytest.mark.parametrize("stop", ["few wo", "世", "rds, 世 t", "w"])
 def test_a_stop_string_ends_a_request_and_its_tokens(words, stop, cuts):
     text = "a few words, 世 to have a few wo"
-    service = make(words, text=text, cuts=cuts)
+    service = fake_engine.service(text=text, cuts=cuts)
     own = {"logprobs": 2}
     collected = answer(service, request(stop=(stop, "never"), own=own))
     [choice] = collected.choices
@@ -136,11 +121,11 @@ def test_a_stop_string_ends_a_request_and_its_tokens(words, stop, cuts):
 
 def test_text_before_min_tokens_cannot_stop(words):
     text = "xyxyxyxyxy"
-    [free] = answer(make(words, text=text), request(stop=("y",))).choices
+    [free] = answer(fake_engine.service(text=text), request(stop=("y",))).choices
     assert free.text == "x"
     ids = words.encode(text)
     own = {"min_tokens": len(ids) - 1}
-    [later] = answer(make(words, text=text), request(stop=("y",), own=own)).choices
+    [later] = answer(fake_engine.service(text=text), request(stop=("y",), own=own)).choices
     assert text.startswith(later.text) and len(later.tokens) >= len(ids) - 1
     assert later.finish_reason == "stop" and later.text.endswith("x")
 
@@ -153,20 +138,20 @@ def test_answers_do_not_depend_on_how_events_are_cut_or_on_neighbours(words):
     asked = [dataclasses.replace(r, stop=("a", "e f"), n=1 + i % 3) for i, r in enumerate(asked)]
     seen = []
     for cuts, slots in (((1,), 1), ((3, 1, 8), 4), ((40,), 20)):
-        service = make(words, cuts=cuts, num_slots=slots)
+        service = fake_engine.service(cuts=cuts, num_slots=slots)
         for r in asked:
             service.submit(r)
         answers = finish(service)
         seen.append({id: (a.choices, a.usage) for id, a in answers.items()})
     assert seen[0] == seen[1] == seen[2]
     for r in asked:
-        alone = answer(make(words), r)
+        alone = answer(fake_engine.service(), r)
         assert (alone.choices, alone.usage) == seen[0][r.id]
 
 
 def test_logprobs_become_text(words):
     text = "a 世"
-    [choice] = answer(make(words, text=text), request(own={"logprobs": 3})).choices
+    [choice] = answer(fake_engine.service(text=text), request(own={"logprobs": 3})).choices
     assert [entry.id for entry in choice.logprobs] == choice.tokens
     shown = [entry for entry in choice.logprobs if not entry.hidden]
     assert b"".join(entry.bytes for entry in shown) == text.encode()
@@ -185,7 +170,7 @@ def test_logprobs_become_text(words):
 def test_echo_gives_the_prompt_with_its_logprobs(words):
     own = {"logprobs": 1, "prompt_logprobs": 1}
     asked = request(prompt="hello 世", echo="prompt_and_answer", own=own)
-    [choice] = answer(make(words, text="a few"), asked).choices
+    [choice] = answer(fake_engine.service(text="a few"), asked).choices
     assert choice.text == "hello 世a few"
     ids = words.encode("hello 世")
     assert [entry.id for entry in choice.prompt_logprobs] == ids
@@ -194,18 +179,18 @@ def test_echo_gives_the_prompt_with_its_logprobs(words):
         assert entry.logprob == fake_engine.logprob(ids[:i], ids[i])
     assert choice.logprobs[0].offset == len("hello 世")
     scored = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, max_tokens=0))
-    [choice] = answer(make(words), scored).choices
+    [choice] = answer(fake_engine.service(), scored).choices
     assert (choice.text, choice.tokens, choice.finish_reason) == ("hello 世", [], "length")
     assert len(choice.prompt_logprobs) == len(ids)
 
 
 def test_choices_have_seeds_of_their_own_and_the_first_is_the_one_alone(words):
     own = {"temperature": 1.0, "seed": 5}
-    collected = answer(make(words), request(n=3, own=own))
+    collected = answer(fake_engine.service(), request(n=3, own=own))
     assert [choice.index for choice in collected.choices] == [0, 1, 2]
     texts = {choice.text for choice in collected.choices}
     assert len(texts) == 3
-    [alone] = answer(make(words), request(own=own)).choices
+    [alone] = answer(fake_engine.service(), request(own=own)).choices
     assert collected.choices[0].tokens == alone.tokens
     assert collected.usage.completion_tokens == sum(len(c.tokens) for c in collected.choices)
     assert collected.usage.prompt_tokens == len(words.encode("hello"))
@@ -213,20 +198,20 @@ def test_choices_have_seeds_of_their_own_and_the_first_is_the_one_alone(words):
 
 def test_best_of_gives_the_likeliest(words):
     own = {"temperature": 1.0, "logprobs": 0}
-    drawn = answer(make(words), request(n=6, own=own))
+    drawn = answer(fake_engine.service(), request(n=6, own=own))
     best = sorted(drawn.choices, key=lambda c: -c.mean_logprob)[:2]
-    collected = answer(make(words), request(n=2, best_of=6, own=own))
+    collected = answer(fake_engine.service(), request(n=2, best_of=6, own=own))
     assert [c.tokens for c in collected.choices] == [c.tokens for c in best]
     assert [c.logprobs for c in collected.choices] == [c.logprobs for c in best]
     assert [c.index for c in collected.choices] == [0, 1]
     assert collected.usage == drawn.usage
-    quiet = answer(make(words), request(n=2, best_of=6, own=own | {"logprobs": None}))
+    quiet = answer(fake_engine.service(), request(n=2, best_of=6, own=own | {"logprobs": None}))
     assert [c.tokens for c in quiet.choices] == [c.tokens for c in best]
     assert not any(c.logprobs for c in quiet.choices)
 
 
 def test_cancelling_ends_one_request_and_no_other(words):
-    service = make(words, cuts=(2,), num_slots=2)
+    service = fake_engine.service(cuts=(2,), num_slots=2)
     for id in ("a", "b", "c"):
         service.submit(request(id, f"prompt {id}", n=2, own={"temperature": 1.0}))
     first = service.step()
@@ -258,7 +243,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_an_error_opens_nothing(words, options, message):
-    service = make(words)
+    service = fake_engine.service()
     service.submit(request("good"))
     with pytest.raises(ValueError, match=message):
         service.submit(request("bad", **options))
@@ -277,7 +262,7 @@ def test_a_choice_that_is_refused_takes_the_others_back(words):
             raise ValueError("too much")
         return object()
 
-    service = make(words, compile_constraint=compile_constraint)
+    service = fake_engine.service(compile_constraint=compile_constraint)
     spec = ConstraintSpec("choice", ("a", "b"))
     with pytest.raises(ValueError, match="too much"):
         service.submit(request(n=4, constraint=spec))
@@ -296,7 +281,7 @@ def test_requests_are_checked(options, message):
 
 
 def test_prompts_of_all_kinds(words):
-    service = make(words, bos_id=3)
+    service = fake_engine.service(bos_id=3)
     turns = ({"role": "user", "content": "hi"},)
     assert service.encode(request(prompt="hello")) == tuple(words.encode("hello"))
     assert service.encode(request(prompt="")) == service.encode(request(prompt=())) == (3,)
@@ -311,7 +296,7 @@ def test_prompts_of_all_kinds(words):
 
 
 def test_embeddings_are_the_engines(words):
-    service = make(words)
+    service = fake_engine.service()
     got = service.embed(["hello", words.encode("hello"), "other"])
     assert got.vectors_ND.shape == (3, 8)
     assert (got.vectors_ND[0] == got.vectors_ND[1]).all()
