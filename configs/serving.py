@@ -13,28 +13,46 @@ class Serve:
     is logged; the others notice nothing.
     """
 
-    host: str = "127.0.0.1"  # whom it listens to: by default this machine alone
-    port: int = 8000  # 0: any that is free; the line printed at the start says which
-    model_name: str = ""  # what clients call the model; empty: its folder's name
+    # Whom it listens to: by default this machine alone.
+    host: str = "127.0.0.1"
+    # 0: any that is free; the line printed at the start says which.
+    port: int = 8000
+    # What clients call the model; empty: its folder's name.
+    model_name: str = ""
     # File that holds the API key; empty: environment variable QWEN_JAX_API_KEY, or no key at all.
     api_key_file: str = ""
 
-    max_body: int = 4 * 2**20  # of a request's body
-    max_header: int = 64 * 2**10  # of a request's line and headers
-    max_prompt_tokens: int = 0  # 0: as many as model and pages take
-    max_choices: int = 128  # answers of one request: n, or best_of, times its prompts
-    max_queue: int = 256  # answers that may wait, beyond those that the engine works on
-    max_connections: int = 2048  # open ones, idle ones included
-    max_inputs: int = 2048  # texts of one request for embeddings
+    # Bytes of a request's body.
+    max_body: int = 4 * 2**20
+    # Bytes of a request's line and headers.
+    max_header: int = 64 * 2**10
+    # Tokens of a prompt; 0: as many as model and pages take.
+    max_prompt_tokens: int = 0
+    # Answers of one request: n, or best_of, times its prompts.
+    max_choices: int = 128
+    # Answers that may wait, beyond those that the engine works on.
+    max_queue: int = 256
+    # Open connections, idle ones included.
+    max_connections: int = 2048
+    # Texts of one request for embeddings.
+    max_inputs: int = 2048
 
-    header_seconds: float = 10.0  # until a request's headers are there
-    body_seconds: float = 30.0  # until its body is there
-    idle_seconds: float = 30.0  # between requests of one connection
-    stall_seconds: float = 30.0  # without a byte of an answer being taken
-    stream_buffer: int = 1024  # pieces of one streamed answer that wait for its client
-    send_buffer: int = 64 * 2**10  # of the operating system, for each connection
-    drain_seconds: float = 60.0  # after SIGTERM, until open requests are cut off
-    engine_seconds: float = 300.0  # longest that the engine may be at one round
+    # Seconds until a request's headers are there.
+    header_seconds: float = 10.0
+    # Seconds until its body is there.
+    body_seconds: float = 30.0
+    # Seconds between requests of one connection.
+    idle_seconds: float = 30.0
+    # Seconds in which a client takes not a byte of its answer.
+    stall_seconds: float = 30.0
+    # Pieces of one streamed answer, for each choice, that wait for a client who reads slowly.
+    stream_buffer: int = 1024
+    # Bytes of a connection's answers that the operating system keeps.
+    send_buffer: int = 64 * 2**10
+    # Seconds from SIGTERM until open requests are cut off.
+    drain_seconds: float = 60.0
+    # Longest time in seconds that the engine may be at one round; then it counts as failed.
+    engine_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         check_positive(

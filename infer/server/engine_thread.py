@@ -97,6 +97,11 @@ class EngineThread:
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run_on_thread, name="engine", daemon=True)
 
+    @property
+    def num_open(self) -> int:
+        """Requests and calls for embeddings that somebody waits for."""
+        return len(self._streams) + len(self._futures)
+
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
@@ -185,6 +190,7 @@ class EngineThread:
     def _run_on_thread(self) -> None:
         try:
             self._warm_up()
+            self.stats = self.service.engine.stats()
             self._tell(self._set_state, "ready")
             while self._obey_on_thread():
                 self._round_on_thread()

@@ -26,13 +26,14 @@ _SHORT = (
 _COUNTERS = {
     "compilations": "Programs compiled, those of the warm-up included",
     "generated_tokens": "Tokens drawn, also for answers that were cancelled",
-    "prompt_tokens": "Prompt tokens read, those from the prefix cache included",
+    "prompt_tokens": "Prompt tokens read, without those that the prefix cache held",
+    "cached_tokens": "Prompt tokens that the prefix cache held",
 }
 _GAUGES = {
     "waiting": "Answers that wait for a place in the engine",
     "running": "Answers that the engine works on",
-    "free_pages": "Pages of keys and values that nobody holds",
-    "cached_tokens": "Tokens in the prefix cache",
+    "free_pages": "Pages of keys and values that no request holds",
+    "cached_pages": "Pages of them that the prefix cache keeps",
 }
 
 

@@ -86,6 +86,7 @@ class Running:
             await self.server.serve(sockets=[listener])
         finally:
             watching.cancel()
+            self.num_cut = max(self.num_cut, state.gate.open)
             await state.engine.stop()
             state.encoders.shutdown(wait=False, cancel_futures=True)
         log.info("stopped; %d answers were cut off", self.num_cut)

@@ -87,15 +87,17 @@ def test_leaving_cancels_a_waiting_answer(slow):
 def test_client_that_does_not_read_is_given_up(words, caplog):
     """Its buffers fill, and its request does not go on for long."""
     engine = Engine(words, num_slots=2, max_length=200_000)
-    with running_server(
-        words, engine=engine, stall_seconds=0.3, send_buffer=4096, stream_buffer=10**6
-    ) as client:
-        with client.connect() as connection:
-            connection.sendall(_post({**LONG, "max_tokens": 150_000, "logprobs": 5}))
-            client.wait(lambda: engine.running)
-            client.wait_until_quiet(seconds=5)
-            assert "has taken nothing of its answer for 0.3 s" in caplog.text
-            assert _outcomes(client) == {"client_stalled": 1}
+    with (
+        running_server(
+            words, engine=engine, stall_seconds=0.3, send_buffer=4096, stream_buffer=10**6
+        ) as client,
+        client.connect() as connection,
+    ):
+        connection.sendall(_post({**LONG, "max_tokens": 150_000, "logprobs": 5}))
+        client.wait(lambda: engine.running)
+        client.wait_until_quiet(seconds=5)
+        assert "has taken nothing of its answer for 0.3 s" in caplog.text
+        assert _outcomes(client) == {"client_stalled": 1}
 
 
 def test_what_waits_for_a_client_is_bounded(words, caplog):
