@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 HEADER = (
-    "| rate /s | requests | lost | output tokens/s | first token ms p50 | p99 | pieces ms p50 | p99 "
-    "| tokens ms p50 | p99 | most at once | clients' core |"
+    "| rate /s | requests | lost | output tokens/s | first token ms p50 | p99 | pieces ms p50 "
+    "| p99 | tokens ms p50 | p99 | most at once | clients' core |"
 )
 
 
@@ -70,7 +70,8 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     command = [sys.executable, __file__, "--child", *sys.argv[1:]]
     if arguments.model:
         command = [
-            sys.executable, "-m", "qwen_jax.cli", "serve", "--model", arguments.model, "--port", "0",
+            sys.executable, "-m", "qwen_jax.cli", "serve", "--model", arguments.model,
+            "--port", "0",
             "--engine.num-slots", str(arguments.slots),
             "--engine.max-length", str(arguments.prompt + arguments.answer),
         ]  # fmt: skip
@@ -82,7 +83,7 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
         else:
             sys.exit("the server has not started")
         address = found[1], int(found[2])
-        while not asyncio.run(_status(address)) == 200:
+        while asyncio.run(_status(address)) != 200:
             time.sleep(0.2)
             if process.poll() is not None:
                 sys.exit("the server has not become ready")

@@ -16,7 +16,7 @@ from infer.server.errors import HttpError
 from infer.server.metrics import Call as Measured
 from infer.server.state import Sender, State, leaving, until_left
 from infer.service import TextRequest
-from infer.updates import Answers, Update
+from infer.updates import Answers, Update, Usage
 
 Parse = Callable[..., openai_format.Call]
 
@@ -78,10 +78,10 @@ class _Answer:
 
     def __init__(self, call: openai_format.Call, *, id: str, model: str) -> None:
         self._call = call
-        self._answers = [Answers() for _ in call.requests]
         self._numbers = {request.id: number for number, request in enumerate(call.requests)}
         self._about = {"id": id, "created": int(time.time()), "model": model}
         self._begun: set[int] = set()  # chat choices whose role has been said
+        self._usages: list[Usage] = []
 
     async def collect(
         self,
@@ -90,13 +90,14 @@ class _Answer:
         sender: Sender,
         measured: Measured,
     ) -> None:
+        answers = [Answers() for _ in self._call.requests]
         async for updates in stream:
             measured.saw(updates)
             for update in updates:
-                self._answers[self._numbers[update.id]].add(update)
+                answers[self._numbers[update.id]].add(update)
         body = openai_answers.response(
             self._call,
-            self._answers,
+            answers,
             **self._about,
         )
         await errors.json_response(body)(request.scope, request.receive, sender)
@@ -109,13 +110,14 @@ class _Answer:
             await sender.begin_events()
             await sender.events([event for u in updates for event in self._events(u)])
         if self._call.usage != "none":
-            usages = [answers.usage for answers in self._answers]
-            await sender.events([openai_answers.usage_chunk(self._call, usages, **self._about)])
+            chunk = openai_answers.usage_chunk(self._call, self._usages, **self._about)
+            await sender.events([chunk])
         await sender.end_events()
 
     def _events(self, update: Update) -> Iterator[dict[str, Any]]:
         number = self._numbers[update.id]
-        self._answers[number].add(update)
+        if update.usage is not None:
+            self._usages.append(update.usage)
         if self._call.kind == "chat" and update.index not in self._begun:
             self._begun.add(update.index)
             yield openai_answers.first_chunk(self._call, update.index, **self._about)

@@ -24,6 +24,10 @@ def _texts(**more: Any) -> Schema:
     return {"type": "array", "items": {"type": "string", **more}}
 
 
+def _only(name: str, kind: Schema) -> Schema:
+    return {"type": "object", "properties": {name: kind}, "required": [name]}
+
+
 _BOOLEAN: Schema = {"type": "boolean"}
 _TEXT: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
@@ -72,6 +76,30 @@ _TOOL: Schema = {
     },
     "required": ["type", "function"],
 }
+_FORMS: dict[str, Schema] = {
+    "json": _OBJECT,
+    "json_object": {"const": True},
+    "regex": {"type": "string", "minLength": 1},
+    "grammar": {"type": "string", "minLength": 1},
+    "choice": {**_texts(), "minItems": 1},
+}
+_FORMAT: Schema = {
+    "anyOf": [
+        _only("type", {"enum": ["text", "json_object"]}),
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {
+                    "type": "object",
+                    "properties": {"name": _TEXT, "schema": _OBJECT},
+                    "required": ["name", "schema"],
+                },
+            },
+            "required": ["type", "json_schema"],
+        },
+    ]
+}
 _SAMPLING: dict[str, Schema] = {
     "max_tokens": _integer(1),
     "temperature": _number(0),
@@ -92,28 +120,9 @@ _SAMPLING: dict[str, Schema] = {
     "stream": _BOOLEAN,
     "stream_options": {"type": "object", "properties": {"include_usage": _BOOLEAN}},
     "return_token_ids": _BOOLEAN,
-    "response_format": {
-        "type": "object",
-        "properties": {
-            "type": {"enum": ["text", "json_object", "json_schema"]},
-            "json_schema": {"type": "object", "properties": {"name": _TEXT, "schema": _OBJECT}},
-        },
-        "required": ["type"],
-    },
-    "structured_outputs": {
-        "type": "object",
-        "properties": {
-            "json": _OBJECT,
-            "json_object": {"const": True},
-            "regex": _TEXT,
-            "grammar": _TEXT,
-            "choice": _texts(),
-        },
-    },
-    "guided_json": _OBJECT,
-    "guided_regex": _TEXT,
-    "guided_choice": _texts(),
-    "guided_grammar": _TEXT,
+    "response_format": _FORMAT,
+    "structured_outputs": {"anyOf": [_only(name, kind) for name, kind in _FORMS.items()]},
+    **{f"guided_{name}": kind for name, kind in _FORMS.items()},
     "user": _TEXT,
     "metadata": _OBJECT,
 }
