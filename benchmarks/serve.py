@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tiny:
-        arguments.prompt, arguments.answer, arguments.slots = 24, 16, 16
+        arguments.prompt, arguments.answer, arguments.slots = 24, 16, 4
         arguments.seconds = min(arguments.seconds, 4.0)
     if arguments.child:
         sys.exit(serve(arguments))
@@ -117,7 +117,7 @@ def serve(arguments: argparse.Namespace) -> int:
         engine, warm_up = Nothing(), lambda: None
     else:
         engine = _random_engine(arguments)
-        warm_up = lambda: engine.warm_up(show=print)  # noqa: E731
+        warm_up = engine.warm_up
     return server_lib.run(
         Service(engine, tokenizer=words, defaults=schema.Sampling(), bos_id=0),
         settings=serving.Serve(port=0, max_queue=10_000, max_connections=20_000),
@@ -138,8 +138,9 @@ def _random_engine(arguments: argparse.Namespace):
         num_slots=arguments.slots,
         max_length=arguments.prompt + arguments.answer,
         page_size=16 if arguments.tiny else 64,
-        prefill_chunk=64 if arguments.tiny else 2048,
-        prefill_tokens=128 if arguments.tiny else 8192,
+        prefill_chunk=32 if arguments.tiny else 2048,
+        prefill_tokens=64 if arguments.tiny else 8192,
+        buckets="one" if arguments.tiny else "powers_of_two",
     )
     return engine_benchmark.make(cfg, settings, mesh="")
 
@@ -193,7 +194,7 @@ class Seen:
 
 
 async def rise(address: tuple[str, int], arguments: argparse.Namespace) -> int:
-    default = "2,5,10" if arguments.tiny else "1,2,4,8,16,32"
+    default = "5,20,60" if arguments.tiny else "1,2,4,8,16,32"
     print(HEADER)
     print("|" + " --- |" * (HEADER.count("|") - 1))
     lost = 0

@@ -189,7 +189,9 @@ class EngineThread:
 
     def _run_on_thread(self) -> None:
         try:
+            began = time.monotonic()
             self._warm_up()
+            log.info("ready after %.1f s of warming up", time.monotonic() - began)
             self.stats = self.service.engine.stats()
             self._tell(self._set_state, "ready")
             while self._obey_on_thread():

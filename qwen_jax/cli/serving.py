@@ -8,6 +8,8 @@ from configs import schema, serving
 from qwen_jax.cli.answers import Loaded, Sampling
 from qwen_jax.cli.apps import Flat, app
 
+log = logging.getLogger("infer.server")
+
 _SERVER, _SAMPLING, _ENGINE = serving.Serve(), Sampling(), schema.Engine()
 
 
@@ -49,10 +51,6 @@ def serve(
         settings=server,
         model_name=server.model_name or Path(loaded.model).resolve().name,
         num_slots=engine.num_slots,
-        warm_up=lambda: service.engine.warm_up(show=_show),
-        show=_show,
+        warm_up=lambda: service.engine.warm_up(show=log.info),
+        show=lambda text: print(text, flush=True),
     )
-
-
-def _show(line: str) -> None:
-    print(line, flush=True)
