@@ -1,0 +1,40 @@
+"""A model's files as a text service over an engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs import schema
+from infer import engine as engine_lib
+from infer import generate
+from infer.service import Service
+
+
+def load(
+    path: str | Path,
+    *,
+    settings: schema.Engine,
+    sampling: Mapping[str, Any],
+    dtype: str = "bfloat16",
+    mesh: schema.Mesh | None = None,
+) -> Service:
+    """The model at `path`, as `generate.load` finds it, behind an engine.
+
+    `sampling` replaces the defaults of the model's generation_config.json, for requests that say
+    nothing. Raises `ValueError` for what cannot be loaded or does not fit.
+    """
+    loaded = generate.load(path, dtype=dtype, mesh=mesh)
+    engine = engine_lib.Engine(
+        loaded.cfg,
+        loaded.params,
+        settings=settings,
+        eos_ids=loaded.eos_ids,
+        dtype=loaded.dtype,
+        layout=loaded.layout,
+    )
+    return Service(
+        engine,
+        tokenizer=loaded.tokenizer,
+        defaults=generate.with_overrides(loaded.defaults, dict(sampling)),
+        bos_id=loaded.cfg.bos_token_id,
+    )

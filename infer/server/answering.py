@@ -1,0 +1,124 @@
+"""Calls that make text: from the body to the engine, and from its updates to the answer."""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from infer import openai_answers, openai_format
+from infer.server import bodies, engine_thread, errors
+from infer.server.errors import HttpError
+from infer.server.metrics import Call as Measured
+from infer.server.state import Sender, State, leaving, until_left
+from infer.service import TextRequest
+from infer.updates import Answers, Update, Usage
+
+Parse = Callable[..., openai_format.Call]
+
+
+class Generate:
+    """Answers to chats or completions: whole, or as a stream of events."""
+
+    def __init__(self, state: State, parse: Parse, *, prefix: str) -> None:
+        self._state = state
+        self._parse = parse
+        self._prefix = prefix  # of the answers' ids
+
+    async def __call__(self, request: Request, sender: Sender, measured: Measured) -> None:
+        state = self._state
+        id = f"{self._prefix}-{uuid.uuid4().hex}"
+        body = await bodies.read(request, state.settings)
+        call = await state.in_thread(self._read, body, id)
+        state.check_model(call.model)
+        num_answers = sum(r.best_of or r.n for r in call.requests)
+        if num_answers > state.settings.max_choices:
+            most = state.settings.max_choices
+            raise HttpError(400, f"{num_answers} answers are asked for; at most {most} are given")
+        with state.gate.enter(num_answers):
+            requests = await state.in_thread(self._encode, call)
+            limit = state.settings.stream_buffer * num_answers
+            stream = state.engine.open(requests, limit=limit)
+            watching = asyncio.create_task(until_left(request.receive, leaving(stream)))
+            try:
+                answer = _Answer(call, id=id, model=state.model_name)
+                if call.stream:
+                    await answer.stream(stream, sender, measured)
+                else:
+                    await answer.collect(stream, request, sender, measured)
+            finally:
+                watching.cancel()
+                state.engine.close(stream)
+
+    def _read(self, body: dict[str, Any], id: str) -> openai_format.Call:
+        """Requests without a seed are not the same twice."""
+        defaults = self._state.service.defaults
+        defaults = dataclasses.replace(defaults, seed=secrets.randbits(32))
+        return self._parse(body, id=id, defaults=defaults)
+
+    def _encode(self, call: openai_format.Call) -> list[TextRequest]:
+        """Prompts as tokens, so that the engine's thread has only the engine's work."""
+        return [
+            dataclasses.replace(request, prompt=self._tokens(request), tools=None)
+            for request in call.requests
+        ]
+
+    def _tokens(self, request: TextRequest) -> tuple[int, ...]:
+        tokens = self._state.service.encode(request)
+        self._state.check_length(tokens)
+        return tokens
+
+
+class _Answer:
+    """One call's answer, on its way."""
+
+    def __init__(self, call: openai_format.Call, *, id: str, model: str) -> None:
+        self._call = call
+        self._numbers = {request.id: number for number, request in enumerate(call.requests)}
+        self._about = {"id": id, "created": int(time.time()), "model": model}
+        self._begun: set[int] = set()  # chat choices whose role has been said
+        self._usages: list[Usage] = []
+
+    async def collect(
+        self,
+        stream: engine_thread.Stream,
+        request: Request,
+        sender: Sender,
+        measured: Measured,
+    ) -> None:
+        answers = [Answers() for _ in self._call.requests]
+        async for updates in stream:
+            measured.saw(updates)
+            for update in updates:
+                answers[self._numbers[update.id]].add(update)
+        body = openai_answers.response(
+            self._call,
+            answers,
+            **self._about,
+        )
+        await errors.json_response(body)(request.scope, request.receive, sender)
+
+    async def stream(
+        self, stream: engine_thread.Stream, sender: Sender, measured: Measured
+    ) -> None:
+        async for updates in stream:
+            measured.saw(updates)
+            await sender.begin_events()
+            await sender.events([event for u in updates for event in self._events(u)])
+        if self._call.usage != "none":
+            chunk = openai_answers.usage_chunk(self._call, self._usages, **self._about)
+            await sender.events([chunk])
+        await sender.end_events()
+
+    def _events(self, update: Update) -> Iterator[dict[str, Any]]:
+        number = self._numbers[update.id]
+        if update.usage is not None:
+            self._usages.append(update.usage)
+        if self._call.kind == "chat" and update.index not in self._begun:
+            self._begun.add(update.index)
+            yield openai_answers.first_chunk(self._call, update.index, **self._about)
+        yield openai_answers.chunk(self._call, update, number=number, **self._about)

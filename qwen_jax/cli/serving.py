@@ -1,0 +1,56 @@
+"""The command that answers other programs, over HTTP."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+from configs import schema, serving
+from qwen_jax.cli.answers import Loaded, Sampling
+from qwen_jax.cli.apps import Flat, app
+
+log = logging.getLogger("infer.server")
+
+_SERVER, _SAMPLING, _ENGINE = serving.Serve(), Sampling(), schema.Engine()
+
+
+@app.command
+def serve(
+    *,
+    loaded: Annotated[Loaded, Flat],
+    server: Annotated[serving.Serve, Flat] = _SERVER,
+    sampling: Annotated[Sampling, Flat] = _SAMPLING,
+    engine: schema.Engine = _ENGINE,
+) -> int:
+    """Serve a model over HTTP in OpenAI's form, to this machine alone unless --host says more.
+
+    SIGTERM finishes open answers and ends with 0; 1 where some were cut off. See docs/serving.md.
+
+    Args:
+        sampling: What requests get that do not say it themselves.
+    """
+    from infer import loading
+    from infer import server as server_lib
+    from partitioning import mesh as mesh_lib
+
+    if sampling.seed is not None:
+        raise ValueError(
+            f"--seed {sampling.seed} would draw the same for all who ask alike; leave it out, a "
+            f"request may bring its own"
+        )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("infer").setLevel(logging.INFO)
+    service = loading.load(
+        loaded.model,
+        settings=engine,
+        sampling={name: value for name, value in vars(sampling).items() if value is not None},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+    )
+    return server_lib.run(
+        service,
+        settings=server,
+        model_name=server.model_name or Path(loaded.model).resolve().name,
+        num_slots=engine.num_slots,
+        warm_up=lambda: service.engine.warm_up(show=log.info),
+        show=lambda text: print(text, flush=True),
+    )
