@@ -95,7 +95,7 @@ def run_model(name: str, arguments: argparse.Namespace, *, until: float) -> None
 def make(cfg: schema.Model, settings: schema.Engine, *, mesh: str) -> engine_lib.Engine:
     dtype, layout, placed = jnp.dtype(jnp.bfloat16), None, None
     if mesh:
-        layout = sharding.Layout(mesh_lib.make(mesh_lib.parse(mesh)), rules.rule_set("decode"))
+        layout = sharding.Layout(mesh_lib.make(mesh_lib.parse(mesh)), rules.rule_set("engine"))
         placed = sharding.shardings(model.axes(cfg), layout)
     init = jax.jit(
         lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, key)),

@@ -73,11 +73,8 @@ class Engine:
         """
         if not isinstance(params["layers"], tuple):
             raise ValueError("an engine's layers lie apart: prepare them as 'fused' or 'unstacked'")
-        if layout is not None and layout.size("batch") > 1:
-            raise ValueError(
-                f"mesh axes {layout.mesh_axes('batch')} would spread an engine's batch; give each "
-                f"replica its own engine, and this one tensor and expert axes only"
-            )
+        if layout is not None:
+            _check_mesh(layout)
         reach = model.max_length(cfg)
         if settings.max_length > reach:
             raise ValueError(
@@ -348,6 +345,17 @@ class Engine:
         following = live.request.tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
         scored = jax.tree.map(lambda x: np.asarray(x[row])[:, None], flight.scored)
         live.prompt_logprobs += results.token_logprobs(following, scored, 0, count=count)
+
+
+def _check_mesh(layout: Layout) -> None:
+    """Raises `ValueError` where devices would do the same work, or rows would be spread."""
+    idle = [axis for axis in ("data", "fsdp", "context") if layout.mesh.shape.get(axis, 1) > 1]
+    if idle or layout.size("batch") > 1:
+        raise ValueError(
+            f"an engine shares out its model over tensor and expert, and this mesh has "
+            f"{dict(layout.mesh.shape)} under rules {layout.rules.name!r}; give fsdp=1 and no "
+            f"other axis, rules 'engine', and one engine to each replica"
+        )
 
 
 def _masks(rows: Sequence[_Live]) -> list[np.ndarray | None]:

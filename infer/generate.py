@@ -61,7 +61,7 @@ def load(
         )
     layout = placed = None
     if mesh is not None:
-        rules = rules_lib.rule_set("decode", kv_heads=mesh.kv_heads)
+        rules = rules_lib.rule_set("engine", kv_heads=mesh.kv_heads)
         layout = Layout(mesh_lib.make(mesh), rules)
         cfg = sharding.pad_experts(cfg, layout)
         sharding.check_model(cfg, layout)

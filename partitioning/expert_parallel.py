@@ -9,7 +9,8 @@ mesh axis `expert`, their hidden width over `tensor`, and their other width is g
 dropless    [M, D] -> all-gather -> [X M, D], each device runs its experts on all rows that chose
             them, [X M, D] -> reduce-scatter -> [M, D]. A device may get every token of its X, so
             the exact buffer has X M min(J, E / X) rows whatever is sent; gathering moves X M rows,
-            padded all-to-all buffers J times as many.
+            padded all-to-all buffers J times as many. Where every device has all tokens already
+            (`rules.ENGINE`), nothing is gathered, and the sums meet by an all-reduce.
 capacity    [E, C, D] -> all-to-all -> [E_X, X C, D], a batched product, and back.
 """
 
@@ -59,16 +60,23 @@ def run(
     and adds nothing. With a `capacity_factor` f, an expert takes the first ceil(f T J / E) tokens
     of a sequence that choose it (of a device's part of a sequence, where its length is split).
     """
-    local = functools.partial(
-        _dropless if capacity_factor is None else _with_capacity,
-        compute,
-        num_experts=num_experts,
-        **({} if capacity_factor is None else {"capacity_factor": capacity_factor}),
-    )
+    if capacity_factor is None:
+        local = functools.partial(_dropless, compute, num_experts=num_experts, spread_tokens=True)
+    else:
+        local = functools.partial(
+            _with_capacity, compute, num_experts=num_experts, capacity_factor=capacity_factor
+        )
     if layout is None or layout.mesh.size == 1:
         return local(x_BTD, weights_BTJ, experts_BTJ, kernels, axes=())
     over = layout.mesh_axes
     axes = over("experts")
+    if not set(axes) <= set(over("batch")):
+        if capacity_factor is not None:
+            raise ValueError(
+                f"capacity_factor={capacity_factor} needs tokens spread over mesh axes {axes}; "
+                f"these rules ({layout.rules.name}) keep them whole: leave it out"
+            )
+        local = functools.partial(local, spread_tokens=False)
 
     def body(x_BTD, weights_BTJ, experts_BTJ, kernels):
         kernels = jax.tree.map(
@@ -178,14 +186,16 @@ def _dropless(
     *,
     num_experts: int,
     axes: tuple[str, ...],
+    spread_tokens: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Every choice gets its row."""
+    """Every choice gets its row. `spread_tokens`: whether devices of `axes` have tokens each."""
     B, T, D = x_BTD.shape
     J = experts_BTJ.shape[-1]
     x_MD, weights_MJ, experts_MJ = (x.reshape(B * T, -1) for x in (x_BTD, weights_BTJ, experts_BTJ))
-    if axes:
+    if axes and spread_tokens:
         gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=0, tiled=True)
         x_MD, weights_MJ, experts_MJ = map(gather, (x_MD, weights_MJ, experts_MJ))
+    if axes:
         num_experts //= jax.lax.axis_size(axes)
         experts_MJ = experts_MJ - jax.lax.axis_index(axes) * num_experts
     # A token's choices differ from each other, so few experts on a device bound its rows.
@@ -196,8 +206,10 @@ def _dropless(
     weights_R = _spread_weights(weights_MJ, routes.order_R, routes.slots_MJ)
     rows_RD = compute.grouped(kernels, rows_RD, weights_R, routes.sizes_E)
     y_MD = collect(rows_RD, routes.slots_MJ, routes.source_R)
-    if axes:
+    if axes and spread_tokens:
         y_MD = jax.lax.psum_scatter(y_MD, axes, scatter_dimension=0, tiled=True)
+    elif axes:
+        y_MD = jax.lax.psum(y_MD, axes)
     return y_MD.reshape(B, T, D), jnp.zeros((B, 1), jnp.float32)
 
 

@@ -112,6 +112,17 @@ DECODE = Rules(
     ),
 )
 
+# An engine's rows come and go, and each may be anywhere among its pages: all devices hold all rows,
+# and share out heads, hidden widths, experts and the vocabulary. Replicas are engines of their own.
+ENGINE = Rules(
+    "engine",
+    tuple(
+        pair
+        for pair in DECODE.table
+        if pair[0] not in ("batch", "length", "outer_batch", "outer_length")
+    ),
+)
+
 
 def replicate_kv_heads(rules: Rules) -> Rules:
     """`rules` with key-value heads on every device, for a tensor axis larger than their number."""
@@ -120,8 +131,10 @@ def replicate_kv_heads(rules: Rules) -> Rules:
 
 
 def rule_set(
-    purpose: Literal["train", "decode"], *, kv_heads: Literal["sharded", "replicated"] = "sharded"
+    purpose: Literal["train", "decode", "engine"],
+    *,
+    kv_heads: Literal["sharded", "replicated"] = "sharded",
 ) -> Rules:
     """The rule set for `purpose`, with key-value heads over `tensor` or on every device."""
-    rules = {"train": TRAIN, "decode": DECODE}[purpose]
+    rules = {"train": TRAIN, "decode": DECODE, "engine": ENGINE}[purpose]
     return rules if kv_heads == "sharded" else replicate_kv_heads(rules)

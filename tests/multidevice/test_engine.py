@@ -1,0 +1,90 @@
+"""An engine over a mesh gives one device's answers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import qwen2_moe, schema
+from infer import engine as engine_lib
+from infer.request import Request
+from partitioning import mesh, rules, sharding
+from qwen_jax import decode, model
+from tests.multidevice import cases
+
+DENSE = dataclasses.replace(cases.MODEL, num_hidden_layers=2, vocab_size=256)
+SPARSE = dataclasses.replace(qwen2_moe.tiny(), num_hidden_layers=2)
+SETTINGS = schema.Engine(
+    num_slots=3,
+    page_size=16,
+    num_pages=24,
+    max_length=96,
+    prefill_chunk=32,
+    prefill_tokens=32,
+    decode_steps=3,
+    buckets="one",
+)
+
+
+def requests(cfg: schema.Model) -> list[Request]:
+    rng = np.random.default_rng(1)
+    settings = [
+        schema.Sampling(temperature=0.0, max_tokens=12),
+        schema.Sampling(temperature=1.0, top_p=0.9, seed=2, max_tokens=9, repetition_penalty=1.2),
+        schema.Sampling(temperature=0.0, max_tokens=20, logprobs=1),
+        schema.Sampling(temperature=0.7, top_k=9, seed=3, max_tokens=7),
+    ]
+    return [
+        Request(
+            id=str(index),
+            tokens=tuple(rng.integers(0, cfg.vocab_size, length).tolist()),
+            sampling=one,
+        )
+        for index, (length, one) in enumerate(zip((5, 40, 33, 17), settings, strict=True))
+    ]
+
+
+def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
+    layout = None
+    params = jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(0)))
+    if text:
+        config = mesh.parse(text)
+        devices = jax.devices()[: config.tensor * config.expert * abs(config.fsdp) * config.data]
+        layout = sharding.Layout(
+            mesh.make(config, devices=devices), rules.rule_set("engine", kv_heads=config.kv_heads)
+        )
+        params = jax.device_put(params, sharding.shardings(model.axes(cfg), layout))
+    form = decode.best_form(layout)
+    params = decode.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
+    settings = dataclasses.replace(SETTINGS, **changes)
+    engine = engine_lib.Engine(
+        cfg, params, settings=settings, eos_ids=(5,), dtype=jnp.float32, layout=layout
+    )
+    got: dict[str, list[int]] = {}
+    for event in engine.run(requests(cfg)):
+        got.setdefault(event.id, []).extend(event.tokens)
+    before = engine.stats()["compilations"]
+    for event in engine.run(requests(cfg)):
+        assert event.finish_reason != "cancelled"
+    assert engine.stats()["compilations"] == before, "a second round compiled a program again"
+    return got
+
+
+@pytest.mark.parametrize(
+    ("cfg", "text"),
+    [
+        (DENSE, "fsdp=1,tensor=4"),
+        (DENSE, "fsdp=1,tensor=8,kv_heads=replicated"),
+        (SPARSE, "fsdp=1,expert=2,tensor=2"),
+    ],
+    ids=["tensor", "replicated", "experts"],
+)
+def test_a_mesh_changes_no_answer(cfg, text):
+    assert answers(cfg, text) == answers(cfg, "")
+
+
+def test_a_mesh_of_replicas_is_refused():
+    with pytest.raises(ValueError, match="shares out its model over tensor and expert"):
+        answers(DENSE, "data=2,fsdp=1,tensor=2")
