@@ -129,8 +129,13 @@ class Table:
     def __init__(self, copied: float, *, repeats: int, until: float) -> None:
         self.copied, self.repeats, self.until = copied, repeats, until
 
-    def line(self, case: Case, way: str, function: Callable, q: jax.Array, layers) -> float:
-        """Milliseconds a layer; infinite where it cannot run or time is up."""
+    def line(
+        self, case: Case, way: str, function: Callable, q: jax.Array, layers, head: int = 0
+    ) -> float:
+        """Milliseconds a layer; infinite where it cannot run or time is up.
+
+        `head` is the bytes of one key or value, bfloat16's where it is 0.
+        """
         label = f"{case.name:10} {case.rows:4}x{case.keys:<6} {way:44}"
         if time.perf_counter() > self.until:
             return float("inf")
@@ -140,7 +145,7 @@ class Table:
             print(f"{label} failed: {type(error).__name__} {str(error)[:300]!r}", flush=True)
             return float("inf")
         took /= len(layers)
-        read = int(case.draw_lengths().sum()) * 2 * case.K * case.H * 2
+        read = int(case.draw_lengths().sum()) * 2 * case.K * (head or 2 * case.H)
         rate = read / took / 1e6
         share = 100 * rate / self.copied
         print(f"{label} {took:8.4f} ms {rate:7.0f} GB/s {share:5.1f}%", flush=True)
@@ -169,8 +174,45 @@ def measure(case: Case, table: Table, *, most_bytes: float, interpret: bool) -> 
             if took < least:
                 best, least = tuning, took
     print(f"{case.name} {case.rows}x{case.keys}: best {words(best)}, {least:.4f} ms", flush=True)
+    quantise = jax.jit(functools.partial(paged_cache.quantise, dtype=jnp.dtype(jnp.bfloat16)))
+    int8 = [quantise(layer) for layer in inputs.layers]
+    for tuning in {best, dataclasses.replace(best, block=128), dataclasses.replace(best, warps=8)}:
+        label = f"int8 {words(tuning)}"
+        table.line(case, label, ours(tuning), inputs.q_BNH, int8, head=case.H + 4)
+    del int8
+    step(case, table, inputs, ours(best))
     contiguous(case, table, inputs)
     shipped(case, table, inputs, interpret=interpret)
+
+
+def step(case: Case, table: Table, inputs: Inputs, read: Callable) -> None:
+    """Milliseconds a layer of a step: writing one position of every row, and reading."""
+    rows = {
+        "table_BM": inputs.table_BM,
+        "positions_BT": jnp.maximum(inputs.lengths_B - 1, 0)[:, None],
+        "valid_BT": (inputs.lengths_B > 0)[:, None],
+    }
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(q_BNH, layers):
+        new = q_BNH[:, None, : case.K]
+        layers = [paged_cache.write(layer, new, new, **rows) for layer in layers]
+        return layers, [read(q_BNH, layer) for layer in layers]
+
+    layers = jax.tree.map(jnp.copy, inputs.layers)
+    times = []
+    try:
+        for _ in range(table.repeats):
+            begin = time.perf_counter()
+            for _ in range(5):
+                layers, o = run(inputs.q_BNH, layers)
+            jax.block_until_ready(o)
+            times.append((time.perf_counter() - begin) / 5 / len(layers))
+    except Exception as error:
+        print(f"{case.name}: write failed: {type(error).__name__} {str(error)[:300]!r}")
+        return
+    took = 1e3 * statistics.median(times)
+    print(f"{case.name} {case.rows}x{case.keys}: write and read {took:.4f} ms", flush=True)
 
 
 def words(tuning: paged_gpu.Tuning) -> str:
@@ -292,7 +334,7 @@ def main() -> None:
     chunks(interpret=args.tiny, repeats=repeats)
     for case in TINY if args.tiny else CASES:
         try:
-            measure(case, table, most_bytes=0 if args.tiny else 4e9, interpret=args.tiny)
+            measure(case, table, most_bytes=0 if args.tiny else 3e9, interpret=args.tiny)
         except Exception as error:
             print(f"{case.name} failed: {type(error).__name__} {str(error)[:1000]!r}", flush=True)
 

@@ -11,6 +11,7 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import paged_cache
 from qwen_jax.attention import paged_gpu, paged_reference, paged_tpu
+from qwen_jax.paged_cache import Layer
 
 Implementation = Callable[..., jax.Array]
 
@@ -37,7 +38,7 @@ Past = Literal["pages", "none"]
 
 def decode(
     q_BNH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: Layer,
     *,
     table_BM: jax.Array,
     lengths_B: jax.Array,
@@ -61,7 +62,7 @@ def extend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: Layer,
     *,
     table_BM: jax.Array,
     starts_B: jax.Array,
@@ -89,7 +90,7 @@ def extend(
     return _on_own_heads(kernel, chunk, kv_PSCH, rows, past=past, layout=layout)
 
 
-def choose(kind: Kind, q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str:
+def choose(kind: Kind, q: jax.Array, kv_PSCH: Layer, *, platform: str) -> str:
     """The best implementation on `platform` that can run this call."""
     return next(
         name
@@ -98,9 +99,7 @@ def choose(kind: Kind, q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> st
     )
 
 
-def why_not(
-    kind: Kind, name: str, q: jax.Array, kv_PSCH: jax.Array, *, platform: str
-) -> str | None:
+def why_not(kind: Kind, name: str, q: jax.Array, kv_PSCH: Layer, *, platform: str) -> str | None:
     """Why the implementation cannot run this call on `platform`, or None if it can."""
     if name not in kind.why_not:
         return None
@@ -108,7 +107,7 @@ def why_not(
 
 
 def _implementation(
-    kind: Kind, name: str | None, q: jax.Array, kv_PSCH: jax.Array, layout: Layout | None
+    kind: Kind, name: str | None, q: jax.Array, kv_PSCH: Layer, layout: Layout | None
 ) -> Implementation:
     platform = jax.default_backend() if layout is None else layout.platform
     if name is None:
@@ -125,7 +124,7 @@ def _implementation(
 def _on_own_heads(
     kernel: Callable[..., jax.Array],
     chunk: tuple[jax.Array, ...],
-    kv_PSCH: jax.Array,
+    kv_PSCH: Layer,
     rows: dict[str, jax.Array],
     *,
     layout: Layout | None,
@@ -154,7 +153,7 @@ def _on_own_heads(
         return kernel(*chunk, kv_PSCH, **rows, **static, heads_K=heads_K)
 
     of_rows = {name: sharding.spec(("batch", None)[: x.ndim], layout) for name, x in rows.items()}
-    in_specs = (tuple(specs[: len(chunk)]), sharding.spec(paged_cache.AXES, layout), of_rows)
+    in_specs = (tuple(specs[: len(chunk)]), paged_cache.specs(kv_PSCH, layout), of_rows)
     return jax.shard_map(
         local,
         mesh=layout.mesh,

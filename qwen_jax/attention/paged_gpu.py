@@ -45,7 +45,7 @@ class Tuning:
 TUNING = Tuning()
 
 
-def why_not_decode(q_BNH: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str | None:
+def why_not_decode(q_BNH: jax.Array, kv_PSCH: paged_cache.Layer, *, platform: str) -> str | None:
     """Why the kernel cannot run this call, or None if it can."""
     if platform != "gpu":
         return f"platform {platform!r} is not 'gpu'"
@@ -55,10 +55,14 @@ def why_not_decode(q_BNH: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> st
             return f"{name} {size} is not a power of two from {ROWS}"
     if q_BNH.dtype != kv_PSCH.dtype:
         return f"queries are {q_BNH.dtype}, but pages {kv_PSCH.dtype}"
+    size = math.prod(kv_PSCH.shape)
+    if isinstance(kv_PSCH, paged_cache.Quantised) and 2**31 < size <= 2**32:
+        # Triton's offsets are signed 32 bits for arrays of up to 2^32 bytes.
+        return f"a layer's pages hold {size} int8; use at most {2**31}"
     return None
 
 
-def why_not_extend(q_BTNH: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str | None:
+def why_not_extend(q_BTNH: jax.Array, kv_PSCH: paged_cache.Layer, *, platform: str) -> str | None:
     """Why cuDNN cannot run this call, or None if it can."""
     del kv_PSCH
     wrong = None if platform == "gpu" else f"platform {platform!r} is not 'gpu'"
@@ -67,7 +71,7 @@ def why_not_extend(q_BTNH: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> s
 
 def decode(
     q_BNH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
     *,
     table_BM: jax.Array,
     lengths_B: jax.Array,
@@ -112,7 +116,7 @@ def extend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
     *,
     table_BM: jax.Array,
     starts_B: jax.Array,
@@ -180,17 +184,17 @@ def _split(
             max_G, sum_G, o_GH = carry
             position_S = index * tuning.block + jnp.arange(tuning.block)
             seen_S = position_S < length
-            k_SH, v_SH = (
+            (k_SH, k_scale_1S), (v_SH, v_scale_1S) = (
                 _read(kv_PSCH, table_BM, b, index * tuning.block, channel, seen_S)
                 for channel in (2 * head, 2 * head + 1)
             )
-            scores_GS = _dot(q_GH, k_SH, transposed=True) * scale
+            scores_GS = _dot(q_GH, k_SH.astype(q_GH.dtype), transposed=True) * k_scale_1S * scale
             scores_GS = jnp.where(seen_S[None, :], scores_GS, reference.MASKED)
             new_G = jnp.maximum(max_G, jnp.max(scores_GS, axis=1))
             weights_GS = jnp.exp2(scores_GS - new_G[:, None])
             old_G = jnp.exp2(max_G - new_G)
             sum_G = sum_G * old_G + jnp.sum(weights_GS, axis=1)
-            part_GH = _dot(weights_GS.astype(v_SH.dtype), v_SH)
+            part_GH = _dot((weights_GS * v_scale_1S).astype(q_GH.dtype), v_SH.astype(q_GH.dtype))
             return new_G, sum_G, o_GH * old_G[:, None] + part_GH
 
         carry = (
@@ -207,10 +211,11 @@ def _split(
         )
 
 
-def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> jax.Array:
+def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> tuple:
     """Keys or values [block, H] of one head from position `start`, a multiple of the block.
 
-    Zeros where nothing is seen: what an earlier owner left on a page may be infinite.
+    And the scales [1, block] of quantised ones, 1 of others. Zeros where nothing is seen: what an
+    earlier owner left on a page may be infinite.
     """
     block, (S, H) = seen_S.shape[0], (kv_PSCH.shape[1], kv_PSCH.shape[3])
 
@@ -218,13 +223,20 @@ def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> jax.Array:
         return jnp.broadcast_to(x_S[:, None], (block, H))
 
     if block <= S:
-        place = (table_BM[b, start // S], pl.ds(start % S, block), channel)
+        of_scales = (table_BM[b, start // S], pl.ds(start % S, block), channel)
+        place = of_scales
     else:
         position_S = start + jnp.arange(block)
+        of_scales = (table_BM[b, position_S // S], position_S % S, jnp.full(block, channel))
         lane_SH = jnp.broadcast_to(jnp.arange(H)[None, :], (block, H))
-        channel_SH = jnp.full((block, H), channel)
-        place = (wide(table_BM[b, position_S // S]), wide(position_S % S), channel_SH, lane_SH)
-    return triton.load(kv_PSCH.at[place], mask=wide(seen_S), other=0)
+        place = (*map(wide, of_scales), lane_SH)
+    quantised = isinstance(kv_PSCH, paged_cache.Quantised)
+    values_PSCH = kv_PSCH.values_PSCH if quantised else kv_PSCH
+    values_SH = triton.load(values_PSCH.at[place], mask=wide(seen_S), other=0)
+    if not quantised:
+        return values_SH, 1.0
+    scales_S = triton.load(kv_PSCH.scales_PSC.at[of_scales], mask=seen_S, other=0.0)
+    return values_SH, scales_S[None, :]
 
 
 def _dot(a, b, *, transposed: bool = False) -> jax.Array:

@@ -20,7 +20,7 @@ BLOCK = 128  # keys at a time, or one page if that is larger
 
 def decode(
     q_BNH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
     *,
     table_BM: jax.Array,
     lengths_B: jax.Array,
@@ -39,7 +39,7 @@ def extend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
     *,
     table_BM: jax.Array,
     starts_B: jax.Array,
@@ -69,7 +69,7 @@ def extend(
 
 def _attend(
     q_TNH: jax.Array,
-    kv_PSCH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
     table_M: jax.Array,
     last_T: jax.Array,
     heads_K: jax.Array | None,

@@ -20,11 +20,13 @@ DECODE_QUERIES = 8  # at a time; each row is multiplied with all of them, and ke
 EXTEND_QUERIES = 32
 
 
-def why_not(q: jax.Array, kv_PSCH: jax.Array, *, platform: str) -> str | None:
+def why_not(q: jax.Array, kv_PSCH: paged_cache.Layer, *, platform: str) -> str | None:
     """Why the kernel cannot run this call, or None if it can."""
     if platform != "tpu":
         return f"platform {platform!r} is not 'tpu'"
-    C, width = kv_PSCH.shape[2:]
+    if isinstance(kv_PSCH, paged_cache.Quantised):
+        return "it knows no scales of single positions"
+    width = kv_PSCH.shape[3]
     if width % paged_cache.LANES:
         return (
             f"pages have heads of {width}, not a multiple of {paged_cache.LANES}, as "

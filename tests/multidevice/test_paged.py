@@ -31,9 +31,9 @@ def _layout(text: str) -> sharding.Layout:
     return sharding.Layout(made, rules.rule_set("decode", kv_heads=config.kv_heads))
 
 
-def _inputs(N: int, K: int):
+def _inputs(N: int, K: int, storage: str = "plain"):
     k, v = (paged_cases.draw(B, S * M, K, H, seed=seed) for seed in (1, 2))
-    kv, table = paged_cases.paged(k, v, page_size=S)
+    kv, table = paged_cases.paged(k, v, page_size=S, storage=storage)
     return paged_cases.draw(B, T, N, H), k[:, :T], v[:, :T], kv, table
 
 
@@ -76,7 +76,7 @@ def test_reading_equals_one_device_and_sends_nothing(text, N, K):
 
 def test_the_gpus_kernel_reads_the_heads_that_are_its_devices():
     text, N, K = LAYOUTS[2].values
-    q, _, _, kv, table = _inputs(N, K)
+    q, _, _, kv, table = _inputs(N, K, "int8")
     layout = _layout(text)
     kernel = functools.partial(paged_gpu.decode, interpret=True)
     rows = {"table_BM": table, "lengths_B": LENGTHS_B}

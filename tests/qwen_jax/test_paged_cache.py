@@ -70,13 +70,30 @@ def test_pages_wider_than_a_head_give_the_head_back():
     np.testing.assert_array_equal(after[TABLE_BM[:, 0], 0, :, H:], 0)
 
 
-def test_create_says_its_bytes():
+def test_int8_is_within_half_a_step_of_each_heads_largest_value():
+    k_BTKH = _drawn(3, 5, K, H) * jnp.array([[1e-3], [40.0]])[None, None]
+    v_BTKH = k_BTKH.at[0, 0].set(0)
+    shape = (P, S, 2 * K, H)
+    pages = paged_cache.Quantised(
+        jnp.ones(shape, jnp.int8), jnp.full(shape[:3], jnp.nan), jnp.dtype("float32")
+    )
+    positions_BT = np.broadcast_to(np.arange(5, dtype=np.int32), (3, 5))
+    rows = {"table_BM": TABLE_BM, "positions_BT": positions_BT, "valid_BT": positions_BT < 5}
+    after = paged_cache.write(pages, k_BTKH, v_BTKH, **rows)
+    for got, want in zip(paged_cache.gather(after, TABLE_BM), (k_BTKH, v_BTKH), strict=True):
+        assert got.dtype == jnp.float32
+        step = np.abs(want).max(axis=-1, keepdims=True) / 127
+        assert (np.abs(got[:, :5] - want) <= step * 0.5001).all()
+
+
+@pytest.mark.parametrize("storage", ["plain", "int8"])
+def test_create_says_its_bytes(storage):
     cfg = qwen2_5.tiny()
-    pages = paged_cache.create(cfg, num_pages=3, page_size=16, dtype=jnp.bfloat16)
+    sizes = {"num_pages": 3, "page_size": 16, "dtype": jnp.bfloat16, "storage": storage}
+    pages = paged_cache.create(cfg, **sizes)
     assert (pages.num_pages, pages.page_size, pages.dtype) == (3, 16, jnp.bfloat16)
     assert len(pages.layers) == cfg.num_hidden_layers
-    want = paged_cache.num_bytes(cfg, num_pages=3, page_size=16, dtype=jnp.bfloat16)
-    assert sum(x.nbytes for x in pages.layers) == want
+    assert sum(x.nbytes for x in jax.tree.leaves(pages)) == paged_cache.num_bytes(cfg, **sizes)
 
 
 def test_a_key_is_not_split_from_its_value():

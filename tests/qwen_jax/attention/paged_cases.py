@@ -13,13 +13,17 @@ def draw(*shape, dtype="float32", seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.dtype(dtype))
 
 
-def paged(k_BSKH, v_BSKH, *, page_size: int):
+def paged(k_BSKH, v_BSKH, *, page_size: int, storage="plain"):
     """Pages and a table of these keys and values, scattered; all else is NaN."""
     B, S, K, H = k_BSKH.shape
     M = -(-S // page_size)
     order = np.random.default_rng(1).permutation(B * M + 3).astype(np.int32)
     table_BM = jnp.asarray(order[: B * M].reshape(B, M))
-    kv = jnp.full((B * M + 3, page_size, 2 * K, H), jnp.nan, k_BSKH.dtype)
+    shape, dtype = (B * M + 3, page_size, 2 * K, H), k_BSKH.dtype
+    kv = jnp.full(shape, jnp.nan, dtype)
+    if storage == "int8":
+        scales = jnp.full(shape[:3], jnp.nan)
+        kv = paged_cache.Quantised(jnp.full(shape, 127, jnp.int8), scales, dtype)
     positions = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
     kv = write(
         kv,

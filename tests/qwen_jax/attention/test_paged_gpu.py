@@ -15,9 +15,10 @@ from tests.qwen_jax.attention import paged_cases as cases
 LENGTHS_B = np.array([1, 320, 0, 77], np.int32)
 
 
-def _inputs(N: int, K: int, H: int, page_size: int, dtype: str):
+def _inputs(N: int, K: int, H: int, page_size: int, dtype: str, storage: str = "plain"):
     k, v = (cases.draw(4, 320, K, H, dtype=dtype, seed=seed) for seed in (1, 2))
-    return cases.draw(4, N, H, dtype=dtype), *cases.paged(k, v, page_size=page_size)
+    kv, table = cases.paged(k, v, page_size=page_size, storage=storage)
+    return cases.draw(4, N, H, dtype=dtype), kv, table
 
 
 def _decode(tuning: paged_gpu.Tuning):
@@ -25,17 +26,17 @@ def _decode(tuning: paged_gpu.Tuning):
 
 
 @pytest.mark.parametrize(
-    ("heads", "page_size", "dtype", "tolerance"),
+    ("heads", "page_size", "dtype", "storage", "tolerance"),
     [
-        ((14, 2, 64), 64, "float32", 1e-6),
-        ((14, 2, 64), 16, "bfloat16", 1e-2),
-        pytest.param((28, 4, 128), 64, "bfloat16", 1e-2, marks=pytest.mark.slow),
-        pytest.param((4, 4, 16), 128, "float32", 1e-6, marks=pytest.mark.slow),
-        pytest.param((40, 2, 16), 32, "float32", 1e-6, marks=pytest.mark.slow),
+        ((14, 2, 64), 64, "float32", "plain", 1e-6),
+        ((14, 2, 64), 16, "bfloat16", "int8", 1e-2),
+        pytest.param((28, 4, 128), 64, "bfloat16", "plain", 1e-2, marks=pytest.mark.slow),
+        pytest.param((4, 4, 16), 128, "float32", "int8", 1e-6, marks=pytest.mark.slow),
+        pytest.param((40, 2, 16), 32, "float32", "plain", 1e-6, marks=pytest.mark.slow),
     ],
 )
-def test_decode_equals_the_reference(heads, page_size, dtype, tolerance):
-    q, kv, table = _inputs(*heads, page_size, dtype)
+def test_decode_equals_the_reference(heads, page_size, dtype, storage, tolerance):
+    q, kv, table = _inputs(*heads, page_size, dtype, storage)
     got = _decode(paged_gpu.Tuning(min_keys=64))(q, kv, table_BM=table, lengths_B=LENGTHS_B)
     want = paged_reference.decode(q, kv, table_BM=table, lengths_B=LENGTHS_B)
     assert got.dtype == q.dtype
@@ -52,6 +53,7 @@ def test_a_row_is_bitwise_its_own():
     np.testing.assert_array_equal(one[1], two[1])
 
 
+@pytest.mark.slow
 def test_query_heads_that_share_some_of_the_pages_heads():
     q, kv, table = _inputs(4, 4, 16, 64, "float32")
     heads_K = jnp.array([2, 1], jnp.int32)
@@ -77,7 +79,9 @@ def _forward(q, k, v, mask, *lengths, scale):
     return reference.block_forward(q * scale, k, v, mask=mask)
 
 
-@pytest.mark.parametrize("heads_K", [None, np.array([1, 0], np.int32)])
+@pytest.mark.parametrize(
+    "heads_K", [None, pytest.param(np.array([1, 0], np.int32), marks=pytest.mark.slow)]
+)
 def test_a_chunk_is_merged_with_what_came_before(heads_K, monkeypatch):
     monkeypatch.setattr(cudnn, "_forward", _forward)
     N, K, H, T = 4, 2, 16, 40
