@@ -332,11 +332,11 @@ class Engine:
     prefill_chunk: int = 2048  # most tokens of one prompt that are read at one time
     prefill_tokens: int = 8192  # most tokens of all prompts that are read at one time
     decode_steps: int = 8  # tokens a request draws before the host looks
-    prefill_rounds: int = 1  # prefills in a row that requests which decode may wait for
+    prefill_rounds: int = 1  # prefill_tokens that those who decode may wait for, so many times
     prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
     policy: Literal["fair", "longest_first"] = "fair"
-    # Shapes of the device's programs: some of each, or one, so that neighbours never change one.
-    buckets: Literal["powers_of_two", "one"] = "powers_of_two"
+    # Shapes of the device's programs: a few of each, or one, so that neighbours never change it.
+    buckets: Literal["few", "one"] = "few"
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -365,8 +365,7 @@ class Engine:
             f"policy={self.policy!r} is unknown; known: fair, longest_first",
         )
         _check(
-            self.buckets in ("powers_of_two", "one"),
-            f"buckets={self.buckets!r} is unknown; known: powers_of_two, one",
+            self.buckets in ("few", "one"), f"buckets={self.buckets!r} is unknown; known: few, one"
         )
 
 

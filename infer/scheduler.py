@@ -13,7 +13,8 @@ Nothing waits for ever:
 - Prompts. Chunks are read by turns for the prompt that was admitted first and for the one with the
   least left to read, so a short prompt never waits for all of a long one, and a long one gets every
   other turn. Others of a similar length join in.
-- Decode. After `prefill_rounds` prefills at most, everything that decodes has its turn.
+- Decode. Everything that decodes has its turn before prefills come to more tokens, padded, than
+  `prefill_rounds` full ones: one large, or several small.
 """
 
 import heapq
@@ -25,11 +26,13 @@ from configs import schema
 from infer.page_table import PageTable, Reservation
 from infer.request import Request
 
-SHORTEST_BUCKET = 16  # tokens; padding a chunk up to it costs next to nothing
+_SHORTEST = 64  # tokens; a program of fewer takes as long: it reads the same weights
+_HALVED = 512  # tokens from which lengths are closer: there padding costs the most
 _PATIENCE = {"fair": 1, "longest_first": 16}  # times num_slots: how often one may be overtaken
 _LOOK_AHEAD = 32  # requests that do not fit which are passed over in one look
 _WORTH_READING = 127  # tokens that are read again rather than waited for, if another writes them
-_CHEAP_PADDING = 512  # tokens of padding that cost less than one more prefill
+_LEAST_COST = 512  # tokens that any prefill counts as at least, against those that decode
+_CHEAP_PADDING = 512  # tokens of empty rows that cost less than one more prefill
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,8 @@ def capacity(request: Request) -> int:
     return len(request.tokens) + max(1, request.sampling.max_tokens) - 1
 
 
-def _buckets(least: int, most: int, kind: Literal["powers_of_two", "one"]) -> tuple[int, ...]:
-    """`least`, its doubles below `most`, and `most`; or `most` alone."""
-    if kind == "one":
-        return (most,)
+def _doubles(least: int, most: int) -> tuple[int, ...]:
+    """`least`, its doubles below `most`, and `most`."""
     sizes = []
     while least < most:
         sizes.append(least)
@@ -114,16 +115,26 @@ def _buckets(least: int, most: int, kind: Literal["powers_of_two", "one"]) -> tu
 
 
 def _lengths(settings: schema.Engine) -> tuple[int, ...]:
-    return _buckets(SHORTEST_BUCKET, settings.prefill_chunk, settings.buckets)
+    """Powers of two, and from `_HALVED` on what lies halfway between them."""
+    most = settings.prefill_chunk
+    if settings.buckets == "one":
+        return (most,)
+    sizes = _doubles(_SHORTEST, most)
+    halfway = {size * 3 // 4 for size in sizes if size >= _HALVED and size & (size - 1) == 0}
+    return tuple(sorted({*sizes, *halfway}))
 
 
 def _rows(settings: schema.Engine, length: int) -> tuple[int, ...]:
+    """The most, about half of them, and then 1/8, 1/32 ... of them; and 1."""
     most = min(settings.num_slots, settings.prefill_tokens // length)
-    return _buckets(1, most, settings.buckets)
+    if settings.buckets == "one":
+        return (most,)
+    sizes = _doubles(1, most)[::-1]
+    return tuple(sorted({1, most, *sizes[1::2]}))
 
 
 def _decode_rows(settings: schema.Engine) -> tuple[int, ...]:
-    return _buckets(1, settings.num_slots, settings.buckets)
+    return (settings.num_slots,) if settings.buckets == "one" else _doubles(1, settings.num_slots)
 
 
 def _up(size: int, buckets: tuple[int, ...]) -> int:
@@ -165,7 +176,7 @@ class Scheduler:
         self._running: dict[int, _Running] = {}  # by slot, in order of admission
         self._slots: dict[str, int] = {}  # of those that run, by id
         self._news = False  # since the last look at the line: somebody may fit who did not
-        self._prefills_since_decode = 0
+        self._spent = 0  # tokens of prefills since the last decode
         self._turn: Literal["first", "shortest"] = "first"
 
     @property
@@ -239,12 +250,14 @@ class Scheduler:
             self._admit()
         decoding = tuple(sorted(s for s, r in self._running.items() if r.state == "decoding"))
         reading = [r for r in self._running.values() if r.state == "reading"]
-        if reading and not (
-            decoding and self._prefills_since_decode >= self._settings.prefill_rounds
-        ):
-            self._prefills_since_decode += 1
-            return self._prefill(reading)
-        self._prefills_since_decode = 0
+        if reading:
+            group, rows, length = self._choose(reading)
+            cost = max(rows * length, _LEAST_COST)
+            budget = self._settings.prefill_rounds * self._settings.prefill_tokens
+            if not decoding or self._spent == 0 or self._spent + cost <= budget:
+                self._spent += cost
+                return self._prefill(group, rows, length)
+        self._spent = 0
         if not decoding:
             return None
         return Decode(
@@ -310,12 +323,15 @@ class Scheduler:
 
     # Prompts
 
-    def _prefill(self, reading: list[_Running]) -> Prefill:
-        """One chunk each for the prompt whose turn it is and for those that go well with it."""
+    def _choose(self, reading: list[_Running]) -> tuple[list[_Running], int, int]:
+        """The prompt whose turn it is and those that go well with it, rows, and length."""
         first = reading[0] if self._turn == "first" else min(reading, key=lambda r: r.left)
-        self._turn = "shortest" if self._turn == "first" else "first"
         length = self._length(first)
-        group, rows = self._group(first, reading, length)
+        return *self._group(first, reading, length), length
+
+    def _prefill(self, group: list[_Running], rows: int, length: int) -> Prefill:
+        """One chunk of each."""
+        self._turn = "shortest" if self._turn == "first" else "first"
         chunks = tuple(self._chunk(running) for running in group)
         for running in group:
             self._pages.share(running.reservation, running.read)
@@ -331,8 +347,8 @@ class Scheduler:
     ) -> tuple[list[_Running], int]:
         """Who shares a prefill of this length with `first`, and its rows.
 
-        Those of the same bucket, as many as there are rows for, or fewer where filling up the rows
-        would cost more than another prefill; then shorter ones in rows that would be empty.
+        Those of the same bucket, as many as there are rows for, or fewer where more than a quarter
+        of the rows would be empty and dear; then shorter ones in rows that would be empty.
         """
         buckets = self._rows[length]
         others = [r for r in reading if r is not first]
@@ -341,7 +357,7 @@ class Scheduler:
         rows = _up(len(alike), buckets)
         empty = max(0, rows - len(alike) - len(shorter))
         fewer = [bucket for bucket in buckets if bucket < len(alike)]
-        if empty * length >= _CHEAP_PADDING and fewer:
+        if fewer and 4 * empty > rows and empty * length >= _CHEAP_PADDING:
             rows = fewer[-1]
         return [*alike, *shorter][:rows], rows
 

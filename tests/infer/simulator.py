@@ -193,7 +193,7 @@ class Simulation:
         self.reading: dict[str, _Wait] = {}  # of those whose prompts are being read
         self.departures: dict[int, list[str]] = {}
         self.num_arrived = 0
-        self.prefills_in_a_row = 0
+        self.in_a_row: list[int] = []  # padded tokens of the prefills since the last decode
         shapes = scheduler_lib.shapes(settings)
         self.allowed = {*shapes.prefill, *((rows,) for rows in shapes.decode)}
 
@@ -267,9 +267,10 @@ class Simulation:
         assert 1 <= len(program.chunks) <= program.num_rows
         assert program.num_rows * program.length <= self.settings.prefill_tokens
         assert program.fresh == (not any(chunk.start for chunk in program.chunks))
-        self.prefills_in_a_row += 1
+        self.in_a_row.append(program.num_rows * program.length)
         if any(r.state == "decoding" for r in self.scheduler._running.values()):
-            assert self.prefills_in_a_row <= self.settings.prefill_rounds
+            budget = self.settings.prefill_rounds * self.settings.prefill_tokens
+            assert len(self.in_a_row) == 1 or sum(self.in_a_row) <= budget
         owners = self._owners()
         drawn = self.device.prefill(program)
         self._check_owners(owners)
@@ -294,7 +295,7 @@ class Simulation:
         self.unread.append(results)
 
     def _decode(self, program: Decode) -> None:
-        self.prefills_in_a_row = 0
+        self.in_a_row = []
         running = self.scheduler._running
         decoding = sorted(slot for slot, r in running.items() if r.state == "decoding")
         assert list(program.slots) == decoding
