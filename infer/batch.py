@@ -115,6 +115,7 @@ class _OpenLine:
     job: TextJob
     answers: list[Answers] = field(default_factory=list)
     num_open: int = 0
+    num_shown: int = 0  # tokens that updates have told of
 
 
 class _Job:
@@ -193,6 +194,7 @@ class _Job:
         opened, place = self._requests[update.id]
         opened.answers[place].add(update)
         self._meter.add_tokens(len(update.tokens))
+        opened.num_shown += len(update.tokens)
         if update.usage is None:
             return
         del self._requests[update.id]
@@ -202,6 +204,7 @@ class _Job:
             usages = [answers.usage for answers in opened.answers]
             generated = sum(usage.completion_tokens for usage in usages)
             self._prompt_tokens += sum(usage.prompt_tokens for usage in usages)
+            self._meter.add_tokens(generated - opened.num_shown)  # of choices that were discarded
             self._finish(opened.job.record(opened.answers), generated)
 
     def _finish(self, record: batch_lines.Record, generated: int) -> None:
