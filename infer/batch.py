@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from configs import schema
 from infer import batch_files, batch_lines, batch_progress
 from infer.batch_files import Line, Share
@@ -81,12 +83,7 @@ def run(
     asked = index.rows(share)
     total = int(asked.sum() - output.done.sum())
     job = _Job(terms, output, batch_progress.Meter(total), report)
-    wanted = asked & ~output.done
-    missing = (
-        line
-        for line, is_wanted in zip(batch_files.lines(index.path), wanted, strict=True)
-        if is_wanted
-    )
+    missing = _wanted(index, asked & ~output.done)
     try:
         job.run(missing, max_open=max_open)
         if order == "input":
@@ -107,6 +104,19 @@ def merge(input_path: str | Path, output_path: str | Path, *, count: int) -> Pat
     parts = [Share(number, count).path(output) for number in range(count)]
     batch_files.merge(index, parts, output)
     return output
+
+
+def _wanted(index: batch_files.Index, wanted: np.ndarray) -> Iterator[Line]:
+    """The index' rows that are wanted. Raises `ValueError` if they are not what they were."""
+    lines = batch_files.lines(index.path)
+    for row, is_wanted in enumerate(wanted):
+        line = next(lines, None)
+        if line is None or (is_wanted and index.row(line.custom_id) != row):
+            raise ValueError(
+                f"{index.path} changed while the job ran; start it again for what is missing"
+            )
+        if is_wanted:
+            yield line
 
 
 @dataclass

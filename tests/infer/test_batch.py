@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import schema
@@ -334,6 +335,16 @@ def test_one_process_at_a_time_has_the_output(tmp_path):
     first.close()
     summary, _ = run(tmp_path, [{"prompt": "a"}])
     assert summary.answered == 1
+
+
+def test_an_input_that_changes_is_noticed(tmp_path):
+    path = tmp_path / "in.jsonl"
+    for changed in ([{"prompt": "a"}], [{"custom_id": "other", "prompt": "a"}] * 2):
+        write_lines(path, [{"prompt": "a"}, {"prompt": "b"}])
+        missing = batch._wanted(batch_files.Index(path), np.ones(2, bool))
+        write_lines(path, changed)
+        with pytest.raises(ValueError, match="in.jsonl changed while the job ran"):
+            list(missing)
 
 
 def test_blank_lines_and_numbers(tmp_path):
