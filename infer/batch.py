@@ -215,7 +215,11 @@ class _Job:
             generated = sum(usage.completion_tokens for usage in usages)
             self._prompt_tokens += sum(usage.prompt_tokens for usage in usages)
             self._meter.add_tokens(generated - opened.num_shown)  # of choices that were discarded
-            self._finish(opened.job.record(opened.answers), generated)
+            choices = [choice for answers in opened.answers for choice in answers.choices]
+            if errors := [choice.error for choice in choices if choice.error is not None]:
+                self._refuse(opened.line, ValueError(errors[0]))
+            else:
+                self._finish(opened.job.record(opened.answers), generated)
 
     def _finish(self, record: batch_lines.Record, generated: int) -> None:
         self._output.write(record)

@@ -174,6 +174,22 @@ def test_calls_of_tools_are_split_off(tmp_path):
     assert choice["finish_reason"] == "tool_calls"
 
 
+def test_an_answer_that_cannot_go_on_is_an_error(tmp_path):
+    class Failing:
+        def mask(self):
+            return np.full(9, 2**32 - 1, np.uint32)
+
+        def accept(self, token):
+            raise RuntimeError("the grammar is too much")
+
+    service = fake_engine.service(compile_constraint=lambda spec: Failing())
+    lines = [{"prompt": "a", "guided_regex": "a"}, {"prompt": "a"}]
+    summary, records = run(tmp_path, lines, service=service)
+    assert (summary.answered, summary.failed) == (1, 1)
+    message = by_id(records)["request-1"]["error"]["message"]
+    assert message == f"{tmp_path / 'in.jsonl'}:1: the grammar is too much"
+
+
 def test_the_queue_is_bounded_and_full(tmp_path):
     lines = [{"prompt": f"number {i}"} for i in range(300)]
     service = fake_engine.service(num_slots=4)

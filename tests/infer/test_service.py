@@ -3,6 +3,7 @@
 import dataclasses
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -256,6 +257,38 @@ def test_an_error_opens_nothing(words, options, message):
     assert set(finish(service)) == {"good"}
 
 
+class Failing:
+    """A constraint that allows everything, until it cannot go on."""
+
+    def __init__(self, *, at: int) -> None:
+        self.left = at
+
+    def mask(self) -> np.ndarray:
+        if self.left == 0:
+            raise RuntimeError("the grammar is too much")
+        return np.full(9, 2**32 - 1, np.uint32)
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("the token is not allowed")
+
+
+def test_a_constraint_that_fails_ends_its_answer_and_no_other(words):
+    limits = iter([5, 99, 5])
+    service = fake_engine.service(compile_constraint=lambda spec: Failing(at=next(limits)))
+    spec = ConstraintSpec("json_object")
+    service.submit(request("a", n=2, constraint=spec))
+    service.submit(request("b", best_of=1, constraint=spec))
+    service.submit(request("c"))
+    answers = finish(service)
+    failed, whole = answers["a"].choices
+    assert (failed.finish_reason, failed.error) == ("cancelled", "the grammar is too much")
+    assert (whole.finish_reason, whole.error) == ("length", None)
+    assert answers["b"].choices[0].error is not None
+    assert answers["c"].choices[0].finish_reason == "length"
+
+
 def test_a_choice_that_is_refused_takes_the_others_back(words):
     made = []
 
@@ -263,7 +296,7 @@ def test_a_choice_that_is_refused_takes_the_others_back(words):
         made.append(spec)
         if len(made) == 3:
             raise ValueError("too much")
-        return object()
+        return Failing(at=99)
 
     service = fake_engine.service(compile_constraint=compile_constraint)
     spec = ConstraintSpec("choice", ("a", "b"))
