@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from configs import schema
 from infer import batch_files, batch_lines, batch_progress
 from infer.batch_files import Line, Share
@@ -81,12 +83,7 @@ def run(
     asked = index.rows(share)
     total = int(asked.sum() - output.done.sum())
     job = _Job(terms, output, batch_progress.Meter(total), report)
-    wanted = asked & ~output.done
-    missing = (
-        line
-        for line, is_wanted in zip(batch_files.lines(index.path), wanted, strict=True)
-        if is_wanted
-    )
+    missing = _wanted(index, asked & ~output.done)
     try:
         job.run(missing, max_open=max_open)
         if order == "input":
@@ -109,12 +106,26 @@ def merge(input_path: str | Path, output_path: str | Path, *, count: int) -> Pat
     return output
 
 
+def _wanted(index: batch_files.Index, wanted: np.ndarray) -> Iterator[Line]:
+    """The index' rows that are wanted. Raises `ValueError` if they are not what they were."""
+    lines = batch_files.lines(index.path)
+    for row, is_wanted in enumerate(wanted):
+        line = next(lines, None)
+        if line is None or (is_wanted and index.row(line.custom_id) != row):
+            raise ValueError(
+                f"{index.path} changed while the job ran; start it again for what is missing"
+            )
+        if is_wanted:
+            yield line
+
+
 @dataclass
 class _OpenLine:
     line: Line
     job: TextJob
     answers: list[Answers] = field(default_factory=list)
     num_open: int = 0
+    num_shown: int = 0  # tokens that updates have told of
 
 
 class _Job:
@@ -193,6 +204,7 @@ class _Job:
         opened, place = self._requests[update.id]
         opened.answers[place].add(update)
         self._meter.add_tokens(len(update.tokens))
+        opened.num_shown += len(update.tokens)
         if update.usage is None:
             return
         del self._requests[update.id]
@@ -202,7 +214,12 @@ class _Job:
             usages = [answers.usage for answers in opened.answers]
             generated = sum(usage.completion_tokens for usage in usages)
             self._prompt_tokens += sum(usage.prompt_tokens for usage in usages)
-            self._finish(opened.job.record(opened.answers), generated)
+            self._meter.add_tokens(generated - opened.num_shown)  # of choices that were discarded
+            choices = [choice for answers in opened.answers for choice in answers.choices]
+            if errors := [choice.error for choice in choices if choice.error is not None]:
+                self._refuse(opened.line, ValueError(errors[0]))
+            else:
+                self._finish(opened.job.record(opened.answers), generated)
 
     def _finish(self, record: batch_lines.Record, generated: int) -> None:
         self._output.write(record)

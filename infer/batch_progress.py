@@ -121,13 +121,13 @@ def _duration(seconds: float) -> str:
 
 
 def _every(seconds: float, show: Report) -> Report:
-    last = -seconds
+    last, is_over = -seconds, False
 
     def report(p: Progress) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= seconds or p.finished == p.total:
-            last = now
+        nonlocal last, is_over
+        now, ends = time.monotonic(), p.finished == p.total and not is_over
+        if now - last >= seconds or ends:
+            last, is_over = now, is_over or ends
             show(p)
 
     return report

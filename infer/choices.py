@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from infer.request import Event, TokenLogprobs
@@ -37,54 +37,53 @@ class Choice:
 
     def take(self, event: Event) -> Update:
         """Its tokens as text. A reason that the event does not have is a stop string's."""
-        shown, self._lead = [self._lead], ""
-        tokens: list[int] = []
-        reason, stopped = event.finish_reason, False
-        for piece in self._pieces(event):
-            tokens += piece.tokens
-            self._num_tokens += len(piece.tokens)
-            self._wait(piece)
-            if self._num_tokens < self._request.sampling.min_tokens:
-                shown.append(self._stops.skip(piece.text))
-                continue
-            text, stopped = self._stops.push(piece.text)
-            shown.append(text)
-            if stopped:
-                reason = "stop"
-                break
-        if reason is not None and not stopped:
+        tokens, reason, texts = event.tokens, event.finish_reason, self._texts(event)
+        # Of the first ones the last is token number min_tokens - 1: the answer may not end yet.
+        early = max(0, self._request.sampling.min_tokens - 1 - self._num_tokens)
+        shown = [self._lead, self._stops.skip("".join(texts[:early]))]
+        text, end = self._stops.push("".join(texts[early:]))
+        shown.append(text)
+        if end is not None:
+            reason, lengths = "stop", itertools.accumulate(map(len, texts[early:]))
+            count = early + 1 + next(i for i, length in enumerate(lengths) if length >= end)
+            tokens, texts = tokens[:count], texts[:count]
+        elif reason is not None:
             shown.append(self._stops.finish())
-        text = "".join(shown)
+        text, self._lead = "".join(shown), ""
+        self._num_tokens += len(tokens)
         self._shown += len(text)
+        self._wait(event, texts)
         return Update(
             id=self._request.id,
             index=self.index,
             text=text,
-            tokens=tuple(tokens),
+            tokens=tokens,
             logprobs=tuple(self._released(ended=reason is not None)),
             prompt_logprobs=self._prompt_logprobs(event.prompt_logprobs),
             finish_reason=reason,
         )
 
-    def _pieces(self, event: Event) -> Iterator["_Piece"]:
-        """The event's tokens with their text; at least one piece, which may have no tokens."""
-        count = max(1, len(event.tokens))
-        size = 1 if self._one_by_one else count
-        for start in range(0, count, size):
-            part = event.tokens[start : start + size]
-            ends = event.finish_reason is not None and start + size >= count
-            is_closed = ends and event.finish_reason == "stop"
-            text = self._decoder.push(part[:-1] if is_closed else part)
-            text += self._decoder.finish() if ends else ""
-            logprobs = (event.logprobs or ())[start : start + size]
-            yield _Piece(part, text, logprobs, is_closed)
+    def _texts(self, event: Event) -> list[str]:
+        """What each token adds to the text, or one text for all where nobody looks at them."""
+        push = self._decoder.push
+        is_closed = event.finish_reason == "stop"
+        tokens = event.tokens[:-1] if is_closed else event.tokens
+        texts = [push((token,)) for token in tokens] if self._one_by_one else [push(tokens)]
+        if is_closed or not texts:
+            texts.append("")
+        if event.finish_reason is not None:
+            texts[-1] += self._decoder.finish()
+        return texts
 
-    def _wait(self, piece: "_Piece") -> None:
+    def _wait(self, event: Event, texts: list[str]) -> None:
+        """Keeps what is known of the tokens until their texts are out."""
         if self._request.sampling.logprobs is not None:
-            for entry in piece.logprobs:
-                hidden = piece.is_closed or entry.token in self._tokenizer.special_ids
+            special = self._tokenizer.special_ids
+            last = len(event.tokens) - 1 if event.finish_reason == "stop" else None
+            for number, (entry, text) in enumerate(zip(event.logprobs or (), texts, strict=False)):
+                hidden = number == last or entry.token in special
                 self._waiting.append(self._text_logprobs(entry, self._decoded, hidden=hidden))
-        self._decoded += len(piece.text)
+                self._decoded += len(text)
 
     def _released(self, *, ended: bool) -> Iterator[TextLogprobs]:
         """Entries of tokens whose text is out; at the end the others too, being hidden."""
@@ -124,11 +123,3 @@ class Choice:
                 for token, logprob in entry.top
             ),
         )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    tokens: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...]
-    is_closed: bool  # by its last token, which is not text

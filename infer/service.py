@@ -67,7 +67,10 @@ class Embeddings:
 
 
 class Service:
-    """Open requests by id. An error of one is raised by its `submit` and touches no other."""
+    """Open requests by id.
+
+    An error of one is raised by its `submit`, or told by its last update, and touches no other.
+    """
 
     def __init__(
         self,
@@ -130,14 +133,15 @@ class Service:
         try:
             for index in range(request.best_of or request.n):
                 drawn = dataclasses.replace(request, sampling=_sampling(request, index))
-                constraint = self._constraint(request.constraint)
+                guard = self._guard(request.constraint)
                 name = str(next(self._serial))
                 self.engine.submit(
-                    Request(id=name, tokens=tokens, sampling=drawn.sampling, constraint=constraint)
+                    Request(id=name, tokens=tokens, sampling=drawn.sampling, constraint=guard)
                 )
                 opened.running[name] = choices_lib.Choice(
                     drawn, index, tokens=tokens, tokenizer=self.tokenizer
                 )
+                opened.guards[name] = guard
         except ValueError:
             for name in opened.running:
                 self.engine.cancel(name)
@@ -176,18 +180,20 @@ class Service:
             )
         return tuple(tokens) or (self._bos_id,)
 
-    def _constraint(self, spec: ConstraintSpec | None) -> Constraint | None:
+    def _guard(self, spec: ConstraintSpec | None) -> "_Guard | None":
         if spec is None:
             return None
         if self._compile_constraint is None:
             raise ValueError(f"{spec.kind}: no structured output here; remove the constraint")
-        return self._compile_constraint(spec)
+        return _Guard(self._compile_constraint(spec))
 
     def _updates(self, event: Event) -> Iterator[Update]:
         if event.id not in self._choices:  # its stop string was found, and this was under way
             return
         opened, choice = self._choices[event.id]
         update = choice.take(event)
+        if (guard := opened.guards[event.id]) is not None and guard.error is not None:
+            update = dataclasses.replace(update, finish_reason="cancelled", error=guard.error)
         opened.num_generated += len(update.tokens)
         if choice.index == 0:
             opened.num_cached = max(opened.num_cached, event.num_cached)
@@ -210,12 +216,38 @@ class Service:
         yield dataclasses.replace(last[-1], usage=opened.usage)
 
 
+class _Guard:
+    """A constraint whose failure is its own answer's, and not that of the engine's step."""
+
+    def __init__(self, inner: Constraint) -> None:
+        self._inner = inner
+        self._mask_W = inner.mask()
+        self.error: str | None = None
+
+    def mask(self) -> np.ndarray:
+        """The constraint's; after a failure the last one, until the answer is ended."""
+        if self.error is None:
+            try:
+                self._mask_W = self._inner.mask()
+            except RuntimeError as error:
+                self.error = str(error)
+        return self._mask_W
+
+    def accept(self, token: int) -> None:
+        if self.error is None:
+            try:
+                self._inner.accept(token)
+            except RuntimeError as error:
+                self.error = str(error)
+
+
 class _Open:
     """A request under way: its choices, and what it has cost."""
 
     def __init__(self, request: TextRequest, *, num_prompt: int) -> None:
         self.request = request
         self.running: dict[str, choices_lib.Choice] = {}
+        self.guards: dict[str, _Guard | None] = {}
         self.answers = Answers()
         self.num_prompt = num_prompt
         self.num_generated = self.num_cached = 0
@@ -227,7 +259,9 @@ class _Open:
 
     def best(self) -> list[Update]:
         """The n choices with the best mean log-probability, the best first, each in one update."""
-        ranked = sorted(self.answers.choices, key=lambda a: (-a.mean_logprob, a.index))
+        ranked = sorted(
+            self.answers.choices, key=lambda a: (a.error is not None, -a.mean_logprob, a.index)
+        )
         return [self._whole(index, answer) for index, answer in enumerate(ranked[: self.request.n])]
 
     def _whole(self, index: int, answer: Answer) -> Update:
@@ -240,6 +274,7 @@ class _Open:
             logprobs=tuple(answer.logprobs) if asked else (),
             prompt_logprobs=answer.prompt_logprobs,
             finish_reason=answer.finish_reason,
+            error=answer.error,
         )
 
     @property

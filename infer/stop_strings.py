@@ -14,17 +14,25 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take more text; return what may be shown of it, and whether a stop string ended it."""
+    def push(self, text: str) -> tuple[str, int | None]:
+        """Take more text; return what may be shown of it.
+
+        With it, where a stop string ends the text: how many characters of `text` are up to its end.
+        """
         if not self._stops:
-            return text, False
-        text = self._held + text
-        found = [(text.find(stop), stop) for stop in self._stops]
-        matches = [(start + len(stop), start) for start, stop in found if start >= 0]
-        if matches:
-            self._held = ""
-            return text[: min(matches)[1]], True
-        return self._hold(text), False
+            return text, None
+        known, text = len(self._held), self._held + text
+        matches = []
+        for stop in self._stops:
+            # One that was complete before came when the text could not end.
+            start = text.find(stop, max(0, known - len(stop) + 1))
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        if not matches:
+            return self._hold(text), None
+        self._held = ""
+        end, start = min(matches)
+        return text[:start], end - known
 
     def skip(self, text: str) -> str:
         """Take text in which no stop string may be complete yet; return what may be shown."""

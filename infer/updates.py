@@ -56,6 +56,7 @@ class Update:
     logprobs: tuple[TextLogprobs, ...] = ()
     prompt_logprobs: tuple[TextLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why a choice could not go on: its reason is "cancelled"
     usage: Usage | None = None  # with the last update of the whole request
 
     @property
@@ -76,13 +77,14 @@ class Answer:
     logprobs: list[TextLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TextLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
+    error: str | None = None
 
     def add(self, update: Update) -> None:
         self.text += update.text
         self.tokens += update.tokens
         self.logprobs += update.logprobs
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
-        self.finish_reason = update.finish_reason
+        self.finish_reason, self.error = update.finish_reason, update.error
 
     @property
     def mean_logprob(self) -> float:

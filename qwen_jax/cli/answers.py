@@ -121,6 +121,7 @@ def batch(
     from infer import batch_progress, loading
     from partitioning import mesh as mesh_lib
 
+    mine = batch_lib.Share.parse(share)
     service = loading.load(
         loaded.model,
         settings=engine,
@@ -134,7 +135,7 @@ def batch(
             input,
             output,
             models=(*model_name, Path(loaded.model).resolve().name, loaded.model),
-            share=batch_lib.Share.parse(share),
+            share=mine,
             order=order,
             max_open=4 * engine.num_slots,
             report=report,

@@ -116,6 +116,9 @@ class FakeEngine:
         reason = None if sampling.max_tokens else "length"
         for token in tokens[done : done + cut]:
             new.append(token)
+            if request.constraint is not None:
+                request.constraint.mask()
+                request.constraint.accept(token)
             closes = () if sampling.ignore_eos else self.eos_ids
             if token in (*closes, *sampling.stop_token_ids):
                 reason = "stop"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from configs import schema
@@ -173,6 +174,22 @@ def test_calls_of_tools_are_split_off(tmp_path):
     assert choice["finish_reason"] == "tool_calls"
 
 
+def test_an_answer_that_cannot_go_on_is_an_error(tmp_path):
+    class Failing:
+        def mask(self):
+            return np.full(9, 2**32 - 1, np.uint32)
+
+        def accept(self, token):
+            raise RuntimeError("the grammar is too much")
+
+    service = fake_engine.service(compile_constraint=lambda spec: Failing())
+    lines = [{"prompt": "a", "guided_regex": "a"}, {"prompt": "a"}]
+    summary, records = run(tmp_path, lines, service=service)
+    assert (summary.answered, summary.failed) == (1, 1)
+    message = by_id(records)["request-1"]["error"]["message"]
+    assert message == f"{tmp_path / 'in.jsonl'}:1: the grammar is too much"
+
+
 def test_the_queue_is_bounded_and_full(tmp_path):
     lines = [{"prompt": f"number {i}"} for i in range(300)]
     service = fake_engine.service(num_slots=4)
@@ -334,6 +351,16 @@ def test_one_process_at_a_time_has_the_output(tmp_path):
     first.close()
     summary, _ = run(tmp_path, [{"prompt": "a"}])
     assert summary.answered == 1
+
+
+def test_an_input_that_changes_is_noticed(tmp_path):
+    path = tmp_path / "in.jsonl"
+    for changed in ([{"prompt": "a"}], [{"custom_id": "other", "prompt": "a"}] * 2):
+        write_lines(path, [{"prompt": "a"}, {"prompt": "b"}])
+        missing = batch._wanted(batch_files.Index(path), np.ones(2, bool))
+        write_lines(path, changed)
+        with pytest.raises(ValueError, match="in.jsonl changed while the job ran"):
+            list(missing)
 
 
 def test_blank_lines_and_numbers(tmp_path):

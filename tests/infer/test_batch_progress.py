@@ -46,7 +46,7 @@ def test_lines_without_tokens_count_by_themselves():
 
 
 def test_a_job_reports(tmp_path):
-    lines = [{"prompt": f"{i}"} for i in range(9)] + [{"prompt": ""}]
+    lines = [{"prompt": f"{i}", "best_of": 1 + i % 3} for i in range(9)] + [{"prompt": ""}]
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     seen = []
     summary = batch.run(
@@ -62,7 +62,7 @@ def test_a_job_reports(tmp_path):
 
 def test_a_log_gets_a_line_now_and_then(capsys):
     with batch_progress.bar() as report:
-        for finished in (1, 2, 3):
+        for finished in (1, 2, 3, 3):
             report(
                 batch_progress.Progress(
                     finished=finished, total=3, failed=finished - 1, tokens=5,

@@ -3,6 +3,7 @@
 import dataclasses
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -68,35 +69,38 @@ def test_half_a_character_at_the_end_is_replaced(words):
     cuts=st.lists(st.integers(1, 5), min_size=1, max_size=6),
 )
 def test_stop_strings_end_the_text_where_they_are_first_complete(text, stops, cuts):
-    want, found = text, False
+    want, found, end = text, False, 0
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
             want, found = text[: end - max(map(len, complete))], True
             break
-    search, shown, rest, stopped = StopStrings(stops), "", text, False
+    search, shown, taken, stopped = StopStrings(stops), "", 0, None
     for cut in cuts * len(text):
-        if not rest or stopped:
+        if taken == len(text) or stopped is not None:
             break
-        piece, rest = rest[:cut], rest[cut:]
-        piece, stopped = search.push(piece)
+        piece, stopped = search.push(text[taken : taken + cut])
+        taken += cut if stopped is None else stopped
+        taken = min(taken, len(text))
         shown += piece
         assert want.startswith(shown), "shown text is never taken back"
-    shown += "" if stopped else search.finish()
-    assert (shown, stopped) == (want, found)
+    shown += "" if stopped is not None else search.finish()
+    assert (shown, stopped is not None) == (want, found)
+    assert taken == (end if found else len(text))
 
 
 def test_text_is_held_back_no_longer_than_needed():
     search = StopStrings(["STOP", "\n\n"])
     pushed = [search.push(text) for text in ("ST", "x", "\n", "a\n", "ST", "OP more")]
-    assert pushed == [
-        ("", False),
-        ("STx", False),
-        ("", False),
-        ("\na", False),
-        ("\n", False),
-        ("", True),
-    ]
+    assert [shown for shown, _ in pushed] == ["", "STx", "", "\na", "\n", ""]
+    assert [end for _, end in pushed] == [None] * 5 + [2]
+
+
+def test_what_was_complete_before_the_text_could_end_does_not_end_it():
+    search = StopStrings(["a", "abc"])
+    assert search.skip("xa") == "x"
+    assert search.push("by") == ("aby", None)
+    assert search.push("xa") == ("x", 2)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (3, 1, 8), (64,)])
@@ -131,9 +135,9 @@ def test_text_before_min_tokens_cannot_stop(words):
 
 
 def test_answers_do_not_depend_on_how_events_are_cut_or_on_neighbours(words):
+    own = {"temperature": 1.0, "logprobs": 1}
     asked = [
-        request(f"{i}", f"prompt {i}", own={"temperature": 1.0, "seed": i, "logprobs": i % 3})
-        for i in range(12)
+        request(f"{i}", f"prompt {i}", own=own | {"seed": i, "min_tokens": i}) for i in range(12)
     ]
     asked = [dataclasses.replace(r, stop=("a", "e f"), n=1 + i % 3) for i, r in enumerate(asked)]
     seen = []
@@ -253,6 +257,38 @@ def test_an_error_opens_nothing(words, options, message):
     assert set(finish(service)) == {"good"}
 
 
+class Failing:
+    """A constraint that allows everything, until it cannot go on."""
+
+    def __init__(self, *, at: int) -> None:
+        self.left = at
+
+    def mask(self) -> np.ndarray:
+        if self.left == 0:
+            raise RuntimeError("the grammar is too much")
+        return np.full(9, 2**32 - 1, np.uint32)
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("the token is not allowed")
+
+
+def test_a_constraint_that_fails_ends_its_answer_and_no_other(words):
+    limits = iter([5, 99, 5])
+    service = fake_engine.service(compile_constraint=lambda spec: Failing(at=next(limits)))
+    spec = ConstraintSpec("json_object")
+    service.submit(request("a", n=2, constraint=spec))
+    service.submit(request("b", best_of=1, constraint=spec))
+    service.submit(request("c"))
+    answers = finish(service)
+    failed, whole = answers["a"].choices
+    assert (failed.finish_reason, failed.error) == ("cancelled", "the grammar is too much")
+    assert (whole.finish_reason, whole.error) == ("length", None)
+    assert answers["b"].choices[0].error is not None
+    assert answers["c"].choices[0].finish_reason == "length"
+
+
 def test_a_choice_that_is_refused_takes_the_others_back(words):
     made = []
 
@@ -260,7 +296,7 @@ def test_a_choice_that_is_refused_takes_the_others_back(words):
         made.append(spec)
         if len(made) == 3:
             raise ValueError("too much")
-        return object()
+        return Failing(at=99)
 
     service = fake_engine.service(compile_constraint=compile_constraint)
     spec = ConstraintSpec("choice", ("a", "b"))

@@ -1,0 +1,98 @@
+"""A job over the real engine and a tiny model: the answers of one prompt at a time."""
+
+import dataclasses
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import schema
+from infer import batch, engine, generate, service
+from qwen_jax import decode, model
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = schema.Engine(
+    num_slots=4,
+    page_size=16,
+    num_pages=64,
+    max_length=128,
+    prefill_chunk=32,
+    prefill_tokens=64,
+    decode_steps=4,
+)
+LINES = [
+    {"prompt": "short"},
+    {"prompt": "a prompt that is a good deal longer than others, in chunks", "max_tokens": 30},
+    {"prompt": "sampled", "temperature": 1.0, "seed": 7},
+    {"prompt": "p", "temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    {"messages": [{"role": "user", "content": "hello"}], "top_k": 5, "temperature": 0.7},
+]
+
+
+@pytest.fixture(scope="module")
+def made(generator):
+    leaves, tree = jax.tree.flatten(model.shapes(generator.cfg))
+    rng = np.random.default_rng(0)
+    drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
+    params = decode.prepare(
+        generator.cfg, tree.unflatten(drawn), dtype=jnp.float32, form="unstacked"
+    )
+    made = engine.Engine(
+        generator.cfg,
+        params,
+        settings=SETTINGS,
+        eos_ids=generator.eos_ids,
+        dtype=generator.dtype,
+    )
+    return service.Service(made, tokenizer=generator.tokenizer, defaults=generator.defaults)
+
+
+def run(service, folder, lines):
+    (folder / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (folder / "out.jsonl").unlink(missing_ok=True)
+    summary = batch.run(service, folder / "in.jsonl", folder / "out.jsonl", order="input")
+    records = [json.loads(line) for line in summary.path.read_text().splitlines()]
+    assert summary.failed == 0, records
+    return records
+
+
+def test_answers_are_those_of_generate(made, generator, tmp_path):
+    for line, record in zip(LINES, run(made, tmp_path, LINES), strict=True):
+        own = {k: v for k, v in line.items() if k not in ("prompt", "messages")}
+        settings = dataclasses.replace(generator.defaults, **own)
+        if "seed" not in own:
+            settings = dataclasses.replace(settings, seed=batch_seed(record))
+        prompt = line.get("prompt", line.get("messages"))
+        request = generate.prompt_request(generator, prompt, settings=settings)
+        answer = generate.stream(generator, request, write=lambda _: None)
+        assert record["token_ids"] == list(answer.token_ids)
+        assert (record["text"], record["finish_reason"]) == (answer.text, answer.finish_reason)
+
+
+def batch_seed(record) -> int:
+    return zlib.crc32(f"0:{record['custom_id']}".encode())
+
+
+def test_scores_are_the_logprobs_of_the_answer(made, tmp_path):
+    asked = {"prompt": "a few", "max_tokens": 6, "logprobs": 0, "prompt_logprobs": 0}
+    [record] = run(made, tmp_path, [asked])
+    words, ids = made.tokenizer, record["token_ids"]
+    [scored] = run(made, tmp_path, [{"prompt": words.encode("a few"), "continuation": ids}])
+    [score] = scored["scores"]
+    want = [entry["logprob"] for entry in record["logprobs"]]
+    np.testing.assert_allclose(score["token_logprobs"], want, rtol=0, atol=2e-4)
+    assert score["is_greedy"] and score["num_tokens"] == len(ids)
+
+
+def test_a_stopped_answer_is_the_free_one_cut(made, tmp_path):
+    [free] = run(made, tmp_path, [{"prompt": "hello", "max_tokens": 40}])
+    stop = free["text"][len(free["text"]) // 2 :][:3]
+    line = {"prompt": "hello", "max_tokens": 40, "stop": stop}
+    [cut, other] = run(made, tmp_path, [line, {"prompt": "hello", "max_tokens": 40}])
+    assert cut["text"] == free["text"][: free["text"].index(stop)]
+    assert cut["token_ids"] == free["token_ids"][: len(cut["token_ids"])]
+    assert cut["finish_reason"] == "stop" and other["text"] == free["text"]
