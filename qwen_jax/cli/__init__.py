@@ -8,7 +8,8 @@ the keyboard.
 import os
 import sys
 
-from qwen_jax.cli import answers, files, runs, serving  # noqa: F401 (they add their commands)
+# Each adds its commands.
+from qwen_jax.cli import answers, evaluation, files, runs, serving  # noqa: F401
 from qwen_jax.cli.apps import app, checkpoint_app, convert_app, registry, tokenizer_app, train_app
 
 app.command(train_app, name="train", help="Train a recipe; any field: --data.paths ...")

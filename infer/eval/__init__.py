@@ -1,0 +1,1 @@
+"""Benchmarks from files, and lm-evaluation-harness, over whatever continues and scores tokens."""
