@@ -333,6 +333,9 @@ class Engine:
     prefill_tokens: int = 8192  # most tokens of all prompts that are read at one time
     decode_steps: int = 8  # tokens a request draws before the host looks
     prefill_rounds: int = 1  # prefill_tokens that those who decode may wait for, so many times
+    speculation: Literal["off", "prompt_lookup"] = "off"  # guesses of tokens, checked in one pass
+    guesses: int = 4  # tokens guessed at one time
+    speculation_rows: int = 8  # most requests that decode at one time for which guessing may pay
     prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
     policy: Literal["fair", "longest_first"] = "fair"
     # Shapes of the device's programs: a few of each, or one, so that neighbours never change it.
@@ -341,7 +344,7 @@ class Engine:
     def __post_init__(self) -> None:
         _check_positive(
             self, "num_slots", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps",
-            "prefill_rounds",
+            "prefill_rounds", "guesses", "speculation_rows",
         )  # fmt: skip
         for name in ("num_pages", "max_length"):
             value = getattr(self, name)
@@ -358,6 +361,10 @@ class Engine:
             self.prefill_tokens >= self.prefill_chunk,
             f"prefill_tokens={self.prefill_tokens} must be at least "
             f"prefill_chunk={self.prefill_chunk}",
+        )
+        _check(
+            self.speculation in ("off", "prompt_lookup"),
+            f"speculation={self.speculation!r} is unknown; known: off, prompt_lookup",
         )
         _check(self.prefix_cache in ("on", "off"), f"prefix_cache={self.prefix_cache!r}: on or off")
         _check(

@@ -9,7 +9,7 @@ import numpy as np
 from configs import schema
 from infer import scheduler
 from partitioning.sharding import Layout
-from qwen_jax import generation, paged_decode, sampling
+from qwen_jax import generation, paged_decode, paged_state, sampling
 
 
 class Device:
@@ -37,7 +37,7 @@ class Device:
         self._width = -(-settings.max_length // settings.page_size)
         self._words = -(-cfg.vocab_size // 32)
         self._allowed: dict[int, jax.Array] = {}  # masks that allow all, by number of rows
-        self._state = paged_decode.empty(
+        self._state = paged_state.empty(
             cfg,
             num_slots=settings.num_slots,
             width=self._width,
@@ -47,7 +47,7 @@ class Device:
             layout=layout,
         )
 
-    def prefill(self, chunks: paged_decode.Chunks, **how) -> tuple:
+    def prefill(self, chunks: paged_state.Chunks, **how) -> tuple:
         """`paged_decode.prefill` on the state -> what was drawn, and scores or None."""
         self._state, drawn, scored = paged_decode.prefill(
             self._cfg, self._params, self._state, chunks, **how, **self._common
@@ -63,6 +63,28 @@ class Device:
         mask_RW = self.masks(masks, rows=rows)
         self._state, drawn = paged_decode.advance(
             self._cfg, self._params, self._state, slots_R, mask_RW, **how, **self._common
+        )
+        return drawn
+
+    def verify(
+        self, slots: Sequence[int], guesses: Sequence[Sequence[int]], *, rows: int, **how
+    ) -> sampling.Drawn:
+        """`paged_decode.verify` on the state, for these slots in a bucket of `rows`."""
+        slots_R = np.full(rows, self._settings.num_slots, np.int32)
+        slots_R[: len(slots)] = slots
+        guesses_RT = np.full((rows, self._settings.guesses), -1, np.int32)
+        for row, some in enumerate(guesses):
+            guesses_RT[row, : len(some)] = some
+        mask_RW = self.masks((), rows=rows)
+        self._state, drawn = paged_decode.verify(
+            self._cfg,
+            self._params,
+            self._state,
+            slots_R,
+            guesses_RT,
+            mask_RW,
+            **how,
+            **self._common,
         )
         return drawn
 
@@ -94,7 +116,7 @@ class Device:
         return mask_RW
 
     def blank(self, *, rows: int, length: int) -> dict[str, np.ndarray]:
-        """Fields of `paged_decode.Chunks` for rows of padding, but `settings` and `mask_RW`."""
+        """Fields of `paged_state.Chunks` for rows of padding, but `settings` and `mask_RW`."""
         return {
             "slots_R": np.full(rows, self._settings.num_slots, np.int32),
             "tokens_RT": np.zeros((rows, length), np.int32),
@@ -131,9 +153,18 @@ class Device:
                 call = {"how": how, "num_steps": num_steps, "rows": rows}
                 text = f"{num_steps} tokens of {rows}, {name}"
                 yield text, lambda call=call: self._wait(self.advance((), (), **call))
+        if self._settings.speculation == "off":
+            return
+        most = min(self._settings.speculation_rows, self._settings.num_slots)
+        bucket = next(rows for rows in shapes.decode if rows >= most)
+        for rows in (rows for rows in shapes.decode if rows <= bucket):
+            for how in ("greedy", "full"):
+                call = {"how": how, "rows": rows}
+                text = f"{self._settings.guesses} guesses of {rows}, {how}"
+                yield text, lambda call=call: self._wait(self.verify((), (), **call))
 
     def _dry(self, rows: int, length: int, **how) -> None:
-        chunks = paged_decode.Chunks(
+        chunks = paged_state.Chunks(
             **self.blank(rows=rows, length=length),
             settings=sampling.settings([], num_rows=rows),
             mask_RW=self.masks((), rows=rows),

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import schema
-from infer import device, memory, page_table, results, scheduler
+from infer import device, memory, page_table, results, scheduler, speculation
 from infer.request import Event, FinishReason, Request, TokenLogprobs
 from partitioning.sharding import Layout
-from qwen_jax import generation, model, paged_decode, sampling
+from qwen_jax import generation, model, paged_decode, paged_state, sampling
 from qwen_jax.logprobs import Logprobs
 
 
@@ -31,10 +31,17 @@ class _Live:
     how: sampling.How
     slot: int = -1
     dispatched: int = 0  # tokens that dispatches so far may have drawn
-    drawn: int = 0  # tokens read
+    answer: list[int] = field(default_factory=list)  # tokens read
     num_cached: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: bool = False
+    lookup: speculation.PromptLookup | None = None
+
+    def guess(self, count: int) -> tuple[int, ...]:
+        """What may come next, of at most so many tokens."""
+        if self.lookup is None:
+            self.lookup = speculation.PromptLookup((*self.request.tokens, *self.answer))
+        return self.lookup.propose(count)
 
     @property
     def budget(self) -> int:
@@ -50,6 +57,7 @@ class _Flight:
     drawn: sampling.Drawn  # leaves [R, ...] or [steps, R, ...]
     scored: Logprobs | None = None
     chunks: tuple[scheduler.Chunk, ...] = ()
+    guesses: Sequence[tuple[int, ...]] | None = None  # that it checks, of each row
 
 
 class Engine:
@@ -223,30 +231,43 @@ class Engine:
                 live.dispatched = 1
 
     def _decode(self, work: scheduler.Decode) -> list[Event]:
-        """Events of what had to be read first: a grammar must know the token before."""
+        """Events of what had to be read first: grammars and guesses go by the token before."""
         events: list[Event] = []
-        if any(self._in_slot[slot].request.constraint for slot in work.slots):
+        rows = self._decoding(work)
+        constrained = any(live.request.constraint for live in rows)
+        guessing = (
+            self.settings.speculation != "off"
+            and not constrained
+            and len(rows) <= self.settings.speculation_rows
+        )
+        if constrained or guessing:
             while self._flights:
                 events += self._read(self._flights.popleft())
-        rows = [self._in_slot[slot] for slot in work.slots if slot in self._in_slot]
-        rows = [live for live in rows if live.budget > 0]
+            rows = self._decoding(work)
         if not rows:
             return events
-        constrained = any(live.request.constraint for live in rows)
-        num_steps = 1 if constrained else self.settings.decode_steps
-        drawn = self._device.advance(
-            [live.slot for live in rows],
-            _masks(rows),
-            rows=work.num_rows,
-            how=_joint(rows),
-            num_steps=num_steps,
-        )
+        slots, how = [live.slot for live in rows], _joint(rows)
+        if guessing and any(guesses := [live.guess(self.settings.guesses) for live in rows]):
+            drawn = self._device.verify(slots, guesses, rows=work.num_rows, how=how)
+            num_steps = self.settings.guesses + 1
+            self._counts["guessed_tokens"] += sum(map(len, guesses))
+        else:
+            num_steps = 1 if constrained else self.settings.decode_steps
+            drawn = self._device.advance(
+                slots, _masks(rows), rows=work.num_rows, how=how, num_steps=num_steps
+            )
+            guesses = None
         for live in rows:
             live.dispatched += num_steps
-        self._flights.append(_Flight(tuple(rows), drawn))
+        self._flights.append(_Flight(tuple(rows), drawn, guesses=guesses))
         return events
 
-    def _chunks(self, work: scheduler.Prefill, rows: Sequence[_Live]) -> paged_decode.Chunks:
+    def _decoding(self, work: scheduler.Decode) -> list[_Live]:
+        """Those that still run, and have tokens left that no dispatch was asked for."""
+        rows = [self._in_slot[slot] for slot in work.slots if slot in self._in_slot]
+        return [live for live in rows if live.budget > 0]
+
+    def _chunks(self, work: scheduler.Prefill, rows: Sequence[_Live]) -> paged_state.Chunks:
         fields = self._device.blank(rows=work.num_rows, length=work.length)
         for row, chunk in enumerate(work.chunks):
             prompt, start, count = chunk.request.tokens, chunk.start, len(chunk.tokens)
@@ -261,7 +282,7 @@ class Engine:
             if chunk.is_last:
                 fields["seen_RW"][row] = self._device.bits(prompt)
         requests = [chunk.request.sampling for chunk in work.chunks]
-        return paged_decode.Chunks(
+        return paged_state.Chunks(
             **fields,
             settings=sampling.settings(requests, num_rows=work.num_rows),
             mask_RW=self._device.masks(_masks(rows), rows=work.num_rows),
@@ -286,13 +307,19 @@ class Engine:
                     continue
             column = tokens_SR[:, row]
             drawn = tuple(int(token) for token in column if token != paged_decode.PAD)
+            if flight.guesses is not None:
+                live.dispatched = len(live.answer) + len(drawn)
+                self._counts["accepted_tokens"] += max(0, len(drawn) - 1)
             if drawn:
                 events.append(self._event(live, drawn, logprobs, row))
         return events
 
     def _event(self, live: _Live, drawn: tuple[int, ...], logprobs, row: int) -> Event:
         settings = live.request.sampling
-        first, live.drawn = live.drawn == 0, live.drawn + len(drawn)
+        first = not live.answer
+        live.answer += drawn
+        if live.lookup is not None:
+            live.lookup.extend(drawn)
         self._counts["generated_tokens"] += len(drawn)
         if live.request.constraint is not None:
             for token in drawn:
@@ -304,7 +331,7 @@ class Engine:
         reason: FinishReason | None = None
         if drawn[-1] in self._ends(live):
             reason = "stop"
-        elif live.drawn == settings.max_tokens:
+        elif len(live.answer) == settings.max_tokens:
             reason = "length"
         if reason is not None:
             return self._end(live, drawn, reason, logprobs=given, first=first)
@@ -371,5 +398,5 @@ def _joint(rows: Sequence[_Live]) -> sampling.How:
 
 _COUNTED = (
     "prompt_tokens", "cached_tokens", "generated_tokens", "finished_stop", "finished_length",
-    "finished_cancelled",
+    "finished_cancelled", "guessed_tokens", "accepted_tokens",
 )  # fmt: skip

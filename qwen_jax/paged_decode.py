@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -19,108 +18,14 @@ import jax.numpy as jnp
 from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax import fused, logprobs, model, paged_cache, rope, sampling
+from qwen_jax import fused, logprobs, model, paged_cache, paged_state, rope, sampling
 from qwen_jax.attention import api, paged
+from qwen_jax.paged_state import Chunks, Rows, State
 
 PAD = -1  # in token outputs: the row had ended
 
 # Programs traced so far, by name and shape: a bucket that is used again adds nothing.
 compilations: collections.Counter[str] = collections.Counter()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the device knows of requests, one a row.
-
-    lengths_B tokens are in the cache; tokens_B was drawn and is not there yet. remaining_B tokens
-    may still be drawn: 0 where the row has ended. seen_BV marks the prompt's tokens, counts_BV
-    counts the answer's.
-    """
-
-    table_BM: jax.Array  # int32: pages in order of position
-    lengths_B: jax.Array  # int32
-    tokens_B: jax.Array  # int32
-    generated_B: jax.Array  # int32
-    remaining_B: jax.Array  # int32
-    settings: sampling.Settings
-    seen_BV: jax.Array  # bool
-    counts_BV: jax.Array  # int32
-
-
-_ROWS = ["table_BM", "lengths_B", "tokens_B", "generated_B", "remaining_B", "settings"]
-jax.tree_util.register_dataclass(Rows, [*_ROWS, "seen_BV", "counts_BV"], [])
-
-
-@dataclass(frozen=True)
-class State:
-    """Between two dispatches: all pages, and all slots."""
-
-    pages: paged_cache.Pages
-    slots: Rows
-
-
-jax.tree_util.register_dataclass(State, ["pages", "slots"], [])
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """A part of each of R prompts, right-padded to T tokens; rows beyond them have length 0.
-
-    starts_R tokens of each are in the cache already. last_R: whether the prompt ends here; only
-    then do slots_R (one that does not exist for a row of padding), max_tokens_R, settings, seen_RW
-    (bits of the whole prompt's tokens) and mask_RW matter. next_RT is the token after each.
-    """
-
-    slots_R: jax.Array
-    tokens_RT: jax.Array
-    starts_R: jax.Array
-    lengths_R: jax.Array
-    table_RM: jax.Array
-    last_R: jax.Array
-    max_tokens_R: jax.Array
-    settings: sampling.Settings
-    seen_RW: jax.Array
-    mask_RW: jax.Array
-    next_RT: jax.Array
-
-
-_CHUNKS = ["slots_R", "tokens_RT", "starts_R", "lengths_R", "table_RM", "last_R", "max_tokens_R"]
-jax.tree_util.register_dataclass(
-    Chunks, [*_CHUNKS, "settings", "seen_RW", "mask_RW", "next_RT"], []
-)
-
-
-def empty(
-    cfg: schema.Model,
-    *,
-    num_slots: int,
-    width: int,
-    num_pages: int,
-    page_size: int,
-    dtype: jnp.dtype,
-    layout: Layout | None = None,
-) -> State:
-    """`num_slots` slots without a request, of at most `width` pages each, and `num_pages` pages."""
-    pages = paged_cache.create(
-        cfg, num_pages=num_pages, page_size=page_size, dtype=dtype, layout=layout
-    )
-
-    def zeros(*shape: int, dtype: jnp.dtype = jnp.int32) -> jax.Array:
-        return jnp.zeros((num_slots, *shape), dtype)
-
-    slots = Rows(
-        table_BM=zeros(width),
-        lengths_B=zeros(),
-        tokens_B=zeros(),
-        generated_B=zeros(),
-        remaining_B=zeros(),
-        settings=jax.tree.map(jnp.asarray, sampling.settings([], num_rows=num_slots)),
-        seen_BV=zeros(cfg.vocab_size, dtype=bool),
-        counts_BV=zeros(cfg.vocab_size),
-    )
-    if layout is not None:
-        slots = jax.device_put(slots, jax.NamedSharding(layout.mesh, jax.P()))
-    return State(pages, slots)
 
 
 Attention = Literal["reference", "gpu", "tpu"]
@@ -152,36 +57,17 @@ def prefill(
     R, T = chunks.tokens_RT.shape
     compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
     positions_RT = chunks.starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    valid_RT = jnp.arange(T)[None] < chunks.lengths_R[:, None]
 
-    def attend(index: int):
-        kv_PSCH = state.pages.layers[index]
-
-        def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
-            kept = paged_cache.write(
-                kv_PSCH,
-                k_RTKH,
-                v_RTKH,
-                table_BM=chunks.table_RM,
-                positions_BT=positions_RT,
-                valid_BT=valid_RT,
-            )
-            o_RTNH = paged.extend(
-                q_RTNH,
-                k_RTKH,
-                v_RTKH,
-                kept,
-                table_BM=chunks.table_RM,
-                starts_B=chunks.starts_R,
-                lengths_B=chunks.lengths_R,
-                past=past,
-                implementation=attention,
-                layout=layout,
-            )
-            return o_RTNH, kept
-
-        return inner
-
+    attend = functools.partial(
+        _attend_chunk,
+        state.pages,
+        chunks.table_RM,
+        positions_RT,
+        chunks.lengths_R,
+        past=past,
+        attention=attention,
+        layout=layout,
+    )
     dtype = state.pages.dtype
     with _precision(dtype):
         x_RTD, kept = _run(
@@ -209,7 +95,9 @@ def prefill(
         counts_BV=jnp.zeros((R, V), jnp.int32),
     )
     rows, drawn = _draw(logits_RV, rows, chunks.mask_RW, how=how, eos_E=eos_E, layout=layout)
-    slots = _put(state.slots, jnp.where(chunks.last_R, chunks.slots_R, _NOWHERE), rows)
+    slots = paged_state.put(
+        state.slots, jnp.where(chunks.last_R, chunks.slots_R, paged_state.NOWHERE), rows
+    )
     return State(pages, slots), drawn, scored
 
 
@@ -237,12 +125,7 @@ def advance(
     """
     R = slots_R.shape[0]
     compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
-    exists_R = slots_R < state.slots.lengths_B.shape[0]
-    slots = state.slots
-    if how == "greedy":
-        slots = dataclasses.replace(slots, seen_BV=None, counts_BV=None)
-    rows = jax.tree.map(lambda x: x.at[slots_R].get(mode="clip"), slots)
-    rows = dataclasses.replace(rows, remaining_B=jnp.where(exists_R, rows.remaining_B, 0))
+    rows, slots = paged_state.take(state.slots, slots_R, how)
     dtype = state.pages.dtype
 
     def step(carry: tuple[paged_cache.Pages, Rows], _):
@@ -262,11 +145,81 @@ def advance(
         return (paged_cache.constrain(paged_cache.Pages(kept), layout), rows), drawn
 
     (pages, rows), drawn = jax.lax.scan(step, (state.pages, rows), length=num_steps)
-    slots = _put(slots, slots_R, rows)
-    if how == "greedy":
-        whole = state.slots
-        slots = dataclasses.replace(slots, seen_BV=whole.seen_BV, counts_BV=whole.counts_BV)
-    return State(pages, slots), drawn
+    return State(pages, paged_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "attention", "layout"),
+    donate_argnames=("state",),
+)
+def verify(
+    cfg: schema.Model,
+    params: dict,
+    state: State,
+    slots_R: jax.Array,
+    guesses_RT: jax.Array,
+    mask_RW: jax.Array,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    attention: Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn]:
+    """Draws up to T + 1 tokens of each slot in one pass -> leaves [T + 1, R], PAD after the last.
+
+    guesses_RT are what the next T tokens may be; -1 is no guess. Each token is drawn as `advance`
+    draws it, by the same noise, after the guesses before it; so long as it is what was guessed, the
+    next counts too. Hence the tokens are those of `advance`, whatever is guessed (of a draw with
+    probability p, a guess is right with probability p, as in speculative sampling, arXiv
+    2211.17192, with a guess of probability 1).
+    """
+    R, T = guesses_RT.shape
+    compilations[f"verify rows={R} guesses={T} {how}"] += 1
+    rows, slots = paged_state.take(state.slots, slots_R, how)
+    tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(guesses_RT, 0)], axis=1)
+    positions_RT = rows.lengths_B[:, None] + jnp.arange(T + 1, dtype=jnp.int32)[None]
+    # A row's pages end where its last token may be: no further is written, nor counted.
+    lengths_R = jnp.minimum(T + 1, rows.remaining_B)
+    attend = functools.partial(
+        _attend_chunk,
+        state.pages,
+        rows.table_BM,
+        positions_RT,
+        lengths_R,
+        past="pages",
+        attention=attention,
+        layout=layout,
+    )
+    dtype = state.pages.dtype
+    with _precision(dtype):
+        x_RTD, kept = _run(cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout)
+        logits_RTV = model.unembed(cfg, params, x_RTD)
+        logits_RTV = sharding.constrain(logits_RTV, ("batch", None, None), layout)
+    pages = paged_cache.constrain(paged_cache.Pages(kept), layout)
+
+    def step(carry: tuple[Rows, jax.Array], inputs: tuple[jax.Array, jax.Array]):
+        rows, right_R = carry
+        logits_RV, guess_R = inputs
+        active_R = right_R & (rows.remaining_B > 0)
+        trial = dataclasses.replace(
+            rows,
+            lengths_B=rows.lengths_B + active_R,
+            remaining_B=jnp.where(active_R, rows.remaining_B, 0),
+        )
+        trial, drawn = _draw(logits_RV, trial, mask_RW, how=how, eos_E=eos_E, layout=layout)
+        trial = dataclasses.replace(
+            trial,
+            tokens_B=jnp.where(active_R, trial.tokens_B, rows.tokens_B),
+            remaining_B=jnp.where(active_R, trial.remaining_B, rows.remaining_B),
+        )
+        return (trial, active_R & (drawn.tokens_B == guess_R)), drawn
+
+    last_R1 = jnp.full((R, 1), -1, guesses_RT.dtype)
+    guesses_TR = jnp.concatenate([guesses_RT, last_R1], axis=1).T
+    carry = rows, jnp.ones(R, bool)
+    (rows, _), drawn = jax.lax.scan(step, carry, (logits_RTV.swapaxes(0, 1), guesses_TR))
+    return State(pages, paged_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "attention", "layout"))
@@ -301,7 +254,35 @@ def embed(
     return last_RD / jnp.linalg.norm(last_RD, axis=-1, keepdims=True)
 
 
-_NOWHERE = jnp.iinfo(jnp.int32).max  # a slot that does not exist
+def _attend_chunk(pages, table_RM, positions_RT, lengths_R, index: int, *, past, attention, layout):
+    """Writes a chunk's keys and values into one layer's pages, and attends over all up to it."""
+    kv_PSCH = pages.layers[index]
+    valid_RT = jnp.arange(positions_RT.shape[1])[None] < lengths_R[:, None]
+
+    def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+        kept = paged_cache.write(
+            kv_PSCH,
+            k_RTKH,
+            v_RTKH,
+            table_BM=table_RM,
+            positions_BT=positions_RT,
+            valid_BT=valid_RT,
+        )
+        o_RTNH = paged.extend(
+            q_RTNH,
+            k_RTKH,
+            v_RTKH,
+            kept,
+            table_BM=table_RM,
+            starts_B=positions_RT[:, 0],
+            lengths_B=lengths_R,
+            past=past,
+            implementation=attention,
+            layout=layout,
+        )
+        return o_RTNH, kept
+
+    return inner
 
 
 def _attend_one(pages, rows: Rows, active_R, index: int, *, attention, layout):
@@ -374,10 +355,6 @@ def _draw(logits_RV, rows: Rows, mask_RW, *, how, eos_E, layout) -> tuple[Rows, 
         rows = dataclasses.replace(rows, counts_BV=counts_RV)
     tokens_R = jnp.where(active_R, drawn.tokens_B, PAD)
     return rows, dataclasses.replace(drawn, tokens_B=tokens_R)
-
-
-def _put(slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
-    return jax.tree.map(lambda all_, some: all_.at[slots_R].set(some, mode="drop"), slots, rows)
 
 
 def _precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:

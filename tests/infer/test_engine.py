@@ -265,6 +265,25 @@ def test_nothing_compiles_after_the_warm_up():
     assert engine.stats()["compilations"] == before
 
 
+def test_guesses_change_no_answer(engine):
+    rng = random.Random(8)
+    once = [rng.randrange(CFG.vocab_size) for _ in range(9)]
+    requests = [any_request(rng, str(i), shared=tuple(once * 4)) for i in range(12)]
+    guessing = make_engine(speculation="prompt_lookup", guesses=3, speculation_rows=4)
+    got = answers(guessing, requests)
+    for request in requests:
+        ours, logprobs, reason = got[request.id]
+        tokens, alone, ended = answers(engine, [request])[request.id]
+        assert (ours, reason) == (tokens, ended), request.id
+        # Products of several positions are not rounded as those of one are.
+        np.testing.assert_allclose(
+            [x.drawn for x in logprobs], [x.drawn for x in alone], rtol=0, atol=1e-4
+        )
+    stats = guessing.stats()
+    assert stats["guessed_tokens"] > stats["accepted_tokens"] > 0
+    check_nothing_is_held(guessing)
+
+
 def test_embeddings(engine):
     prompts = [(4, 5, 6), tuple(range(40))]
     got = engine.embed(prompts)
