@@ -124,10 +124,9 @@ def measure(case: Case, cfg: schema.Model, params: dict, args) -> tuple[float, f
     rows = case.rows or case.batch
     greedy = [schema.Sampling(temperature=0.0)] * case.batch
     settings = sampling.settings(greedy, num_rows=rows)
-    plan = sampling.plan(greedy)
     steps = 8 if args.tiny else args.steps
     eos_E = jnp.zeros((0,), jnp.int32)
-    common = {"plan": plan, "eos_E": eos_E}
+    common = {"how": "greedy", "eos_E": eos_E}
     tokens_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, args.prompt))
     begin = time.perf_counter()
     state, _ = decode.start(

@@ -7,6 +7,7 @@ waits for a token nor shows between two steps.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,17 +240,19 @@ class State:
 
     cache: kv_cache.Cache
     tokens_B: jax.Array  # int32
+    generated_B: jax.Array  # int32: tokens drawn
     remaining_B: jax.Array  # int32: tokens still to draw; 0 where the row has ended
-    seen_BV: jax.Array | None  # tokens of prompt and answer; None where no row has a penalty
+    seen_BV: jax.Array | None  # whether in the prompt; None for "greedy"
+    counts_BV: jax.Array | None  # int32: how often in the answer; None for "greedy"
 
 
-_STATE = ["cache", "tokens_B", "remaining_B", "seen_BV"]
+_STATE = ["cache", "tokens_B", "generated_B", "remaining_B", "seen_BV", "counts_BV"]
 jax.tree_util.register_dataclass(State, _STATE, [])
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "length", "dtype", "attention", "layout"),
+    static_argnames=("cfg", "how", "length", "dtype", "attention", "layout"),
 )
 def start(
     cfg: schema.Model,
@@ -259,7 +262,7 @@ def start(
     max_tokens_B: jax.Array,
     settings: sampling.Settings,
     *,
-    plan: sampling.Plan,
+    how: sampling.How,
     eos_E: jax.Array,
     length: int,
     dtype: jnp.dtype,
@@ -272,7 +275,7 @@ def start(
     Rows with max_tokens 0 are padding of the batch: they end at once.
     """
     B, T = tokens_BT.shape
-    compilations[f"start batch={B} prompt={T} cache={length} {plan}"] += 1
+    compilations[f"start batch={B} prompt={T} cache={length} {how}"] += 1
     cache = kv_cache.create(
         cfg,
         num_slots=B,
@@ -285,16 +288,18 @@ def start(
         logits_BV, cache = prefill(
             cfg, params, tokens_BT, lengths_B, cache, attention=attention, layout=layout
         )
-    seen_BV = None
-    if plan.penalty:
+    seen_BV = counts_BV = None
+    if how == "full":
         seen_BV = sampling.mark_seen(tokens_BT, lengths_B, vocab_size=cfg.vocab_size)
-    state = State(cache, jnp.zeros_like(cache.lengths_B), max_tokens_B, seen_BV)
-    return _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
+        counts_BV = jnp.zeros(seen_BV.shape, jnp.int32)
+    zeros_B = jnp.zeros_like(cache.lengths_B)
+    state = State(cache, zeros_B, zeros_B, max_tokens_B, seen_BV, counts_BV)
+    return _draw(logits_BV, state, settings, how=how, eos_E=eos_E, layout=layout)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "plan", "num_steps", "stop", "layout"),
+    static_argnames=("cfg", "how", "num_steps", "stop", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -303,7 +308,7 @@ def advance(
     state: State,
     settings: sampling.Settings,
     *,
-    plan: sampling.Plan,
+    how: sampling.How,
     eos_E: jax.Array,
     num_steps: int,
     stop: Literal["step", "dispatch"] = "step",
@@ -315,7 +320,7 @@ def advance(
     to its end. The first asks the host at each step on a GPU, which costs it a gap.
     """
     B = state.tokens_B.shape[0]
-    name = f"advance batch={B} cache={state.cache.length} steps={num_steps} {plan}"
+    name = f"advance batch={B} cache={state.cache.length} steps={num_steps} {how}"
     compilations[name] += 1
 
     def body(step: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
@@ -325,8 +330,8 @@ def advance(
             logits_BV, cache = decode_step(
                 cfg, params, state.tokens_B, state.cache, active_B=active_B, layout=layout
             )
-        state = State(cache, state.tokens_B, state.remaining_B, state.seen_BV)
-        state, tokens_B = _draw(logits_BV, state, settings, plan=plan, eos_E=eos_E, layout=layout)
+        state = dataclasses.replace(state, cache=cache)
+        state, tokens_B = _draw(logits_BV, state, settings, how=how, eos_E=eos_E, layout=layout)
         return state, tokens_BC.at[:, step].set(tokens_B)
 
     carry = state, jnp.full((B, num_steps), PAD, jnp.int32)
@@ -357,12 +362,8 @@ def _placed(state: State, layout: Layout | None) -> State:
     def batch(x: jax.Array) -> jax.Array:
         return sharding.constrain(x, ("batch", None)[: x.ndim], layout)
 
-    return State(
-        kv_cache.constrain(state.cache, layout),
-        batch(state.tokens_B),
-        batch(state.remaining_B),
-        None if state.seen_BV is None else batch(state.seen_BV),
-    )
+    rest = jax.tree.map(batch, dataclasses.replace(state, cache=None))
+    return dataclasses.replace(rest, cache=kv_cache.constrain(state.cache, layout))
 
 
 def _draw(
@@ -370,7 +371,7 @@ def _draw(
     state: State,
     settings: sampling.Settings,
     *,
-    plan: sampling.Plan,
+    how: sampling.How,
     eos_E: jax.Array,
     layout: Layout | None,
 ) -> tuple[State, jax.Array]:
@@ -378,17 +379,25 @@ def _draw(
     active_B = state.remaining_B > 0
     # Sorting and drawing are per row: with whole rows on each device no collective is needed.
     logits_BV = sharding.constrain(logits_BV, ("batch", None), layout)
-    drawn_B = sampling.sample(
+    drawn_B = sampling.draw(
         logits_BV,
         settings,
-        plan=plan,
+        how=how,
         positions_B=state.cache.lengths_B,
+        generated_B=state.generated_B,
+        eos_E=eos_E,
         seen_BV=state.seen_BV,
+        counts_BV=state.counts_BV,
+    ).tokens_B
+    ended_B = sampling.ends(drawn_B, settings, eos_E=eos_E)
+    counts_BV = state.counts_BV
+    if counts_BV is not None:
+        counts_BV = counts_BV.at[jnp.arange(counts_BV.shape[0]), drawn_B].add(1)
+    state = dataclasses.replace(
+        state,
+        tokens_B=jnp.where(active_B, drawn_B, 0),
+        generated_B=state.generated_B + active_B,
+        remaining_B=jnp.where(ended_B | ~active_B, 0, state.remaining_B - 1),
+        counts_BV=counts_BV,
     )
-    ended_B = jnp.any(drawn_B[:, None] == eos_E[None, :], axis=1)
-    remaining_B = jnp.where(ended_B | ~active_B, 0, state.remaining_B - 1)
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), drawn_B].set(True)
-    state = State(state.cache, jnp.where(active_B, drawn_B, 0), remaining_B, seen_BV)
     return _placed(state, layout), jnp.where(active_B, drawn_B, PAD)

@@ -61,6 +61,15 @@ def request(cfg: schema.Model, tokens: Sequence[int], *, settings: schema.Sampli
                 f"prompt token {token} is outside the vocabulary of {cfg.vocab_size} rows; use the "
                 f"tokenizer that came with the model"
             )
+    for name, ids in (
+        ("logit_bias", [token for token, _ in settings.logit_bias]),
+        ("stop_token_ids", settings.stop_token_ids),
+    ):
+        for token in ids:
+            if not 0 <= token < cfg.vocab_size:
+                raise ValueError(
+                    f"{name} has token {token}, outside the vocabulary of {cfg.vocab_size} rows"
+                )
     try:
         model.check_length(cfg, len(tokens) + settings.max_tokens)
     except ValueError as error:
@@ -105,14 +114,14 @@ def num_bytes(cfg: schema.Model, *, rows: int, prompt: int, cache: int, dtype: j
     """Bytes that a batch needs beside the parameters, over all devices: an estimate from above.
 
     The cache, one layer's activations of the prompts, its scores where no flash kernel runs, and
-    logits with their sorted and noisy copies.
+    logits with their changed and noisy copies, tokens seen and their counts.
     """
     size = jnp.dtype(dtype).itemsize
     flash = jax.default_backend() == "gpu" and size == 2
     scores = 0 if flash else 2 * 4 * cfg.num_attention_heads * prompt
     activations = size * (6 * cfg.hidden_size + 3 * cfg.intermediate_size) + scores
     held = kv_cache.num_bytes(cfg, num_slots=1, length=cache, dtype=dtype)
-    return rows * (held + prompt * activations + 16 * cfg.vocab_size)
+    return rows * (held + prompt * activations + 24 * cfg.vocab_size)
 
 
 def generate(
@@ -129,14 +138,22 @@ def generate(
     """Continues every request, in one batch, until it ends or has `max_tokens`.
 
     Pieces come as the device delivers them: each request's first token, then up to `num_steps` at
-    a time. Requests do not influence each other.
+    a time. Requests do not influence each other. Raises `ValueError` for logprobs: an engine gives
+    them.
     """
+    for r in requests:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(r.sampling, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(r.sampling, name)} is not given by this simple loop; leave "
+                    f"it out, or serve the request by an engine"
+                )
     rows, prompt, length = shape(cfg, requests, layout=layout)
     settings = [r.sampling for r in requests]
-    plan = sampling.plan(settings)
+    how = "full" if any(sampling.how(s) == "full" for s in settings) else "greedy"
     tokens_BT, lengths_B, max_tokens_B = _arrays(requests, rows=rows, prompt=prompt)
-    arrays = sampling.settings(settings, num_rows=rows)
-    common = {"plan": plan, "eos_E": np.asarray(eos_ids, np.int32), "layout": layout}
+    arrays = jax.device_put(sampling.settings(settings, num_rows=rows))
+    common = {"how": how, "eos_E": np.asarray(eos_ids, np.int32), "layout": layout}
     state, tokens_B = decode.start(
         cfg,
         params,
@@ -155,6 +172,7 @@ def generate(
     drawn, longest = 1, max(s.max_tokens for s in settings)
     counts = np.zeros(len(requests), np.int64)
     open_rows = set(range(len(requests)))
+    ends = [{*s.stop_token_ids, *(() if s.ignore_eos else eos_ids)} for s in settings]
     while open_rows:
         while len(in_flight) < _IN_FLIGHT and drawn < longest:
             state, tokens_BC = decode.advance(
@@ -165,7 +183,7 @@ def generate(
         for row, tokens in _rows(np.asarray(in_flight.popleft()), open_rows):
             counts[row] += len(tokens)
             reason = None
-            if tokens[-1] in eos_ids:
+            if tokens[-1] in ends[row]:
                 reason = "stop"
             elif counts[row] == settings[row].max_tokens:
                 reason = "length"

@@ -1,11 +1,11 @@
 """Sampling: logits to tokens, with per-request settings as arrays.
 
 `draw` does all that a `schema.Sampling` can ask, in one program for any batch: what no row needs is
-skipped at run time. `sample` is made for one batch, and computes only what that needs at all.
+skipped at run time, and a batch that needs nothing costs one look at its settings.
 
-Top-k, top-p and min-p each keep the tokens whose score is at least some cutoff; so one cutoff a row
-is found, and the token is drawn from what lies above it by the Gumbel trick. A row's noise depends
-on its seed and the token's position alone: neighbours, slots and padding do not change a result.
+A token is drawn from the scores above a cutoff (`cutoffs.py`) by the Gumbel trick. A row's noise
+depends on its seed and the token's position alone: neighbours, slots and padding do not change a
+result.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import schema
-from qwen_jax import logprobs
+from qwen_jax import cutoffs, logprobs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Settings:
     top_k_B: jax.Array  # int32; 0 keeps all
     top_p_B: jax.Array  # float32
     min_p_B: jax.Array  # float32
-    penalty_B: jax.Array  # float32: repetition
+    repetition_B: jax.Array  # float32
     presence_B: jax.Array  # float32
     frequency_B: jax.Array  # float32
     min_tokens_B: jax.Array  # int32
@@ -56,141 +56,53 @@ jax.tree_util.register_dataclass(Drawn, ["tokens_B", "logprobs"], [])
 
 How = Literal["greedy", "full"]  # of `draw`: the likeliest token and no more, or everything
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What a batch needs at all: static, so that the rest is never computed.
-
-    candidates: how many of the likeliest tokens must be sorted to find every row's cutoff; 0 none,
-    -1 the whole vocabulary.
-    """
-
-    greedy: bool = True
-    penalty: bool = False
-    candidates: int = 0
-
-
-_CANDIDATES = (32, 128, 1024)  # sizes of a partial sort; more needs the whole
-_SORTED = (0, 128, -1)  # those that `draw` chooses from
+_ALL = np.uint32(2**32 - 1)  # a word of a mask that allows 32 tokens
 
 
 def settings(requests: Sequence[schema.Sampling], *, num_rows: int) -> Settings:
-    """Arrays of `num_rows` rows; rows beyond the requests are greedy."""
+    """Arrays of `num_rows` rows; rows beyond the requests are greedy and ask for nothing."""
     rows = [*requests, *[schema.Sampling(temperature=0.0)] * (num_rows - len(requests))]
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.asarray([getattr(row, name) for row in rows], dtype)
 
+    def table(lists: Sequence[Sequence], width: int, fill: int, dtype: type) -> np.ndarray:
+        padded = np.full((len(rows), width), fill, dtype)
+        for row, values in enumerate(lists):
+            padded[row, : len(values)] = values
+        return padded
+
+    biases = [([token for token, _ in r.logit_bias], [b for _, b in r.logit_bias]) for r in rows]
     return Settings(
         temperature_B=column("temperature", np.float32),
         top_k_B=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
         top_p_B=column("top_p", np.float32),
         min_p_B=column("min_p", np.float32),
-        penalty_B=column("repetition_penalty", np.float32),
+        repetition_B=column("repetition_penalty", np.float32),
         presence_B=column("presence_penalty", np.float32),
         frequency_B=column("frequency_penalty", np.float32),
         min_tokens_B=column("min_tokens", np.int32),
-        stop_BJ=_lists([row.stop_token_ids for row in rows], schema.MOST_STOPS, -1, np.int32),
+        stop_BJ=table([r.stop_token_ids for r in rows], schema.MOST_STOPS, -1, np.int32),
         ignore_eos_B=column("ignore_eos", bool),
-        bias_ids_BJ=_lists([_first(row.logit_bias) for row in rows], J, -1, np.int32),
-        bias_BJ=_lists([_second(row.logit_bias) for row in rows], J, 0, np.float32),
-        logprobs_B=np.asarray([row.logprobs is not None for row in rows], bool),
+        bias_ids_BJ=table([ids for ids, _ in biases], schema.MOST_BIASES, -1, np.int32),
+        bias_BJ=table([values for _, values in biases], schema.MOST_BIASES, 0, np.float32),
+        logprobs_B=np.asarray([r.logprobs is not None for r in rows], bool),
         seed_B=column("seed", np.uint32),
     )
 
 
-J = schema.MOST_BIASES
-
-
-def _lists(values: Sequence[Sequence], width: int, fill: int, dtype: type) -> np.ndarray:
-    table = np.full((len(values), width), fill, dtype)
-    for row, some in enumerate(values):
-        table[row, : len(some)] = some
-    return table
-
-
-def _first(pairs: Sequence[tuple[int, float]]) -> list[int]:
-    return [token for token, _ in pairs]
-
-
-def _second(pairs: Sequence[tuple[int, float]]) -> list[float]:
-    return [value for _, value in pairs]
-
-
 def how(request: schema.Sampling) -> How:
     """The least that `draw` must do for it."""
-    plain = schema.Sampling(
-        temperature=0.0,
-        max_tokens=max(1, request.max_tokens),
-        stop_token_ids=request.stop_token_ids,
+    plain = (
+        request.temperature == 0
+        and request.min_tokens == 0
+        and not request.logit_bias
+        and request.repetition_penalty == 1
+        and request.presence_penalty == 0
+        and request.frequency_penalty == 0
+        and request.logprobs is None
     )
-    asked = dataclasses.replace(
-        request,
-        max_tokens=plain.max_tokens,
-        seed=0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        ignore_eos=False,
-        prompt_logprobs=None,
-    )
-    return "greedy" if asked == plain else "full"
-
-
-def plan(requests: Sequence[schema.Sampling]) -> Plan:
-    """The least work that serves all the requests."""
-    drawn = [r for r in requests if r.temperature > 0]
-    sizes = [r.top_k for r in drawn if r.top_k]
-    unbounded = any(r.top_p < 1 and not r.top_k for r in drawn)
-    candidates = 0
-    if unbounded or sizes:
-        fitting = [size for size in _CANDIDATES if size >= max(sizes, default=0)]
-        candidates = fitting[0] if fitting and not unbounded else -1
-    return Plan(
-        greedy=not drawn,
-        penalty=any(r.repetition_penalty != 1 for r in requests),
-        candidates=candidates,
-    )
-
-
-def sample(
-    logits_BV: jax.Array,
-    settings: Settings,
-    *,
-    plan: Plan,
-    positions_B: jax.Array,
-    seen_BV: jax.Array | None = None,
-) -> jax.Array:
-    """The next token of each row, [B] int32.
-
-    positions_B is the index that the new token will have in its sequence; seen_BV marks the tokens
-    of prompt and answer so far, and is needed only where the plan has a penalty.
-    """
-    scores_BV = processed(logits_BV, settings, plan=plan, seen_BV=seen_BV)
-    if plan.greedy:
-        return argmax(scores_BV)
-    V = scores_BV.shape[-1]
-
-    greedy_B = settings.temperature_B == 0
-    return argmax(scores_BV + _noise(settings, positions_B, V=V, greedy_B=greedy_B))
-
-
-def processed(
-    logits_BV: jax.Array, settings: Settings, *, plan: Plan, seen_BV: jax.Array | None = None
-) -> jax.Array:
-    """Scores in float32 after penalty, temperature, top-k, top-p, min-p; -inf where masked."""
-    # float32 island: probabilities are summed.
-    scores_BV = logits_BV.astype(jnp.float32)
-    if plan.penalty:
-        penalty_B1 = settings.penalty_B[:, None]
-        penalised_BV = jnp.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
-        scores_BV = jnp.where(seen_BV, penalised_BV, scores_BV)
-    if plan.greedy:
-        return scores_BV
-    greedy_B = settings.temperature_B == 0
-    scores_BV = scores_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
-    cutoff_B = jnp.where(greedy_B, -jnp.inf, _cutoff(scores_BV, settings, plan.candidates))
-    return jnp.where(scores_BV >= cutoff_B[:, None], scores_BV, -jnp.inf)
+    return "greedy" if plain else "full"
 
 
 def draw(
@@ -201,50 +113,57 @@ def draw(
     positions_B: jax.Array,
     generated_B: jax.Array,
     eos_E: jax.Array,
-    seen_BV: jax.Array | None,
-    counts_BV: jax.Array | None,
-    mask_BW: jax.Array,
+    seen_BV: jax.Array | None = None,
+    counts_BV: jax.Array | None = None,
+    mask_BW: jax.Array | None = None,
 ) -> Drawn:
     """The next token of each row, by everything that its settings say.
 
-    positions_B as in `sample`. generated_B tokens of the answer were drawn before, each counts_BV
-    times; seen_BV marks the prompt's. mask_BW holds the bits of the tokens that a grammar allows.
-    "greedy" looks at the logits alone.
+    positions_B is the index that the new token will have in its sequence. generated_B tokens of the
+    answer were drawn before, each counts_BV times; seen_BV marks the prompt's. mask_BW holds the
+    bits of the tokens that a grammar allows; None allows all. "greedy" looks at the logits alone,
+    "full" needs seen_BV and counts_BV. A row without any token that it may draw gets token 0, with
+    logprob -inf.
     """
     if how == "greedy":
         return Drawn(argmax(logits_BV.astype(jnp.float32)), None)
-    # float32 island: probabilities are summed.
-    scores_BV = logits_BV.astype(jnp.float32)
-    V = scores_BV.shape[1]
+    assert seen_BV is not None and counts_BV is not None
+    draws = jnp.any(settings.temperature_B > 0)
+    told = jnp.any(settings.logprobs_B)
+    few, many = _asked(settings, generated_B, mask_BW)
 
-    def when(needed: jax.Array, change, scores_BV: jax.Array) -> jax.Array:
-        return jax.lax.cond(jnp.any(needed), change, lambda x: x, scores_BV)
+    def everything(logits_BV: jax.Array) -> Drawn:
+        # float32 island: probabilities are summed.
+        scores_BV = edited(
+            logits_BV.astype(jnp.float32),
+            settings,
+            generated_B=generated_B,
+            eos_E=eos_E,
+            seen_BV=seen_BV,
+            counts_BV=counts_BV,
+            mask_BW=mask_BW,
+        )
+        tokens_B, scores_BV = jax.lax.cond(
+            draws,
+            lambda x_BV: _pick(narrowed(x_BV, settings), settings, positions_B),
+            lambda x_BV: (argmax(x_BV), x_BV),
+            scores_BV,
+        )
+        greedy_B = settings.temperature_B == 0
+        given = jax.lax.cond(
+            told,
+            lambda: logprobs.of_tokens(logits_BV, scores_BV, tokens_B, greedy_B=greedy_B),
+            lambda: logprobs.none(tokens_B.shape[0]),
+        )
+        return Drawn(tokens_B, given)
 
-    scores_BV = when(settings.bias_ids_BJ >= 0, lambda x: _biased(x, settings), scores_BV)
-    early_B = generated_B < settings.min_tokens_B
-    scores_BV = when(early_B, lambda x: _unended(x, settings, eos_E, early_B), scores_BV)
-    allowed = lambda x: jnp.where(unpack(mask_BW, vocab_size=V), x, -jnp.inf)  # noqa: E731
-    scores_BV = when(mask_BW != jnp.uint32(2**32 - 1), allowed, scores_BV)
-    penalised = lambda x: _penalised(x, settings, seen_BV, counts_BV)  # noqa: E731
-    penalties = (settings.penalty_B != 1, settings.presence_B != 0, settings.frequency_B != 0)
-    scores_BV = when(jnp.stack(penalties), penalised, scores_BV)
-    greedy_B = settings.temperature_B == 0
-    scores_BV = scores_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
-    cutoff_B = jax.lax.switch(
-        _sort_needed(settings),
-        [lambda x, n=n: _cutoff(x, settings, n) for n in _SORTED],
-        scores_BV,
-    )
-    cutoff_B = jnp.where(greedy_B, -jnp.inf, cutoff_B)
-    scores_BV = jnp.where(scores_BV >= cutoff_B[:, None], scores_BV, -jnp.inf)
-    drawn = lambda x: argmax(x + _noise(settings, positions_B, V=V, greedy_B=greedy_B))  # noqa: E731
-    tokens_B = jax.lax.cond(jnp.all(greedy_B), argmax, drawn, scores_BV)
-    given = jax.lax.cond(
-        jnp.any(settings.logprobs_B),
-        lambda: logprobs.of_tokens(logits_BV, scores_BV, tokens_B),
-        lambda: logprobs.none(tokens_B.shape[0]),
-    )
-    return Drawn(tokens_B, given)
+    def likeliest(logits_BV: jax.Array) -> Drawn:
+        tokens_B = argmax(logits_BV.astype(jnp.float32))
+        return Drawn(tokens_B, logprobs.none(tokens_B.shape[0]))
+
+    # One question first: a GPU's host waits for the answer to each, so most batches should meet
+    # no other.
+    return jax.lax.cond(few | many | draws | told, everything, likeliest, logits_BV)
 
 
 def ends(tokens_B: jax.Array, settings: Settings, *, eos_E: jax.Array) -> jax.Array:
@@ -253,10 +172,114 @@ def ends(tokens_B: jax.Array, settings: Settings, *, eos_E: jax.Array) -> jax.Ar
     return eos_B | jnp.any(tokens_B[:, None] == settings.stop_BJ, axis=1)
 
 
+def edited(
+    scores_BV: jax.Array,
+    settings: Settings,
+    *,
+    generated_B: jax.Array,
+    eos_E: jax.Array,
+    seen_BV: jax.Array,
+    counts_BV: jax.Array,
+    mask_BW: jax.Array | None = None,
+) -> jax.Array:
+    """Scores after logit bias, min_tokens, the grammar's mask and the penalties, in this order.
+
+    So a bias cannot bring back what min_tokens or a grammar forbids, and penalties weigh what is
+    left, as in vLLM.
+    """
+    few, many = _asked(settings, generated_B, mask_BW)
+
+    def some_tokens(scores_BV: jax.Array) -> jax.Array:
+        scores_BV = _biased(scores_BV, settings)
+        return _unended(scores_BV, settings, eos_E, generated_B < settings.min_tokens_B)
+
+    def all_tokens(scores_BV: jax.Array) -> jax.Array:
+        if mask_BW is not None:
+            allowed_BV = unpack(mask_BW, vocab_size=scores_BV.shape[1])
+            scores_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
+        return _penalised(scores_BV, settings, seen_BV, counts_BV)
+
+    scores_BV = jax.lax.cond(few, some_tokens, lambda x_BV: x_BV, scores_BV)
+    return jax.lax.cond(many, all_tokens, lambda x_BV: x_BV, scores_BV)
+
+
+def narrowed(scores_BV: jax.Array, settings: Settings) -> jax.Array:
+    """Scores after temperature, top-k, top-p and min-p, in this order; -inf below the cutoff.
+
+    Greedy rows stay as they are. The order is transformers': each works on what the one before
+    left, and probabilities are those at the temperature asked for.
+    """
+    greedy_B = settings.temperature_B == 0
+    scores_BV = scores_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
+    cutoff_B = cutoffs.find(
+        scores_BV,
+        top_k_B=jnp.where(greedy_B, 0, settings.top_k_B),
+        top_p_B=jnp.where(greedy_B, 1.0, settings.top_p_B),
+        min_p_B=jnp.where(greedy_B, 0.0, settings.min_p_B),
+    )
+    return jnp.where(scores_BV >= cutoff_B[:, None], scores_BV, -jnp.inf)
+
+
+def noise(seed_B: jax.Array, positions_B: jax.Array, *, vocab_size: int) -> jax.Array:
+    """Gumbel noise [B, V] of each row's seed and position."""
+
+    def one(seed: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.gumbel(key(seed, position), (vocab_size,), jnp.float32)
+
+    return jax.vmap(one)(seed_B, positions_B)
+
+
+def key(seed: jax.Array, position: jax.Array) -> jax.Array:
+    """The key of all that is random about the token at `position`."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+
+
+def argmax(scores_BV: jax.Array) -> jax.Array:
+    """The first of the largest in each row, [B] int32.
+
+    In two stages, because a GPU gives one row of a vocabulary's length to a single block.
+    """
+    B, V = scores_BV.shape
+    width = int(np.gcd(V, 1024))
+    rows_BRW = scores_BV.reshape(B, V // width, width)
+    row_B = jnp.argmax(jnp.max(rows_BRW, axis=-1), axis=-1)
+    best_BW = jnp.take_along_axis(rows_BRW, row_B[:, None, None], axis=1)[:, 0]
+    return (row_B * width + jnp.argmax(best_BW, axis=-1)).astype(jnp.int32)
+
+
+def mark_seen(tokens_BT: jax.Array, lengths_B: jax.Array, *, vocab_size: int) -> jax.Array:
+    """[B, V] booleans: which tokens occur among the first `lengths_B` of each row."""
+    B, T = tokens_BT.shape
+    real_BT = jnp.arange(T)[None, :] < lengths_B[:, None]
+    seen_BV = jnp.zeros((B, vocab_size), bool)
+    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
+
+
 def unpack(words_BW: jax.Array, *, vocab_size: int) -> jax.Array:
     """The bits of uint32 words, [B, V] bool: token i is bit i % 32 of word i // 32."""
-    bits_BW32 = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
+    bits_BW32 = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     return bits_BW32.reshape(words_BW.shape[0], -1)[:, :vocab_size].astype(bool)
+
+
+def _asked(
+    settings: Settings, generated_B: jax.Array, mask_BW: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Whether a few tokens' scores change anywhere (bias, min_tokens), and whether many do."""
+    few = jnp.any(settings.bias_ids_BJ >= 0) | jnp.any(generated_B < settings.min_tokens_B)
+    penalties_B = (
+        (settings.repetition_B != 1) | (settings.presence_B != 0) | (settings.frequency_B != 0)
+    )
+    many = jnp.any(penalties_B)
+    return few, many if mask_BW is None else many | jnp.any(mask_BW != _ALL)
+
+
+def _pick(
+    scores_BV: jax.Array, settings: Settings, positions_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A token of each row's distribution, its likeliest where greedy; and the scores."""
+    noise_BV = noise(settings.seed_B, positions_B, vocab_size=scores_BV.shape[1])
+    greedy_B1 = (settings.temperature_B == 0)[:, None]
+    return argmax(scores_BV + jnp.where(greedy_B1, 0.0, noise_BV)), scores_BV
 
 
 def _biased(scores_BV: jax.Array, settings: Settings) -> jax.Array:
@@ -281,73 +304,9 @@ def _penalised(
 ) -> jax.Array:
     """Repetition over prompt and answer, by division; presence and frequency over the answer."""
     answered_BV = counts_BV > 0
-    penalty_B1 = settings.penalty_B[:, None]
+    penalty_B1 = settings.repetition_B[:, None]
     divided_BV = jnp.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
     scores_BV = jnp.where(seen_BV | answered_BV, divided_BV, scores_BV)
     taken_BV = settings.frequency_B[:, None] * counts_BV
     taken_BV += jnp.where(answered_BV, settings.presence_B[:, None], 0.0)
     return scores_BV - taken_BV
-
-
-def _sort_needed(settings: Settings) -> jax.Array:
-    """Index into `_SORTED`: how many candidates must be sorted for every row."""
-    drawn_B = settings.temperature_B > 0
-    has_k_B = settings.top_k_B > 0
-    some_B = drawn_B & (has_k_B | (settings.top_p_B < 1))
-    all_B = some_B & ~(has_k_B & (settings.top_k_B <= _SORTED[1]))
-    return jnp.any(some_B).astype(jnp.int32) + jnp.any(all_B)
-
-
-def _noise(settings: Settings, positions_B: jax.Array, *, V: int, greedy_B: jax.Array) -> jax.Array:
-    """Gumbel noise [B, V] of each row's seed and position; 0 where the row is greedy."""
-
-    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        return jax.random.gumbel(key, (V,), jnp.float32)
-
-    noise_BV = jax.vmap(noise)(settings.seed_B, positions_B)
-    return jnp.where(greedy_B[:, None], 0.0, noise_BV)
-
-
-def argmax(scores_BV: jax.Array) -> jax.Array:
-    """The first of the largest in each row, [B] int32.
-
-    In two stages, because a GPU gives one row of a vocabulary's length to a single block.
-    """
-    B, V = scores_BV.shape
-    width = int(np.gcd(V, 1024))
-    rows_BRW = scores_BV.reshape(B, V // width, width)
-    row_B = jnp.argmax(jnp.max(rows_BRW, axis=-1), axis=-1)
-    best_BW = jnp.take_along_axis(rows_BRW, row_B[:, None, None], axis=1)[:, 0]
-    return (row_B * width + jnp.argmax(best_BW, axis=-1)).astype(jnp.int32)
-
-
-def mark_seen(tokens_BT: jax.Array, lengths_B: jax.Array, *, vocab_size: int) -> jax.Array:
-    """[B, V] booleans: which tokens occur among the first `lengths_B` of each row."""
-    B, T = tokens_BT.shape
-    real_BT = jnp.arange(T)[None, :] < lengths_B[:, None]
-    seen_BV = jnp.zeros((B, vocab_size), bool)
-    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
-
-
-def _cutoff(scores_BV: jax.Array, settings: Settings, candidates: int) -> jax.Array:
-    """The smallest score that top-k, top-p and min-p all keep, [B]. Ties with it are kept."""
-    V = scores_BV.shape[-1]
-    if candidates == 0:
-        # log(0) = -inf keeps all.
-        return jnp.max(scores_BV, axis=-1) + jnp.log(settings.min_p_B)
-    count = V if candidates == -1 else min(candidates, V)
-    best_BC = jax.lax.top_k(scores_BV, count)[0]
-    limit_B = jnp.where(settings.top_k_B == 0, count, jnp.minimum(settings.top_k_B, count))
-    kth_B = jnp.take_along_axis(best_BC, limit_B[:, None] - 1, axis=1)[:, 0]
-    kept_BC = best_BC >= kth_B[:, None]
-    weights_BC = jax.nn.softmax(jnp.where(kept_BC, best_BC, -jnp.inf), axis=-1)
-    # Summed from the least likely upward, as transformers does; the likeliest always stays.
-    tail_BC = jnp.cumsum(weights_BC[:, ::-1], axis=-1)[:, ::-1]
-    nucleus_BC = kept_BC & (tail_BC > 1.0 - settings.top_p_B[:, None])
-    nucleus_BC = nucleus_BC.at[:, 0].set(True)
-    nucleus_B = jnp.min(jnp.where(nucleus_BC, best_BC, jnp.inf), axis=-1)
-    top_k_B = jnp.where(settings.top_k_B == 0, -jnp.inf, kth_B)
-    top_p_B = jnp.where(settings.top_p_B < 1.0, nucleus_B, -jnp.inf)
-    min_p_B = best_BC[:, 0] + jnp.log(settings.min_p_B)
-    return jnp.maximum(jnp.maximum(top_k_B, top_p_B), min_p_B)

@@ -68,7 +68,7 @@ def _lower_decode(cfg: schema.Model, config: schema.Train, layout: Layout) -> ja
     L, K, H = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
     side = of((L, slots, K, config.data.sequence_length, H), dtype, kv_cache.AXES)
     rows = of((slots,), jnp.int32, ("batch",))
-    state = decode.State(kv_cache.Cache(side, side, rows), rows, rows, None)
+    state = decode.State(kv_cache.Cache(side, side, rows), rows, rows, rows, None, None)
     settings = jax.tree.map(
         lambda column: jax.ShapeDtypeStruct(column.shape, column.dtype, sharding=whole),
         sampling.settings([], num_rows=slots),
@@ -79,7 +79,7 @@ def _lower_decode(cfg: schema.Model, config: schema.Train, layout: Layout) -> ja
         params,
         state,
         settings,
-        plan=sampling.Plan(),
+        how="greedy",
         eos_E=eos_E,
         num_steps=DISPATCH,
         layout=layout,

@@ -143,14 +143,14 @@ def test_kept_decoding_draws_the_same_tokens(helpers, tmp_path):
         cache = kv_cache.create(
             cfg, num_slots=2, length=made.length, dtype=np.float32, layout=layout
         )
-        rows = np.array([5, 9], np.int32)
-        return decode.State(cache, jax.numpy.asarray(rows), jax.numpy.full(2, 99), None)
+        tokens, zeros = jax.numpy.array([5, 9], np.int32), jax.numpy.zeros(2, np.int32)
+        return decode.State(cache, tokens, zeros, jax.numpy.full(2, 99), None, None)
 
     settings = jax.tree.map(jax.numpy.asarray, sampling.settings([], num_rows=2))
     eos_E = jax.numpy.zeros(1, np.int32)
     _, ours = advance(params, start(), settings, eos_E=eos_E)
     _, theirs = decode.advance(
-        cfg, params, start(), settings, plan=sampling.Plan(), eos_E=eos_E,
+        cfg, params, start(), settings, how="greedy", eos_E=eos_E,
         num_steps=ahead_of_time.DISPATCH, layout=layout,
     )  # fmt: skip
     np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,122 @@
+"""Top-k, top-p and min-p as one cutoff a row, found by counting instead of sorting.
+
+A cutoff is the largest score t for which enough lies at or above it: k tokens, or the share p of
+the weight. Both are monotone in t, so t is searched among the 2^32 bit patterns of a float, 16 ways
+a pass. Counts and weights are whole numbers: their sums are the same in whatever order a device
+adds them, so that a row's cutoff depends on that row alone.
+
+Ties with a cutoff are all kept, where a sort would keep those that it happens to put first.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+_BITS = 4  # of the cutoff that a pass over the scores finds
+_LIMB = 14  # bits of a weight that are summed in one number: 2^18 weights cannot overflow 32
+
+
+def find(
+    scores_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array
+) -> jax.Array:
+    """The smallest score that top-k, then top-p of what that left, and min-p all keep, [B].
+
+    Rows with top_k 0, top_p 1 and min_p 0 keep all: -inf. What no row asks for is not computed.
+    """
+    best_B = jnp.max(scores_BV, axis=-1)
+    all_B = jnp.full_like(best_B, -jnp.inf)
+    some_k_B, some_p_B = top_k_B > 0, top_p_B < 1.0
+    kth_B = jax.lax.cond(
+        jnp.any(some_k_B),
+        lambda: jnp.where(some_k_B, _kth(scores_BV, top_k_B), -jnp.inf),
+        lambda: all_B,
+    )
+    nucleus_B = jax.lax.cond(
+        jnp.any(some_p_B),
+        lambda: jnp.where(some_p_B, _nucleus(scores_BV, best_B, kth_B, top_p_B), -jnp.inf),
+        lambda: all_B,
+    )
+    # log(0) = -inf keeps all.
+    return jnp.maximum(jnp.maximum(kth_B, nucleus_B), best_B + jnp.log(min_p_B))
+
+
+def _kth(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """The top_k_B-th largest score of each row."""
+    B, V = scores_BV.shape
+    keys_BV, least_B = _to_keys(scores_BV), jnp.minimum(top_k_B, V)
+
+    def reaches(pivots: Sequence[jax.Array]) -> list[jax.Array]:
+        counts = _sums([(keys_BV >= p_B[:, None]).astype(jnp.int32) for p_B in pivots])
+        return [count_B >= least_B for count_B in counts]
+
+    return _to_scores(_largest(reaches, B))
+
+
+def _nucleus(
+    scores_BV: jax.Array, best_B: jax.Array, kth_B: jax.Array, top_p_B: jax.Array
+) -> jax.Array:
+    """The largest score at or above which lies top_p_B of the weight exp(score) above kth_B.
+
+    Weights count in units of 2^-28 of the likeliest token's.
+    """
+    B, V = scores_BV.shape
+    assert V <= 2 ** (32 - _LIMB), V
+    keys_BV = _to_keys(scores_BV)
+    best_B1 = jnp.where(jnp.isfinite(best_B), best_B, 0.0)[:, None]
+    units = float(2 ** (2 * _LIMB))
+    weights_BV = jnp.round(jnp.exp(scores_BV - best_B1) * units)
+    weights_BV = jnp.where(scores_BV >= kth_B[:, None], weights_BV, 0.0)
+    # The likeliest token's weight, 2^28 itself, would need a bit more than two limbs.
+    weights_BV = jnp.minimum(weights_BV.astype(jnp.uint32), jnp.uint32(units - 1))
+
+    def limbs(chosen_BV: jax.Array) -> list[jax.Array]:
+        return [chosen_BV >> _LIMB, chosen_BV & (2**_LIMB - 1)]
+
+    def whole(high_B: jax.Array, low_B: jax.Array) -> jax.Array:
+        # Rounded, but never down where either limb goes up: the search stays monotone.
+        return high_B.astype(jnp.float32) * 2**_LIMB + low_B.astype(jnp.float32)
+
+    least_B = top_p_B * whole(*_sums(limbs(weights_BV)))
+
+    def reaches(pivots: Sequence[jax.Array]) -> list[jax.Array]:
+        parts: list[jax.Array] = []
+        for p_B in pivots:
+            parts += limbs(jnp.where(keys_BV >= p_B[:, None], weights_BV, 0))
+        sums = _sums(parts)
+        return [whole(*sums[i : i + 2]) >= least_B for i in range(0, len(sums), 2)]
+
+    return _to_scores(_largest(reaches, B))
+
+
+def _largest(reaches: Callable[[Sequence[jax.Array]], list[jax.Array]], B: int) -> jax.Array:
+    """The largest key for which `reaches` holds, [B]; it holds at 0 and, once it fails, beyond."""
+
+    def narrow(i: jax.Array, found_B: jax.Array) -> jax.Array:
+        shift = (32 - _BITS * (i + 1)).astype(jnp.uint32)
+        digits = [jnp.uint32(n) for n in range(1, 2**_BITS)]
+        held = reaches([found_B | (digit << shift) for digit in digits])
+        return found_B | (sum(h_B.astype(jnp.uint32) for h_B in held) << shift)
+
+    return jax.lax.fori_loop(0, 32 // _BITS, narrow, jnp.zeros(B, jnp.uint32))
+
+
+def _sums(parts_BV: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sum of each row of each part, all in one pass over what they are made of."""
+    zeros = [jnp.zeros((), x.dtype) for x in parts_BV]
+
+    def add(left: tuple, right: tuple) -> tuple:
+        return tuple(a + b for a, b in zip(left, right, strict=True))
+
+    return list(jax.lax.reduce(tuple(parts_BV), tuple(zeros), add, (1,)))
+
+
+def _to_keys(scores: jax.Array) -> jax.Array:
+    """Whole numbers in the order of the floats."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
+
+
+def _to_scores(keys: jax.Array) -> jax.Array:
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32(2**31 - 1), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
