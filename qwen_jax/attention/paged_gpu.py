@@ -83,33 +83,67 @@ def decode(
 
     `interpret` runs the kernels on a CPU, step by step, for tests.
     """
-    B, N, H = q_BNH.shape
-    S = kv_PSCH.shape[1]
     if heads_K is None:
         heads_K = jnp.arange(kv_PSCH.shape[2] // 2, dtype=jnp.int32)
+    rows = (table_BM, lengths_B, heads_K)
+    return _decode(q_BNH, kv_PSCH, rows, (), tuning=tuning, interpret=interpret)[0]
+
+
+def append(
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    kv_PSCH: jax.Array,
+    *,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    tuning: Tuning = TUNING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `qwen_jax.attention.paged.append`. The program that reads a row's end writes it too."""
+    rows = (table_BM, lengths_B, jnp.arange(k_BKH.shape[1], dtype=jnp.int32))
+    new = (k_BKH.astype(kv_PSCH.dtype), v_BKH.astype(kv_PSCH.dtype))
+    return _decode(q_BNH, kv_PSCH, rows, new, tuning=tuning, interpret=interpret)
+
+
+def _decode(
+    q_BNH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
+    rows: tuple[jax.Array, ...],
+    new: tuple[jax.Array, ...],
+    *,
+    tuning: Tuning,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """(o_BNH, and where a new key and value of every row are given, the pages with them)."""
+    (B, N, H), S = q_BNH.shape, kv_PSCH.shape[1]
+    table_BM, lengths_B, heads_K = rows
     K = heads_K.shape[0]
-    rows = max(ROWS, pl.next_power_of_2(N // K))
+    tall = max(ROWS, pl.next_power_of_2(N // K))
     tuning = dataclasses.replace(tuning, block=min(tuning.block, table_BM.shape[1] * S))
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % max(1, tuning.block // S))))
     X = num_splits(B * K, table_BM.shape[1] * S, tuning=tuning)
-    operands = (q_BNH, kv_PSCH, table_BM, lengths_B, heads_K)
-    o_BKXGH, lse_BKXG = pl.pallas_call(
-        functools.partial(_split, group=N // K, rows=rows, splits=X, tuning=tuning),
+    pages = (jax.ShapeDtypeStruct(kv_PSCH.shape, kv_PSCH.dtype),) if new else ()
+    o_BKXGH, lse_BKXG, *kept = pl.pallas_call(
+        functools.partial(_split, group=N // K, splits=X, tuning=tuning),
         grid=(K, X, B),  # heads of one row side by side: they read the same places
         out_shape=(
-            jax.ShapeDtypeStruct((B, K, X, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, X, rows), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, tall, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, tall), jnp.float32),
+            *pages,
         ),
-        name="paged_decode",
+        input_output_aliases={1: 2} if new else {},
+        name="paged_append" if new else "paged_decode",
         **_options(interpret, warps=tuning.warps, stages=tuning.stages),
-    )(*operands)
-    return pl.pallas_call(
+    )(q_BNH, kv_PSCH, table_BM, lengths_B, heads_K, new)
+    o_BNH = pl.pallas_call(
         functools.partial(_merge, group=N // K, splits=X, tuning=tuning),
         grid=(N, B),
         out_shape=jax.ShapeDtypeStruct((B, N, H), q_BNH.dtype),
         name="paged_decode_merge",
         **_options(interpret, warps=4, stages=1),
     )(o_BKXGH, lse_BKXG, lengths_B)
+    return o_BNH, *kept
 
 
 def extend(
@@ -160,30 +194,33 @@ def _blocks_of_split(length: jax.Array, *, splits: int, tuning: Tuning) -> tuple
 
 
 def _split(
-    q_BNH, kv_PSCH, table_BM, lengths_B, heads_K, o_BKXGH, lse_BKXG,
-    *, group: int, rows: int, splits: int, tuning: Tuning,
+    q_BNH, kv_PSCH, table_BM, lengths_B, heads_K, new, o_BKXGH, lse_BKXG, *kept,
+    group: int, splits: int, tuning: Tuning,
 ):  # fmt: skip
-    """One program: a key-value head's queries over one split of a row's keys."""
+    """One program: a key-value head's queries over one split of a row's keys.
+
+    A new key and value, the row's last, are not read from its page but written to it (`kept`).
+    """
     k, x, b = (pl.program_id(i) for i in range(3))
-    H = q_BNH.shape[2]
+    tall, H = o_BKXGH.shape[3:]
     length = lengths_B[b]
+    num_read = length - 1 if new else length
     blocks, per_split = _blocks_of_split(length, splits=splits, tuning=tuning)
     first = x * per_split
+    last = jnp.minimum(first + per_split, blocks)
 
     @pl.when(first < blocks)
     def _():
         head = heads_K[k]
-        row_G = jnp.arange(rows)
+        row_G = jnp.arange(tall)
         in_group_G = row_G < group
-        mine = (b, k * group + jnp.where(in_group_G, row_G, 0))
-        q_GH = q_BNH[(*mine, slice(None))]
+        q_GH = q_BNH[b, k * group + jnp.where(in_group_G, row_G, 0), :]
         # Products with keys are exponents of two, as the hardware takes them.
         scale = LOG2_E / math.sqrt(H)
 
         def block(index, carry):
             max_G, sum_G, o_GH = carry
-            position_S = index * tuning.block + jnp.arange(tuning.block)
-            seen_S = position_S < length
+            seen_S = index * tuning.block + jnp.arange(tuning.block) < num_read
             (k_SH, k_scale_1S), (v_SH, v_scale_1S) = (
                 _read(kv_PSCH, table_BM, b, index * tuning.block, channel, seen_S)
                 for channel in (2 * head, 2 * head + 1)
@@ -198,17 +235,39 @@ def _split(
             return new_G, sum_G, o_GH * old_G[:, None] + part_GH
 
         carry = (
-            jnp.full(rows, reference.MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((rows, H), jnp.float32),
+            jnp.full(tall, reference.MASKED, jnp.float32),
+            jnp.zeros(tall, jnp.float32),
+            jnp.zeros((tall, H), jnp.float32),
         )
-        last = jnp.minimum(first + per_split, blocks)
+        if new:
+            at_end = last == blocks
+            k_H, v_H = (side[b, k, :] for side in new)
+            carry = _first(q_GH, k_H, v_H, carry, at_end=at_end, scale=scale)
+            _write(kept[0], table_BM, b, length - 1, head, k_H, v_H, at_end=at_end)
         max_G, sum_G, o_GH = jax.lax.fori_loop(first, last, block, carry)
+        mask_GH = jnp.broadcast_to(in_group_G[:, None], o_GH.shape)
+        triton.store(o_BKXGH.at[b, k, x], o_GH / sum_G[:, None], mask=mask_GH)
         triton.store(lse_BKXG.at[b, k, x], max_G + jnp.log2(sum_G), mask=in_group_G)
-        o_GH = o_GH / sum_G[:, None]
-        triton.store(
-            o_BKXGH.at[b, k, x], o_GH, mask=jnp.broadcast_to(in_group_G[:, None], o_GH.shape)
-        )
+
+
+def _first(q_GH, k_H, v_H, empty, *, at_end, scale: float) -> tuple:
+    """(maximum, sum, o) of the new key alone, in the split at a row's end; elsewhere `empty`."""
+    wide = [x.astype(jnp.float32) for x in (q_GH, k_H, v_H)]
+    score_G = jnp.sum(wide[0] * wide[1][None, :], axis=1) * scale
+    o_GH = jnp.broadcast_to(wide[2][None, :], q_GH.shape)
+    alone = (score_G, jnp.ones_like(score_G), o_GH)
+    return tuple(jnp.where(at_end, x, y) for x, y in zip(alone, empty, strict=True))
+
+
+def _write(kept_PSCH, table_BM, b, position, head, k_H, v_H, *, at_end) -> None:
+    """The new key and value of one head to their place, by the program at the row's end."""
+    S = kept_PSCH.shape[1]
+
+    @pl.when(at_end)
+    def _():
+        page = table_BM[b, position // S]
+        for channel, x_H in ((2 * head, k_H), (2 * head + 1, v_H)):
+            kept_PSCH[page, position % S, channel, :] = x_H
 
 
 def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> tuple:

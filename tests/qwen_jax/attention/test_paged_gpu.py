@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from partitioning import ring
+from qwen_jax import paged_cache
 from qwen_jax.attention import cudnn, paged, paged_gpu, paged_reference, reference
 from tests.qwen_jax.attention import paged_cases as cases
 
@@ -51,6 +52,25 @@ def test_a_row_is_bitwise_its_own():
     one = decode(q, kv, table_BM=table, lengths_B=jnp.array([9, 300, 0, 1]))
     two = decode(q, kv, table_BM=table, lengths_B=jnp.array([320, 300, 31, 0]))
     np.testing.assert_array_equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("page_size", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_append_equals_writing_and_decoding(page_size):
+    """Rows whose last key begins a page, ends one, is the only one; one that is not active."""
+    lengths_B = np.array([65, 320, 0, 1], np.int32)
+    q, before, table = _inputs(4, 2, 16, page_size, "float32")
+    new = [cases.draw(4, 2, 16, seed=seed) for seed in (7, 8)]
+    rows = {"table_BM": table, "lengths_B": lengths_B}
+    append = functools.partial(
+        paged_gpu.append, tuning=paged_gpu.Tuning(min_keys=64), interpret=True
+    )
+    got, after = jax.jit(append)(q, *new, before, **rows)
+    want, written = paged.append(q, *new, before, **rows, implementation="reference")
+    cases.assert_close(got, want, 1e-6)
+    np.testing.assert_array_equal(after, written)
+    # Three rows, two heads, a key and a value.
+    changed = ~((after == before) | np.isnan(before) & np.isnan(after))
+    assert changed.any(axis=-1).sum() == 3 * 2 * 2
 
 
 @pytest.mark.slow
@@ -114,11 +134,15 @@ def test_without_a_gpu_the_reference_is_chosen_and_the_kernel_refused():
 def test_the_kernels_lower_to_triton():
     """Where there is no GPU, the kernels' own program is made all the same."""
     rows = {"table_BM": jnp.zeros((4, 20), jnp.int32), "lengths_B": jnp.zeros(4, jnp.int32)}
-    for page_size in (16, 64):
-        q, kv = (
-            jnp.zeros((4, 28, 128), jnp.bfloat16),
-            jnp.zeros((9, page_size, 8, 128), jnp.bfloat16),
-        )
+    q, plain = (jnp.zeros(x, jnp.bfloat16) for x in ((4, 28, 128), (9, 64, 8, 128)))
+    small_int8 = paged_cache.quantise(plain[:, :16], dtype=plain.dtype)
+    for kv in (plain, small_int8):
         traced = jax.jit(paged_gpu.decode).trace(q, kv, **rows)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__gpu$xla.gpu.triton") == 2
+    new = jnp.zeros((4, 4, 128), jnp.bfloat16)
+    traced = jax.jit(paged_gpu.append).trace(q, new, new, plain, **rows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert (
+        text.count("#stablehlo.output_operand_alias<") == 1
+    )  # the pages are written where they are
