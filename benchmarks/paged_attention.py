@@ -1,7 +1,7 @@
 """Attention over pages on one GPU: decoding by shape and by way, and chunks of prompts.
 
     python benchmarks/paged_attention.py            # about five minutes
-    python benchmarks/paged_attention.py --parts steps int8   # a minute
+    python benchmarks/paged_attention.py --parts steps int8 few   # a minute
     python benchmarks/paged_attention.py --tiny     # rehearsal on a CPU, kernels interpreted
 
 Every line of decoding is one query a row, over as many layers' keys and values as are more than a
@@ -27,7 +27,7 @@ from qwen_jax import paged_cache
 from qwen_jax.attention import cached, paged_gpu, paged_reference
 
 PAGE_SIZE = 64
-PARTS = ("chunks", "grid", "int8", "steps", "others")
+PARTS = ("chunks", "grid", "int8", "steps", "few", "others")
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,8 @@ def measure(
         int8_ways(case, table, inputs, ours, best)
     if "steps" in parts:
         steps(case, table, inputs, tuning=best, interpret=interpret)
+    if "few" in parts:
+        few_queries(case, table, inputs, interpret=interpret)
     if "others" in parts:
         contiguous(case, table, inputs)
         shipped(case, table, inputs, interpret=interpret)
@@ -197,6 +199,26 @@ def int8_ways(
         tuning = dataclasses.replace(best, **changed)
         label = f"int8 {words(tuning)}"
         table.line(case, label, ours(tuning), inputs.q_BNH, layers, head=case.H + 4)
+
+
+def few_queries(case: Case, table: Table, inputs: Inputs, *, interpret: bool) -> None:
+    """Five queries at the end of every row, as a draft is verified; keys are read once for all."""
+    T = 5
+    lengths_B = jnp.where(inputs.lengths_B >= T, T, 0)
+    way = functools.partial(
+        paged_gpu.extend,
+        table_BM=inputs.table_BM,
+        starts_B=inputs.lengths_B - lengths_B,
+        lengths_B=lengths_B,
+        past="pages",
+        interpret=interpret,
+    )
+    q_BTNH = draw(jax.random.key(5), (case.rows, T, case.N, case.H))
+
+    def read(q_BTNH, layer):
+        return way(q_BTNH, None, None, layer)
+
+    table.line(case, f"{T} queries a row", read, q_BTNH, inputs.layers)
 
 
 def steps(

@@ -75,6 +75,7 @@ def test_reading_equals_one_device_and_sends_nothing(text, N, K):
         paged_cases.assert_close(ours, theirs, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_gpus_kernel_reads_the_heads_that_are_its_devices():
     text, N, K = LAYOUTS[2].values
     q, _, _, kv, table = _inputs(N, K, "int8")
