@@ -1,6 +1,7 @@
 """Attention over pages on one GPU: decoding by shape and by way, and chunks of prompts.
 
     python benchmarks/paged_attention.py            # about five minutes
+    python benchmarks/paged_attention.py --parts steps int8 few   # a minute
     python benchmarks/paged_attention.py --tiny     # rehearsal on a CPU, kernels interpreted
 
 Every line of decoding is one query a row, over as many layers' keys and values as are more than a
@@ -26,6 +27,7 @@ from qwen_jax import paged_cache
 from qwen_jax.attention import cached, paged_gpu, paged_reference
 
 PAGE_SIZE = 64
+PARTS = ("chunks", "grid", "int8", "steps", "few", "others")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ class Table:
         return took
 
 
-def measure(case: Case, table: Table, *, most_bytes: float, interpret: bool) -> None:
-    """All ways of one case."""
+def measure(
+    case: Case, table: Table, *, parts: list[str], most_bytes: float, interpret: bool
+) -> None:
+    """The ways of one case that are asked for."""
     inputs = make(case, most_bytes=most_bytes)
     rows = {"table_BM": inputs.table_BM, "lengths_B": inputs.lengths_B}
 
@@ -163,7 +167,7 @@ def measure(case: Case, table: Table, *, most_bytes: float, interpret: bool) -> 
     check(case, ours(paged_gpu.TUNING), inputs)
     best = paged_gpu.TUNING
     least = table.line(case, f"ours {words(best)}", ours(best), inputs.q_BNH, inputs.layers)
-    for name, values in GRID.items():
+    for name, values in GRID.items() if "grid" in parts else ():
         start = best
         for value in values:
             if value == getattr(start, name):
@@ -174,45 +178,102 @@ def measure(case: Case, table: Table, *, most_bytes: float, interpret: bool) -> 
             if took < least:
                 best, least = tuning, took
     print(f"{case.name} {case.rows}x{case.keys}: best {words(best)}, {least:.4f} ms", flush=True)
+    if "int8" in parts:
+        int8_ways(case, table, inputs, ours, best)
+    if "steps" in parts:
+        steps(case, table, inputs, tuning=best, interpret=interpret)
+    if "few" in parts:
+        few_queries(case, table, inputs, interpret=interpret)
+    if "others" in parts:
+        contiguous(case, table, inputs)
+        shipped(case, table, inputs, interpret=interpret)
+
+
+def int8_ways(
+    case: Case, table: Table, inputs: Inputs, ours: Callable, best: paged_gpu.Tuning
+) -> None:
+    """Ours over int8 pages, and with larger blocks or more warps."""
     quantise = jax.jit(functools.partial(paged_cache.quantise, dtype=jnp.dtype(jnp.bfloat16)))
-    int8 = [quantise(layer) for layer in inputs.layers]
-    for tuning in {best, dataclasses.replace(best, block=128), dataclasses.replace(best, warps=8)}:
+    layers = [quantise(layer) for layer in inputs.layers]
+    for changed in ({}, {"block": 128}, {"warps": 8}):
+        tuning = dataclasses.replace(best, **changed)
         label = f"int8 {words(tuning)}"
-        table.line(case, label, ours(tuning), inputs.q_BNH, int8, head=case.H + 4)
-    del int8
-    step(case, table, inputs, ours(best))
-    contiguous(case, table, inputs)
-    shipped(case, table, inputs, interpret=interpret)
+        table.line(case, label, ours(tuning), inputs.q_BNH, layers, head=case.H + 4)
 
 
-def step(case: Case, table: Table, inputs: Inputs, read: Callable) -> None:
+def few_queries(case: Case, table: Table, inputs: Inputs, *, interpret: bool) -> None:
+    """Five queries at the end of every row, as a draft is verified; keys are read once for all."""
+    T = 5
+    lengths_B = jnp.where(inputs.lengths_B >= T, T, 0)
+    way = functools.partial(
+        paged_gpu.extend,
+        table_BM=inputs.table_BM,
+        starts_B=inputs.lengths_B - lengths_B,
+        lengths_B=lengths_B,
+        past="pages",
+        interpret=interpret,
+    )
+    q_BTNH = draw(jax.random.key(5), (case.rows, T, case.N, case.H))
+
+    def read(q_BTNH, layer):
+        return way(q_BTNH, None, None, layer)
+
+    table.line(case, f"{T} queries a row", read, q_BTNH, inputs.layers)
+
+
+def steps(
+    case: Case, table: Table, inputs: Inputs, *, tuning: paged_gpu.Tuning, interpret: bool
+) -> None:
     """Milliseconds a layer of a step: writing one position of every row, and reading."""
-    rows = {
-        "table_BM": inputs.table_BM,
-        "positions_BT": jnp.maximum(inputs.lengths_B - 1, 0)[:, None],
-        "valid_BT": (inputs.lengths_B > 0)[:, None],
-    }
+    rows = {"table_BM": inputs.table_BM, "lengths_B": inputs.lengths_B}
+    read = functools.partial(paged_gpu.decode, **rows, tuning=tuning, interpret=interpret)
+    append = functools.partial(paged_gpu.append, **rows, tuning=tuning, interpret=interpret)
+
+    def apart(q_BNH, new_BKH, layer):
+        layer = paged_cache.write(
+            layer,
+            new_BKH[:, None],
+            new_BKH[:, None],
+            table_BM=inputs.table_BM,
+            positions_BT=jnp.maximum(inputs.lengths_B - 1, 0)[:, None],
+            valid_BT=(inputs.lengths_B > 0)[:, None],
+        )
+        return read(q_BNH, layer), layer
+
+    def at_once(q_BNH, new_BKH, layer):
+        return append(q_BNH, new_BKH, new_BKH, layer)
+
+    results = []
+    for name, function in (("write, then read", apart), ("both in one kernel", at_once)):
+        try:
+            took, o = _time_steps(function, inputs, repeats=table.repeats)
+        except Exception as error:
+            print(f"{case.name}: {name} failed: {type(error).__name__} {str(error)[:600]!r}")
+            continue
+        results.append(o.astype(jnp.float32))
+        off = float(jnp.abs(o - results[0]).max() / jnp.abs(results[0]).max())
+        print(f"{case.name} {case.rows}x{case.keys}: {name} {took:.4f} ms, off by {off:.5f}")
+
+
+def _time_steps(function: Callable, inputs: Inputs, *, repeats: int) -> tuple[float, jax.Array]:
+    """Milliseconds a layer with pages donated, as an engine's are, and the first layer's result."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(q_BNH, layers):
-        new = q_BNH[:, None, : case.K]
-        layers = [paged_cache.write(layer, new, new, **rows) for layer in layers]
-        return layers, [read(q_BNH, layer) for layer in layers]
+        new = q_BNH[:, : layers[0].shape[2] // 2]
+        done = [function(q_BNH, new, layer) for layer in layers]
+        return [layer for _, layer in done], [o for o, _ in done]
 
-    layers = jax.tree.map(jnp.copy, inputs.layers)
-    times = []
-    try:
-        for _ in range(table.repeats):
-            begin = time.perf_counter()
-            for _ in range(5):
-                layers, o = run(inputs.q_BNH, layers)
-            jax.block_until_ready(o)
-            times.append((time.perf_counter() - begin) / 5 / len(layers))
-    except Exception as error:
-        print(f"{case.name}: write failed: {type(error).__name__} {str(error)[:300]!r}")
-        return
-    took = 1e3 * statistics.median(times)
-    print(f"{case.name} {case.rows}x{case.keys}: write and read {took:.4f} ms", flush=True)
+    layers = jax.tree.map(jnp.copy, list(inputs.layers))
+    layers, o = jax.block_until_ready(run(inputs.q_BNH, layers))
+    first, times = o[0], []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(5):
+            layers, o = run(inputs.q_BNH, layers)
+        jax.block_until_ready(o)
+        times.append((time.perf_counter() - begin) / 5 / len(layers))
+    return 1e3 * statistics.median(times), first
 
 
 def words(tuning: paged_gpu.Tuning) -> str:
@@ -321,6 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--budget", type=float, default=480, help="seconds after which to stop")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args()
     until = time.perf_counter() + args.budget
     print(jax.devices()[0].device_kind, "jax", jax.__version__)
@@ -331,10 +393,17 @@ def main() -> None:
     del big
     print(f"copy {copied:.0f} GB/s, read and write counted")
     table = Table(copied, repeats=repeats, until=until)
-    chunks(interpret=args.tiny, repeats=repeats)
+    if "chunks" in args.parts:
+        chunks(interpret=args.tiny, repeats=repeats)
     for case in TINY if args.tiny else CASES:
         try:
-            measure(case, table, most_bytes=0 if args.tiny else 3e9, interpret=args.tiny)
+            measure(
+                case,
+                table,
+                parts=args.parts,
+                most_bytes=0 if args.tiny else 3e9,
+                interpret=args.tiny,
+            )
         except Exception as error:
             print(f"{case.name} failed: {type(error).__name__} {str(error)[:1000]!r}", flush=True)
 

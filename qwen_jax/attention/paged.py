@@ -53,9 +53,47 @@ def decode(
     `implementation=None` takes the best on the layout's devices, or without a layout on JAX's
     default backend; a named one that cannot run raises `ValueError`.
     """
-    kernel = _implementation(DECODE, implementation, q_BNH, kv_PSCH, layout)
+    kernel = DECODE.implementations[_name(DECODE, implementation, q_BNH, kv_PSCH, layout)]
     rows = {"table_BM": table_BM, "lengths_B": lengths_B}
     return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout)
+
+
+def append(
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    kv_PSCH: Layer,
+    *,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    implementation: str | None = None,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, Layer]:
+    """`paged_cache.write` of every row's key and value at lengths_B - 1, then `decode`.
+
+    -> ([B, N, H], the pages), which are updated in place where they are donated. The "gpu" kernel
+    does both at once where a device has all rows and its own heads, and pages are not quantised.
+    """
+    name = _name(DECODE, implementation, q_BNH, kv_PSCH, layout)
+    rows = {"table_BM": table_BM, "lengths_B": lengths_B}
+    whole = layout is None or (
+        layout.size("batch") == 1 and layout.size("act_kv_heads") == layout.size("act_heads")
+    )
+    if name == "gpu" and whole and not isinstance(kv_PSCH, paged_cache.Quantised):
+        chunk = (q_BNH, k_BKH, v_BKH)
+        return _on_own_heads(
+            paged_gpu.append, chunk, kv_PSCH, rows, results="o, pages", layout=layout
+        )
+    kv_PSCH = paged_cache.write(
+        kv_PSCH,
+        k_BKH[:, None],
+        v_BKH[:, None],
+        table_BM=table_BM,
+        positions_BT=jnp.maximum(lengths_B - 1, 0)[:, None],
+        valid_BT=(lengths_B > 0)[:, None],
+    )
+    kernel = DECODE.implementations[name]
+    return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout), kv_PSCH
 
 
 def extend(
@@ -84,7 +122,7 @@ def extend(
     """
     if past not in ("pages", "none"):
         raise ValueError(f"past={past!r} is unknown; known: pages, none")
-    kernel = _implementation(EXTEND, implementation, q_BTNH, kv_PSCH, layout)
+    kernel = EXTEND.implementations[_name(EXTEND, implementation, q_BTNH, kv_PSCH, layout)]
     rows = {"table_BM": table_BM, "starts_B": starts_B, "lengths_B": lengths_B}
     chunk = (q_BTNH, k_BTKH, v_BTKH)
     return _on_own_heads(kernel, chunk, kv_PSCH, rows, past=past, layout=layout)
@@ -106,9 +144,8 @@ def why_not(kind: Kind, name: str, q: jax.Array, kv_PSCH: Layer, *, platform: st
     return kind.why_not[name](q, kv_PSCH, platform=platform)
 
 
-def _implementation(
-    kind: Kind, name: str | None, q: jax.Array, kv_PSCH: Layer, layout: Layout | None
-) -> Implementation:
+def _name(kind: Kind, name: str | None, q: jax.Array, kv_PSCH: Layer, layout: Layout | None) -> str:
+    """The name asked for, if it can run, or the best."""
     platform = jax.default_backend() if layout is None else layout.platform
     if name is None:
         name = choose(kind, q, kv_PSCH, platform=platform)
@@ -118,7 +155,7 @@ def _implementation(
     reason = why_not(kind, name, q, kv_PSCH, platform=platform)
     if reason is not None:
         raise ValueError(f"paged attention implementation {name!r} cannot run: {reason}")
-    return kind.implementations[name]
+    return name
 
 
 def _on_own_heads(
@@ -127,9 +164,10 @@ def _on_own_heads(
     kv_PSCH: Layer,
     rows: dict[str, jax.Array],
     *,
+    results: Literal["o", "o, pages"] = "o",
     layout: Layout | None,
     **static,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, Layer]:
     """`kernel` under `shard_map`: rows over `batch`, heads over `act_heads`; nothing is sent.
 
     Key-value heads that are on every device (`kv_heads=replicated`) stay where they are: the kernel
@@ -150,15 +188,17 @@ def _on_own_heads(
         if heads_K is not None and len(chunk) > 1:
             q, *kv = chunk
             chunk = (q, *(jnp.take(x, heads_K, axis=2) for x in kv))
-        return kernel(*chunk, kv_PSCH, **rows, **static, heads_K=heads_K)
+        if heads_K is not None:
+            rows = {**rows, "heads_K": heads_K}
+        return kernel(*chunk, kv_PSCH, **rows, **static)
 
     of_rows = {name: sharding.spec(("batch", None)[: x.ndim], layout) for name, x in rows.items()}
-    in_specs = (tuple(specs[: len(chunk)]), paged_cache.specs(kv_PSCH, layout), of_rows)
+    of_pages = paged_cache.specs(kv_PSCH, layout)
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=in_specs,
-        out_specs=specs[0],
+        in_specs=(tuple(specs[: len(chunk)]), of_pages, of_rows),
+        out_specs=specs[0] if results == "o" else (specs[0], of_pages),
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )(chunk, kv_PSCH, rows)
 

@@ -3,10 +3,10 @@
 A decoding row reads its keys and values once and does little else, so what counts is that every
 multiprocessor reads all the time. The kernel looks pages up in the row's table as it goes, where
 they lie: nothing is gathered. One program reads one key-value head over a part of one row's
-positions (a split) for the G query heads that share it, G padded to the 16 that a tensor core
-takes. How a row is split depends on its own length and on shapes alone, so that neighbours do not
-change how its sums are rounded. A second small kernel merges the splits by their log-sum-exp
-(arXiv 2205.14135 for the softmax in blocks; splits as in Flash-Decoding).
+positions (a split) for the G query heads that share it, of one query or a few, padded to the 16
+rows that a tensor core takes. How a row is split depends on its own length and on shapes alone, so
+that neighbours do not change how its sums are rounded. A second small kernel merges the splits by
+their log-sum-exp (arXiv 2205.14135 for the softmax in blocks; splits as in Flash-Decoding).
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from partitioning import ring
 from qwen_jax import paged_cache
 from qwen_jax.attention import api, cudnn, reference
 
-ROWS = 16  # query heads of a product, at least: what a tensor core's instruction takes
+ROWS = 16  # of a product, at least: what a tensor core's instruction takes
+FEW = 64  # rows of a product, at most: a program's registers hold their sums
 LOG2_E = math.log2(math.e)
 
 
@@ -63,10 +64,18 @@ def why_not_decode(q_BNH: jax.Array, kv_PSCH: paged_cache.Layer, *, platform: st
 
 
 def why_not_extend(q_BTNH: jax.Array, kv_PSCH: paged_cache.Layer, *, platform: str) -> str | None:
-    """Why cuDNN cannot run this call, or None if it can."""
-    del kv_PSCH
-    wrong = None if platform == "gpu" else f"platform {platform!r} is not 'gpu'"
-    return wrong or cudnn.why_not(q_BTNH)
+    """Why neither the kernel nor cuDNN can run this call, or None if one can."""
+    if platform != "gpu":
+        return f"platform {platform!r} is not 'gpu'"
+    reason = why_not_decode(q_BTNH, kv_PSCH, platform=platform)
+    if reason is None and _are_few(q_BTNH, kv_PSCH.shape[2] // 2):
+        return None
+    return cudnn.why_not(q_BTNH)
+
+
+def _are_few(q_BTNH: jax.Array, K: int) -> bool:
+    """Whether a chunk's queries are so few that its time is that of reading keys."""
+    return q_BTNH.shape[1] * q_BTNH.shape[2] // K <= FEW
 
 
 def decode(
@@ -83,33 +92,90 @@ def decode(
 
     `interpret` runs the kernels on a CPU, step by step, for tests.
     """
-    B, N, H = q_BNH.shape
-    S = kv_PSCH.shape[1]
-    if heads_K is None:
-        heads_K = jnp.arange(kv_PSCH.shape[2] // 2, dtype=jnp.int32)
-    K = heads_K.shape[0]
-    rows = max(ROWS, pl.next_power_of_2(N // K))
-    tuning = dataclasses.replace(tuning, block=min(tuning.block, table_BM.shape[1] * S))
-    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % max(1, tuning.block // S))))
-    X = num_splits(B * K, table_BM.shape[1] * S, tuning=tuning)
-    operands = (q_BNH, kv_PSCH, table_BM, lengths_B, heads_K)
-    o_BKXGH, lse_BKXG = pl.pallas_call(
-        functools.partial(_split, group=N // K, rows=rows, splits=X, tuning=tuning),
+    rows = Rows(table_BM, lengths_B, lengths_B - 1, _all_heads(heads_K, kv_PSCH))
+    (o_B1NH,) = _read_rows(q_BNH[:, None], kv_PSCH, rows, (), tuning=tuning, interpret=interpret)
+    return o_B1NH[:, 0]
+
+
+def append(
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    kv_PSCH: jax.Array,
+    *,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    tuning: Tuning = TUNING,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `qwen_jax.attention.paged.append`. The program that reads a row's end writes it too."""
+    rows = Rows(table_BM, lengths_B, lengths_B - 1, _all_heads(None, kv_PSCH))
+    new = (k_BKH.astype(kv_PSCH.dtype), v_BKH.astype(kv_PSCH.dtype))
+    o_B1NH, kept_PSCH = _read_rows(
+        q_BNH[:, None], kv_PSCH, rows, new, tuning=tuning, interpret=interpret
+    )
+    return o_B1NH[:, 0], kept_PSCH
+
+
+@dataclass(frozen=True)
+class Rows:
+    """lengths_B: positions that a row has in all; firsts_B: that of its first query."""
+
+    table_BM: jax.Array
+    lengths_B: jax.Array
+    firsts_B: jax.Array
+    heads_K: jax.Array
+
+
+jax.tree_util.register_dataclass(Rows, ["table_BM", "lengths_B", "firsts_B", "heads_K"], [])
+
+
+def _all_heads(heads_K: jax.Array | None, kv_PSCH: paged_cache.Layer) -> jax.Array:
+    return jnp.arange(kv_PSCH.shape[2] // 2, dtype=jnp.int32) if heads_K is None else heads_K
+
+
+def _read_rows(
+    q_BTNH: jax.Array,
+    kv_PSCH: paged_cache.Layer,
+    rows: Rows,
+    new: tuple[jax.Array, ...],
+    *,
+    tuning: Tuning,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """(o_BTNH, and where a new key and value of every row are given, the pages with them).
+
+    Query t sees positions 0..firsts_B + t of its row.
+    """
+    (B, T, N, H), S, M = q_BTNH.shape, kv_PSCH.shape[1], rows.table_BM.shape[1]
+    K = rows.heads_K.shape[0]
+    tall = max(ROWS, pl.next_power_of_2(T * N // K))
+    tuning = dataclasses.replace(tuning, block=min(tuning.block, M * S))
+    # A block is read whole, so that the table ends with one.
+    table_BM = jnp.pad(rows.table_BM, ((0, 0), (0, -M % max(1, tuning.block // S))))
+    rows = dataclasses.replace(rows, table_BM=table_BM)
+    X = num_splits(B * K, M * S, tuning=tuning)
+    pages = (jax.ShapeDtypeStruct(kv_PSCH.shape, kv_PSCH.dtype),) if new else ()
+    o_BKXRH, lse_BKXR, *kept = pl.pallas_call(
+        functools.partial(_split, group=N // K, splits=X, tuning=tuning),
         grid=(K, X, B),  # heads of one row side by side: they read the same places
         out_shape=(
-            jax.ShapeDtypeStruct((B, K, X, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, X, rows), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, tall, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, tall), jnp.float32),
+            *pages,
         ),
-        name="paged_decode",
+        input_output_aliases={1: 2} if new else {},
+        name="paged_append" if new else "paged_decode",
         **_options(interpret, warps=tuning.warps, stages=tuning.stages),
-    )(*operands)
-    return pl.pallas_call(
+    )(q_BTNH, kv_PSCH, rows, new)
+    o_BTNH = pl.pallas_call(
         functools.partial(_merge, group=N // K, splits=X, tuning=tuning),
-        grid=(N, B),
-        out_shape=jax.ShapeDtypeStruct((B, N, H), q_BNH.dtype),
+        grid=(N, T, B),
+        out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
         name="paged_decode_merge",
         **_options(interpret, warps=4, stages=1),
-    )(o_BKXGH, lse_BKXG, lengths_B)
+    )(o_BKXRH, lse_BKXR, rows.lengths_B)
+    return o_BTNH, *kept
 
 
 def extend(
@@ -123,13 +189,22 @@ def extend(
     lengths_B: jax.Array,
     past: str,
     heads_K: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """See `qwen_jax.attention.paged.extend`, and `heads_K` in `paged._own_heads`.
 
-    Two calls of cuDNN's: the chunk to itself, causally, and to the past, which is gathered out of
-    all the table's pages into one piece. They are merged by their log-sum-exp in float32.
+    A few queries a row, as when a draft is verified, are read for as decoding does. Otherwise two
+    calls of cuDNN's: the chunk to itself, causally, and to the past, which is gathered out of all
+    the table's pages into one piece. They are merged by their log-sum-exp in float32.
     """
-    del lengths_B  # padding lies behind a row's tokens, which do not see it
+    own_K = _all_heads(heads_K, kv_PSCH)
+    fits = why_not_decode(q_BTNH, kv_PSCH, platform="gpu") is None
+    if fits and _are_few(q_BTNH, own_K.shape[0]):
+        ends_B = jnp.where(lengths_B > 0, starts_B + lengths_B, 0)
+        rows = Rows(table_BM, ends_B, starts_B, own_K)
+        (o_BTNH,) = _read_rows(q_BTNH, kv_PSCH, rows, (), tuning=TUNING, interpret=interpret)
+        return o_BTNH
+    # Padding lies behind a row's tokens, which do not see it.
     if past == "none":
         return cudnn.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True))
     k_BSKH, v_BSKH = paged_cache.gather(kv_PSCH, table_BM, H=q_BTNH.shape[3])
@@ -160,55 +235,84 @@ def _blocks_of_split(length: jax.Array, *, splits: int, tuning: Tuning) -> tuple
 
 
 def _split(
-    q_BNH, kv_PSCH, table_BM, lengths_B, heads_K, o_BKXGH, lse_BKXG,
-    *, group: int, rows: int, splits: int, tuning: Tuning,
-):  # fmt: skip
-    """One program: a key-value head's queries over one split of a row's keys."""
+    q_BTNH, kv_PSCH, rows, new, o_BKXRH, lse_BKXR, *kept, group: int, splits: int, tuning: Tuning
+):
+    """One program: the queries (R, G of each) of a key-value head over one split of a row's keys.
+
+    A new key and value, the row's last, are not read from its page but written to it (`kept`).
+    """
     k, x, b = (pl.program_id(i) for i in range(3))
-    H = q_BNH.shape[2]
-    length = lengths_B[b]
+    tall, H = o_BKXRH.shape[3:]
+    length = rows.lengths_B[b]
+    num_read = length - 1 if new else length
     blocks, per_split = _blocks_of_split(length, splits=splits, tuning=tuning)
     first = x * per_split
+    last = jnp.minimum(first + per_split, blocks)
 
     @pl.when(first < blocks)
     def _():
-        head = heads_K[k]
-        row_G = jnp.arange(rows)
-        in_group_G = row_G < group
-        mine = (b, k * group + jnp.where(in_group_G, row_G, 0))
-        q_GH = q_BNH[(*mine, slice(None))]
+        head = rows.heads_K[k]
+        row_R = jnp.arange(tall)
+        real_R = row_R < q_BTNH.shape[1] * group
+        row_R = jnp.where(real_R, row_R, 0)
+        q_RH = q_BTNH[b, row_R // group, k * group + row_R % group, :]
+        # Below what a query sees, and within what there is to read.
+        ends_R = jnp.minimum(rows.firsts_B[b] + row_R // group + 1, num_read)
         # Products with keys are exponents of two, as the hardware takes them.
         scale = LOG2_E / math.sqrt(H)
 
         def block(index, carry):
-            max_G, sum_G, o_GH = carry
+            max_R, sum_R, o_RH = carry
             position_S = index * tuning.block + jnp.arange(tuning.block)
-            seen_S = position_S < length
             (k_SH, k_scale_1S), (v_SH, v_scale_1S) = (
-                _read(kv_PSCH, table_BM, b, index * tuning.block, channel, seen_S)
-                for channel in (2 * head, 2 * head + 1)
+                _read(kv_PSCH, rows.table_BM, b, index * tuning.block, c, position_S < num_read)
+                for c in (2 * head, 2 * head + 1)
             )
-            scores_GS = _dot(q_GH, k_SH.astype(q_GH.dtype), transposed=True) * k_scale_1S * scale
-            scores_GS = jnp.where(seen_S[None, :], scores_GS, reference.MASKED)
-            new_G = jnp.maximum(max_G, jnp.max(scores_GS, axis=1))
-            weights_GS = jnp.exp2(scores_GS - new_G[:, None])
-            old_G = jnp.exp2(max_G - new_G)
-            sum_G = sum_G * old_G + jnp.sum(weights_GS, axis=1)
-            part_GH = _dot((weights_GS * v_scale_1S).astype(q_GH.dtype), v_SH.astype(q_GH.dtype))
-            return new_G, sum_G, o_GH * old_G[:, None] + part_GH
+            scores_RS = _dot(q_RH, k_SH.astype(q_RH.dtype), transposed=True) * k_scale_1S * scale
+            seen_RS = position_S[None, :] < ends_R[:, None]
+            scores_RS = jnp.where(seen_RS, scores_RS, reference.MASKED)
+            new_R = jnp.maximum(max_R, jnp.max(scores_RS, axis=1))
+            weights_RS = jnp.where(seen_RS, jnp.exp2(scores_RS - new_R[:, None]), 0.0)
+            old_R = jnp.exp2(max_R - new_R)
+            sum_R = sum_R * old_R + jnp.sum(weights_RS, axis=1)
+            part_RH = _dot((weights_RS * v_scale_1S).astype(q_RH.dtype), v_SH.astype(q_RH.dtype))
+            return new_R, sum_R, o_RH * old_R[:, None] + part_RH
 
         carry = (
-            jnp.full(rows, reference.MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((rows, H), jnp.float32),
+            jnp.full(tall, reference.MASKED, jnp.float32),
+            jnp.zeros(tall, jnp.float32),
+            jnp.zeros((tall, H), jnp.float32),
         )
-        last = jnp.minimum(first + per_split, blocks)
-        max_G, sum_G, o_GH = jax.lax.fori_loop(first, last, block, carry)
-        triton.store(lse_BKXG.at[b, k, x], max_G + jnp.log2(sum_G), mask=in_group_G)
-        o_GH = o_GH / sum_G[:, None]
-        triton.store(
-            o_BKXGH.at[b, k, x], o_GH, mask=jnp.broadcast_to(in_group_G[:, None], o_GH.shape)
-        )
+        if new:
+            at_end = last == blocks
+            k_H, v_H = (side[b, k, :] for side in new)
+            carry = _first(q_RH, k_H, v_H, carry, at_end=at_end, scale=scale)
+            _write(kept[0], rows.table_BM, b, length - 1, head, k_H, v_H, at_end=at_end)
+        max_R, sum_R, o_RH = jax.lax.fori_loop(first, last, block, carry)
+        # A query may see nothing of the split: then its sums are 0, and its log-sum-exp -inf.
+        o_RH = o_RH / jnp.where(sum_R > 0, sum_R, 1.0)[:, None]
+        triton.store(o_BKXRH.at[b, k, x], o_RH, mask=jnp.broadcast_to(real_R[:, None], o_RH.shape))
+        triton.store(lse_BKXR.at[b, k, x], max_R + jnp.log2(sum_R), mask=real_R)
+
+
+def _first(q_RH, k_H, v_H, empty, *, at_end, scale: float) -> tuple:
+    """(maximum, sum, o) of the new key alone, in the split at a row's end; elsewhere `empty`."""
+    wide = [x.astype(jnp.float32) for x in (q_RH, k_H, v_H)]
+    score_R = jnp.sum(wide[0] * wide[1][None, :], axis=1) * scale
+    o_RH = jnp.broadcast_to(wide[2][None, :], q_RH.shape)
+    alone = (score_R, jnp.ones_like(score_R), o_RH)
+    return tuple(jnp.where(at_end, x, y) for x, y in zip(alone, empty, strict=True))
+
+
+def _write(kept_PSCH, table_BM, b, position, head, k_H, v_H, *, at_end) -> None:
+    """The new key and value of one head to their place, by the program at the row's end."""
+    S = kept_PSCH.shape[1]
+
+    @pl.when(at_end)
+    def _():
+        page = table_BM[b, position // S]
+        for channel, x_H in ((2 * head, k_H), (2 * head + 1, v_H)):
+            kept_PSCH[page, position % S, channel, :] = x_H
 
 
 def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> tuple:
@@ -245,20 +349,20 @@ def _dot(a, b, *, transposed: bool = False) -> jax.Array:
     return triton.dot(a, b, trans_b=transposed, precision=precision)
 
 
-def _merge(o_BKXGH, lse_BKXG, lengths_B, o_BNH, *, group: int, splits: int, tuning: Tuning):
+def _merge(o_BKXRH, lse_BKXR, lengths_B, o_BTNH, *, group: int, splits: int, tuning: Tuning):
     """One program: a query head's splits into one, of those that its row's length reaches."""
-    n, b = pl.program_id(0), pl.program_id(1)
-    H = o_BNH.shape[2]
+    n, t, b = (pl.program_id(i) for i in range(3))
+    H = o_BTNH.shape[3]
     blocks, per_split = _blocks_of_split(lengths_B[b], splits=splits, tuning=tuning)
     written_X = jnp.arange(splits) * per_split < blocks
-    place = (b, n // group, slice(None), n % group)
-    lse_X = triton.load(lse_BKXG.at[place], mask=written_X, other=reference.MASKED)
+    place = (b, n // group, slice(None), t * group + n % group)
+    lse_X = triton.load(lse_BKXR.at[place], mask=written_X, other=reference.MASKED)
     weights_X = jnp.where(written_X, jnp.exp2(lse_X - jnp.max(lse_X)), 0)
     mask = jnp.broadcast_to(written_X[:, None], (splits, H))
-    o_XH = triton.load(o_BKXGH.at[place], mask=mask, other=0)
+    o_XH = triton.load(o_BKXRH.at[place], mask=mask, other=0)
     o_H = jnp.sum(o_XH * weights_X[:, None], axis=0)
     # The largest weight is 1: only a row that is not active has a smaller sum.
-    o_BNH[b, n] = (o_H / jnp.maximum(jnp.sum(weights_X), 1)).astype(o_BNH.dtype)
+    o_BTNH[b, t, n] = (o_H / jnp.maximum(jnp.sum(weights_X), 1)).astype(o_BTNH.dtype)
 
 
 def _options(interpret: bool, *, warps: int, stages: int) -> dict:

@@ -18,16 +18,17 @@ LENGTHS_B, STARTS_B = np.array([1, 60, 0, 33], np.int32), np.array([0, 20, 50, 7
 # mesh, query heads, key-value heads
 LAYOUTS = [
     ("tensor=4,data=2", 8, 4),
-    ("tensor=6,kv_heads=replicated", 12, 4),  # a device's two query heads read two heads
+    # A device's two query heads read two heads.
+    pytest.param("tensor=6,kv_heads=replicated", 12, 4, marks=pytest.mark.slow),
     # All query heads of a device read one.
     pytest.param("tensor=8,kv_heads=replicated", 16, 2, marks=pytest.mark.slow),
 ]
 
 
 def _layout(text: str) -> sharding.Layout:
+    """On as many devices as the mesh's axes say."""
     config = mesh.parse(text)
-    devices = jax.devices()[:6] if "6" in text else jax.devices()
-    made = mesh.make(config, devices=devices)
+    made = mesh.make(config, devices=jax.devices()[: config.tensor * config.data])
     return sharding.Layout(made, rules.rule_set("decode", kv_heads=config.kv_heads))
 
 
@@ -74,6 +75,7 @@ def test_reading_equals_one_device_and_sends_nothing(text, N, K):
         paged_cases.assert_close(ours, theirs, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_gpus_kernel_reads_the_heads_that_are_its_devices():
     text, N, K = LAYOUTS[2].values
     q, _, _, kv, table = _inputs(N, K, "int8")
@@ -89,12 +91,27 @@ def test_the_gpus_kernel_reads_the_heads_that_are_its_devices():
     paged_cases.assert_close(read(q[:, 0], kv, rows), want, 1e-6)
 
 
+def test_the_gpus_kernel_writes_the_heads_that_are_its_devices():
+    q, k, v, kv, table = _inputs(8, 4)
+    layout = _layout("tensor=4")
+    rows = {"table_BM": table, "lengths_B": LENGTHS_B}
+    kernel = functools.partial(paged_gpu.append, interpret=True)
+
+    @jax.jit
+    def append(chunk, kv, rows):
+        return paged._on_own_heads(kernel, chunk, kv, rows, results="o, pages", layout=layout)
+
+    chunk = q[:, 0], k[:, 0], v[:, 0]
+    got, after = append(chunk, kv, rows)
+    want, written = paged.append(*chunk, kv, **rows, implementation="reference")
+    paged_cases.assert_close(got, want, 1e-6)
+    np.testing.assert_array_equal(after, written)
+
+
 @pytest.mark.parametrize(("text", "K"), [("tensor=4", 4), ("tensor=8,kv_heads=replicated", 2)])
 def test_writing_sends_nothing(text, K):
     _, k, v, kv, table = _inputs(4, K)
-    config = mesh.parse(text)
-    made = mesh.make(config, devices=jax.devices()[: 4 if K == 4 else 8])
-    layout = sharding.Layout(made, rules.rule_set("decode", kv_heads=config.kv_heads))
+    layout = _layout(text)
     positions = STARTS_B[:, None] + np.arange(T)
     rows = {"table_BM": table, "positions_BT": positions, "valid_BT": positions < 50}
     want = paged_cases.write(kv, k, v, **rows)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from partitioning import ring
+from qwen_jax import paged_cache
 from qwen_jax.attention import cudnn, paged, paged_gpu, paged_reference, reference
 from tests.qwen_jax.attention import paged_cases as cases
 
@@ -28,7 +29,7 @@ def _decode(tuning: paged_gpu.Tuning):
 @pytest.mark.parametrize(
     ("heads", "page_size", "dtype", "storage", "tolerance"),
     [
-        ((14, 2, 64), 64, "float32", "plain", 1e-6),
+        pytest.param((14, 2, 64), 64, "float32", "plain", 1e-6, marks=pytest.mark.slow),
         ((14, 2, 64), 16, "bfloat16", "int8", 1e-2),
         pytest.param((28, 4, 128), 64, "bfloat16", "plain", 1e-2, marks=pytest.mark.slow),
         pytest.param((4, 4, 16), 128, "float32", "int8", 1e-6, marks=pytest.mark.slow),
@@ -44,6 +45,7 @@ def test_decode_equals_the_reference(heads, page_size, dtype, storage, tolerance
     np.testing.assert_array_equal(got[2], 0)
 
 
+@pytest.mark.slow
 def test_a_row_is_bitwise_its_own():
     """A row's splits follow from its own length: in bfloat16 too, neighbours change nothing."""
     q, kv, table = _inputs(4, 2, 16, 32, "bfloat16")
@@ -51,6 +53,40 @@ def test_a_row_is_bitwise_its_own():
     one = decode(q, kv, table_BM=table, lengths_B=jnp.array([9, 300, 0, 1]))
     two = decode(q, kv, table_BM=table, lengths_B=jnp.array([320, 300, 31, 0]))
     np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_a_few_queries_a_row_are_read_for_like_one():
+    """As a draft is verified: rows of different lengths, one beginning, one that is not active."""
+    T, starts_B, lengths_B = 5, np.array([0, 300, 9, 126]), np.array([5, 3, 0, 5])
+    _, kv, table = _inputs(4, 2, 16, 64, "float32")
+    q = cases.draw(4, T, 4, 16)
+    rows = {"table_BM": table, "starts_B": starts_B, "lengths_B": lengths_B, "past": "pages"}
+    # The chunk's own keys are read from the pages.
+    extend = functools.partial(paged_gpu.extend, q, None, None, interpret=True, **rows)
+    got = np.asarray(jax.jit(extend)(kv))
+    want = np.asarray(paged_reference.extend(q, None, None, kv, **rows))
+    real_BT = np.arange(T) < lengths_B[:, None]
+    cases.assert_close(got[real_BT], want[real_BT], 1e-6)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("page_size", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_append_equals_writing_and_decoding(page_size):
+    """Rows whose last key begins a page, ends one, is the only one; one that is not active."""
+    lengths_B = np.array([65, 320, 0, 1], np.int32)
+    q, before, table = _inputs(4, 2, 16, page_size, "float32")
+    new = [cases.draw(4, 2, 16, seed=seed) for seed in (7, 8)]
+    rows = {"table_BM": table, "lengths_B": lengths_B}
+    append = functools.partial(
+        paged_gpu.append, tuning=paged_gpu.Tuning(min_keys=64), interpret=True
+    )
+    got, after = jax.jit(append)(q, *new, before, **rows)
+    want, written = paged.append(q, *new, before, **rows, implementation="reference")
+    cases.assert_close(got, want, 1e-6)
+    np.testing.assert_array_equal(after, written)
+    # Three rows, two heads, a key and a value.
+    changed = ~((after == before) | np.isnan(before) & np.isnan(after))
+    assert changed.any(axis=-1).sum() == 3 * 2 * 2
 
 
 @pytest.mark.slow
@@ -103,6 +139,9 @@ def test_without_a_gpu_the_reference_is_chosen_and_the_kernel_refused():
     q, kv, table = _inputs(4, 2, 16, 64, "float32")
     assert paged.choose(paged.DECODE, q, kv, platform="cpu") == "reference"
     assert paged.choose(paged.DECODE, q, kv, platform="gpu") == "gpu"
+    # cuDNN knows no float32; a few queries are the kernel's.
+    assert paged.choose(paged.EXTEND, jnp.zeros((4, 32, 4, 16)), kv, platform="gpu") == "gpu"
+    assert paged.choose(paged.EXTEND, jnp.zeros((4, 64, 4, 16)), kv, platform="gpu") == "reference"
     odd = jnp.zeros((2, 24, 4, 16))
     reason = paged.why_not(paged.DECODE, "gpu", q, odd, platform="gpu")
     assert reason == "page_size 24 is not a power of two from 16"
@@ -114,11 +153,21 @@ def test_without_a_gpu_the_reference_is_chosen_and_the_kernel_refused():
 def test_the_kernels_lower_to_triton():
     """Where there is no GPU, the kernels' own program is made all the same."""
     rows = {"table_BM": jnp.zeros((4, 20), jnp.int32), "lengths_B": jnp.zeros(4, jnp.int32)}
-    for page_size in (16, 64):
-        q, kv = (
-            jnp.zeros((4, 28, 128), jnp.bfloat16),
-            jnp.zeros((9, page_size, 8, 128), jnp.bfloat16),
-        )
+    q, plain = (jnp.zeros(x, jnp.bfloat16) for x in ((4, 28, 128), (9, 64, 8, 128)))
+    small_int8 = paged_cache.quantise(plain[:, :16], dtype=plain.dtype)
+    for kv in (plain, small_int8):
         traced = jax.jit(paged_gpu.decode).trace(q, kv, **rows)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__gpu$xla.gpu.triton") == 2
+    few = jnp.zeros((4, 9, 28, 128), jnp.bfloat16)
+    traced = jax.jit(functools.partial(paged_gpu.extend, past="pages")).trace(
+        few, None, None, plain, **rows, starts_B=jnp.zeros(4, jnp.int32)
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
+    new = jnp.zeros((4, 4, 128), jnp.bfloat16)
+    traced = jax.jit(paged_gpu.append).trace(q, new, new, plain, **rows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert (
+        text.count("#stablehlo.output_operand_alias<") == 1
+    )  # the pages are written where they are
