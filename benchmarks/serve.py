@@ -140,7 +140,7 @@ def _random_engine(arguments: argparse.Namespace):
         page_size=16 if arguments.tiny else 64,
         prefill_chunk=32 if arguments.tiny else 2048,
         prefill_tokens=64 if arguments.tiny else 8192,
-        buckets="one" if arguments.tiny else "powers_of_two",
+        buckets="one" if arguments.tiny else "few",
     )
     return engine_benchmark.make(cfg, settings, mesh="")
 

@@ -30,6 +30,7 @@ _SHORTEST = 64  # tokens; a program of fewer takes as long: it reads the same we
 _HALVED = 512  # tokens from which lengths are closer: there padding costs the most
 _PATIENCE = {"fair": 1, "longest_first": 16}  # times num_slots: how often one may be overtaken
 _LOOK_AHEAD = 32  # requests that do not fit which are passed over in one look
+_AT_ONCE = 32  # requests admitted in one look, so that the first need not wait for all the others
 _WORTH_READING = 127  # tokens that are read again rather than waited for, if another writes them
 _LEAST_COST = 512  # tokens that any prefill counts as at least, against those that decode
 _CHEAP_PADDING = 512  # tokens of empty rows that cost less than one more prefill
@@ -272,7 +273,11 @@ class Scheduler:
         """Gives slots and pages to those that fit, in the policy's order but for the overtaken."""
         patience = _PATIENCE[self._settings.policy] * self._settings.num_slots
         passed_over: list[tuple[int, int]] = []
+        enough = len(self._running) + _AT_ONCE
         while self._free_slots and self._waiting and len(passed_over) < _LOOK_AHEAD:
+            if len(self._running) == enough:
+                self._news = True
+                break
             if len(self._overtook) >= patience:
                 if not self._try(next(iter(self._waiting)), overdue=True):
                     break

@@ -262,4 +262,4 @@ class Pages(stateful.RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = hypothesis.settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestPages.settings = hypothesis.settings(max_examples=80, stateful_step_count=30, deadline=None)

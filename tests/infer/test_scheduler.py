@@ -250,6 +250,15 @@ def test_what_cannot_be_served_is_refused_at_once():
     assert scheduler.idle
 
 
+def test_the_first_prefill_does_not_wait_for_everybody_to_be_admitted():
+    scheduler = _scheduler(num_slots=100)
+    for i in range(90):
+        scheduler.add(_request(str(i), 10))
+    for admitted in (32, 64, 90):
+        scheduler.next()
+        assert scheduler.num_running == admitted
+
+
 # Prefills and decodes
 
 
