@@ -93,6 +93,8 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: schema.Sampling) -
     messages = reader.take("messages", list)
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise ParameterError("messages", "messages must be a list of objects, at least one")
+    # OpenAI's newer name; the models know the older one.
+    messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
     tools = _tools(reader)
     shown = reader.take("logprobs", bool, False)
     top = reader.take("top_logprobs", int, 0)

@@ -80,6 +80,12 @@ def test_what_is_not_sampling():
     assert (call.requests[0].best_of, call.token_ids) == (3, "shown")
 
 
+def test_a_developers_message_is_a_systems():
+    turns = [{"role": "developer", "content": "Be brief."}, *TURNS]
+    [request] = chat(messages=turns).requests
+    assert request.prompt == ({"role": "system", "content": "Be brief."}, *TURNS)
+
+
 def test_logprobs():
     assert chat(logprobs=True).requests[0].sampling.logprobs == 0
     call = chat(logprobs=True, top_logprobs=5)
