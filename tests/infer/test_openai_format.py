@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from configs import schema
 from infer import openai_format, parameters
@@ -226,6 +228,38 @@ def test_what_is_refused_is_named(kind, body, name):
         assert caught.value.name == name
     with pytest.raises(parameters.ParameterError, match="JSON object"):
         openai_format.parse_chat([1], id="c", defaults=DEFAULTS)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "function", "name", "json", "schema", "json_schema", "1"])
+            | st.text(max_size=5),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({name for _, body, _ in BAD for name in body} | {n for b, _ in SAMPLING for n in b})
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(body=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
+def test_whatever_comes_is_taken_or_refused(body):
+    for parse in PARSERS.values():
+        try:
+            call = parse(**body)
+        except parameters.ParameterError as error:
+            assert error.name
+        else:
+            assert call.requests
+    try:
+        assert openai_format.parse_embeddings({"input": "a", **body}).prompts
+    except parameters.ParameterError as error:
+        assert error.name
 
 
 def test_labels_and_what_is_done_anyway_are_taken():
