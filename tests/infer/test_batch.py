@@ -229,6 +229,13 @@ def test_foreign_output_is_left_alone(tmp_path):
         run(tmp_path, [{"prompt": "a"}])
 
 
+def test_the_input_is_no_output(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"custom_id": "a", "prompt": "p"}')
+    with pytest.raises(ValueError, match="in.jsonl is the input"):
+        batch.run(fake_engine.service(), tmp_path / "in.jsonl", tmp_path / "in.jsonl")
+    assert (tmp_path / "in.jsonl").read_text() == '{"custom_id": "a", "prompt": "p"}'
+
+
 def test_one_process_at_a_time_has_the_output(tmp_path):
     write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
     index = batch_files.Index(tmp_path / "in.jsonl")
