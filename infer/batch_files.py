@@ -152,6 +152,8 @@ class Output:
         Raises `ValueError` for answers to other questions, unreadable lines, and where another
         process has the file.
         """
+        if path.exists() and path.samefile(index.path):
+            raise ValueError(f"{path} is the input; name another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.done = np.zeros(len(index), bool)

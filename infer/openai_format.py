@@ -1,6 +1,6 @@
 """Bodies of OpenAI's API as requests. Every parameter is honoured or refused by its name.
 
-Honoured: model, messages, prompt, input, tools, tool_choice (auto, none), n, best_of, echo, stop,
+Honoured: model, messages, prompt, input, tools, tool_choice, n, best_of, echo, stop,
 stream, stream_options, seed (modulo 2^32), max_tokens, max_completion_tokens, logprobs,
 top_logprobs, logit_bias, temperature, top_p, presence_penalty, frequency_penalty, response_format,
 encoding_format; and these common extensions: top_k, min_p, repetition_penalty, min_tokens,
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs import schema
-from infer import parameters
+from infer import constraints_spec, parameters
+from infer.constraints_spec import ConstraintSpec
 from infer.parameters import ParameterError, Reader
 from infer.service import TextRequest
 
@@ -27,7 +28,6 @@ _ONLY = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
@@ -93,7 +93,14 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: schema.Sampling) -
     messages = reader.take("messages", list)
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise ParameterError("messages", "messages must be a list of objects, at least one")
-    tools = _tools(reader)
+    # OpenAI's newer name; the models know the older one.
+    messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
+    tools, forced = _tools(reader)
+    constraint = parameters.constraint(reader)
+    if forced is not None and constraint is not None:
+        raise ParameterError(
+            "tool_choice", "tool_choice forces calls, and the answer is constrained otherwise too"
+        )
     shown = reader.take("logprobs", bool, False)
     top = reader.take("top_logprobs", int, 0)
     if top and not shown:
@@ -104,6 +111,7 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: schema.Sampling) -
         id=id,
         prompt=tuple(messages),
         tools=tools,
+        constraint=forced or constraint,
         sampling=_sampling(reader, defaults=defaults, logprobs=top if shown else None),
     )
     reader.finish()
@@ -125,6 +133,7 @@ def parse_completion(body: Mapping[str, Any], *, id: str, defaults: schema.Sampl
         reader,
         id=id,
         prompt="",
+        constraint=parameters.constraint(reader),
         best_of=reader.take("best_of", int),
         echo="prompt_and_answer" if echo else "answer",
         sampling=_sampling(
@@ -194,12 +203,7 @@ def _request(reader: Reader, **own: Any) -> TextRequest:
     best_of = own.get("best_of")
     if best_of is not None and not count <= best_of <= MOST_CHOICES:
         raise ParameterError("best_of", f"best_of={best_of} must be in [n={count}, {MOST_CHOICES}]")
-    return TextRequest(
-        n=count,
-        stop=parameters.stop(reader),
-        constraint=parameters.constraint(reader),
-        **own,
-    )
+    return TextRequest(n=count, stop=parameters.stop(reader), **own)
 
 
 def _sampling(
@@ -238,7 +242,10 @@ def _check_stream(call: Call, request: TextRequest) -> Call:
     return call
 
 
-def _tools(reader: Reader) -> tuple[dict[str, Any], ...] | None:
+def _tools(
+    reader: Reader,
+) -> tuple[tuple[dict[str, Any], ...] | None, ConstraintSpec | None]:
+    """The tools that the model is told of, and the calls that it has to make."""
     tools = reader.take("tools", list, [])
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
@@ -253,13 +260,35 @@ def _tools(reader: Reader) -> tuple[dict[str, Any], ...] | None:
                 "tools", f"tools[{number}].function.strict is not supported; leave it out"
             )
     choice = reader.take("tool_choice", (str, dict), "auto")
-    if choice not in ("auto", "none"):
+    if reader.take("parallel_tool_calls", bool, True):
+        count: Literal["one", "any"] = "any"
+    elif choice == "auto":
+        raise ParameterError(
+            "parallel_tool_calls",
+            "parallel_tool_calls=false needs tool_choice=required: the model itself is free to "
+            "call several tools",
+        )
+    else:
+        count = "one"
+    if choice in ("auto", "none"):
+        return (tuple(tools) if tools and choice == "auto" else None), None
+    name = None if choice == "required" else _named(choice)
+    try:
+        return tuple(tools), constraints_spec.forced_calls(tools, name=name, count=count)
+    except ValueError as error:
+        raise ParameterError("tool_choice", str(error)) from None
+
+
+def _named(choice: str | dict[str, Any]) -> str:
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or choice != {"type": "function", "function": {"name": name}}:
         raise ParameterError(
             "tool_choice",
-            f"tool_choice={choice!a} is not supported; give auto or none, or constrain the answer "
-            "with response_format",
+            f"tool_choice={choice!a} is unknown; known: auto, none, required, "
+            "{'type': 'function', 'function': {'name': ...}}",
         )
-    return tuple(tools) if tools and choice == "auto" else None
+    return name
 
 
 def _prompts(name: str, value: str | list | None) -> tuple[str | tuple[int, ...], ...]:

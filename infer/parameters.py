@@ -9,7 +9,7 @@ from configs import schema
 from infer.constraints_spec import ConstraintSpec
 
 # Fields of schema.Sampling that JSON spells alike, with their types.
-_SAMPLING = {
+SAMPLING = {
     field.name: field.type if field.type in (bool, float) else int
     for field in dataclasses.fields(schema.Sampling)
     if field.name not in ("max_tokens", "logit_bias", "stop_token_ids", "logprobs", "seed")
@@ -100,7 +100,7 @@ class Reader:
 def sampling(reader: Reader, *, defaults: schema.Sampling, **own: int | None) -> schema.Sampling:
     """`defaults` with what the object says; `own` are fields that the caller read itself."""
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-    for name, kind in _SAMPLING.items():
+    for name, kind in SAMPLING.items():
         if name in reader:
             given[name] = reader.take(name, kind)
     if "logit_bias" in reader:

@@ -133,7 +133,7 @@ class Service:
         try:
             for index in range(request.best_of or request.n):
                 drawn = dataclasses.replace(request, sampling=_sampling(request, index))
-                guard = self._guard(request.constraint)
+                guard = self.constraint(request.constraint)
                 name = str(next(self._serial))
                 self.engine.submit(
                     Request(id=name, tokens=tokens, sampling=drawn.sampling, constraint=guard)
@@ -180,7 +180,11 @@ class Service:
             )
         return tuple(tokens) or (self._bos_id,)
 
-    def _guard(self, spec: ConstraintSpec | None) -> "_Guard | None":
+    def constraint(self, spec: ConstraintSpec | None) -> "_Guard | None":
+        """A fresh one. Any thread may call it: what it compiles is kept for `submit` to find.
+
+        Raises `ValueError` for what cannot be compiled.
+        """
         if spec is None:
             return None
         if self._compile_constraint is None:

@@ -64,6 +64,14 @@ _MESSAGE: Schema = {
     },
     "required": ["role"],
 }
+_NAMED: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": _TEXT}, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
 _TOOL: Schema = {
     "type": "object",
     "properties": {
@@ -138,7 +146,7 @@ def bodies(model_name: str) -> dict[str, Schema]:
                 "model": model,
                 "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
                 "tools": {"type": "array", "items": _TOOL},
-                "tool_choice": {"enum": ["none", "auto"]},
+                "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]},
                 "max_completion_tokens": _integer(1),
                 "logprobs": _BOOLEAN,
                 "top_logprobs": _integer(0, schema.MOST_LOGPROBS),

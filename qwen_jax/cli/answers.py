@@ -120,6 +120,7 @@ def batch(
     from infer import batch as batch_lib
     from infer import batch_progress, loading
     from partitioning import mesh as mesh_lib
+    from qwen_jax import tool_calls
 
     mine = batch_lib.Share.parse(share)
     service = loading.load(
@@ -138,6 +139,7 @@ def batch(
             share=mine,
             order=order,
             max_open=4 * engine.num_slots,
+            split_tool_calls=tool_calls.split,
             report=report,
         )
     print(

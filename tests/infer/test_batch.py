@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 
 import numpy as np
@@ -11,42 +12,17 @@ from configs import schema
 from infer import batch, batch_files
 from infer.batch_files import Share
 from tests.infer import fake_engine
-
-TURNS = [{"role": "user", "content": "hello <|im_end|>"}]
-MIXED = [
-    {"prompt": "short"},
-    {"prompt": "a prompt that is a good deal longer than the others " * 2, "stop": ["a", "e"]},
-    {"prompt": "sampled", "temperature": 1.0, "seed": 7, "custom_id": "mine"},
-    {"prompt": "sampled, and its seed made from its name", "temperature": 1.3, "max_tokens": 30},
-    {"prompt": [5, 6, 7], "custom_id": "空", "logprobs": 2},
-    {"messages": TURNS, "top_k": 5, "temperature": 0.7, "n": 2},
-    {"prompt": "p", "temperature": 0.8, "best_of": 3, "prompt_logprobs": 1},
-    {"prompt": "the answer is ", "continuations": ["yes", "no, never"]},
-    {"messages": TURNS, "continuation": "yes"},
-    {"input": "words"},
-]
-
-
-def write_lines(path, records) -> None:
-    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def by_id(records: list[dict]) -> dict[str, dict]:
-    assert len({r["custom_id"] for r in records}) == len(records)
-    return {r["custom_id"]: r for r in records}
-
-
-def run(folder, records, *, output="out.jsonl", service=None, **options):
-    write_lines(folder / "in.jsonl", records)
-    service = service or fake_engine.service()
-    summary = batch.run(service, folder / "in.jsonl", folder / output, **options)
-    assert service.idle and service.num_open == 0
-    return summary, read_lines(summary.path)
+from tests.infer.jobs import (
+    CHAT,
+    COMPLETION,
+    MIXED,
+    TURNS,
+    by_id,
+    openai,
+    read_lines,
+    run,
+    write_lines,
+)
 
 
 def test_answers_are_those_of_each_line_alone(tmp_path):
@@ -63,115 +39,6 @@ def test_answers_are_those_of_each_line_alone(tmp_path):
     discarded = 2 * len(together["request-7"]["token_ids"])
     counted = sum(len(r["token_ids"]) for r in texts + chosen) + discarded
     assert summary.generated_tokens == counted
-
-
-def test_plain_lines_are_answered_in_the_plain_form(tmp_path):
-    service = fake_engine.service(text="an answer")
-    _, records = run(tmp_path, MIXED, service=service)
-    records = by_id(records)
-    words = fake_engine.words()
-    ids = [*words.encode("an answer"), words.eos_ids[0]]
-    plain = {"text": "an answer", "token_ids": ids, "finish_reason": "stop"}
-    assert records["request-1"] == {"custom_id": "request-1", **plain}
-    assert records["request-2"]["text"] == "" and records["request-2"]["token_ids"] == ids[:1]
-    assert records["request-6"] == {"custom_id": "request-6", "choices": [plain, plain]}
-    entries = records["空"].pop("logprobs")
-    assert records["空"] == {"custom_id": "空", **plain}
-    assert [entry["token_id"] for entry in entries] == ids
-    assert all(set(e) == {"token_id", "logprob", "drawn", "top"} for e in entries)
-    assert all(len(entry["top"]) == 2 for entry in entries)
-    assert [e["token_id"] for e in records["request-7"]["prompt_logprobs"]] == words.encode("p")
-    assert len(records["request-10"]["embedding"]) == 8
-
-
-def test_continuations_are_scored(tmp_path):
-    lines = [
-        {"prompt": "the answer is", "continuations": [" yes", [7, 8]]},
-        {"prompt": "the answer is", "continuation": " yes"},
-        {"messages": TURNS, "continuation": "yes"},
-        {"prompt": "", "continuation": "yes"},
-    ]
-    _, records = run(tmp_path, lines, service=fake_engine.service(bos_id=3))
-    words, records = fake_engine.words(), by_id(records)
-    context, whole = words.encode("the answer is"), words.encode("the answer is yes")
-    want = [fake_engine.logprob(whole[:i], whole[i]) for i in range(len(context), len(whole))]
-    [first, second] = records["request-1"]["scores"]
-    assert (first["token_ids"], first["num_tokens"]) == (whole[len(context) :], len(want))
-    assert first["token_logprobs"] == want and first["logprob"] == pytest.approx(sum(want))
-    assert second["token_ids"] == [7, 8]
-    assert records["request-2"]["scores"] == [first]
-    assert records["request-3"]["scores"][0]["token_ids"] == words.encode("yes")
-    [score] = records["request-4"]["scores"]
-    assert score["token_logprobs"][0] == fake_engine.logprob((3,), words.encode("yes")[0])
-
-
-def test_greedy_continuations_are_told(tmp_path):
-    words = fake_engine.words()
-    context = words.encode("p")
-    best = max(range(40), key=lambda token: fake_engine.logprob(context, token))
-    lines = [{"prompt": context, "continuations": [[best], [best + 1], [best, 200]]}]
-    _, [record] = run(tmp_path, lines)
-    assert [score["is_greedy"] for score in record["scores"]] == [True, False, False]
-
-
-def openai(custom_id: str, url: str, **body) -> dict:
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
-
-
-CHAT, COMPLETION, VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-
-
-def test_openai_lines_are_answered_in_openais_form(tmp_path):
-    lines = [
-        openai("a", CHAT, model="m", messages=TURNS, logprobs=True),
-        openai("b", COMPLETION, prompt=["p", "q"], n=2, temperature=1, max_tokens=9),
-        openai("c", VECTORS, model="small", input=["x", "y"]),
-        {"prompt": "plain", "custom_id": "d"},
-        openai("e", CHAT, model="other", messages=TURNS),
-        openai("f", CHAT, messages=TURNS, temperature=-1),
-        openai("g", COMPLETION, prompt=["p", "x" * 2000]),
-        openai("h", CHAT, messages=TURNS, stream=True),
-        openai("i", "/v1/images", prompt="p"),
-    ]
-    summary, records = run(tmp_path, lines, models=("m", "small"))
-    assert (summary.answered, summary.failed) == (4, 5)
-    records = by_id(records)
-    for custom_id in "abcefghi":
-        assert set(records[custom_id]) == {"id", "custom_id", "response", "error"}
-        assert set(records[custom_id]["response"]) == {"status_code", "request_id", "body"}
-        assert records[custom_id]["error"] is None
-        good = custom_id in "abc"
-        assert records[custom_id]["response"]["status_code"] == (200 if good else 400)
-    bodies = {custom_id: records[custom_id]["response"]["body"] for custom_id in "abcefghi"}
-    assert bodies["a"]["object"] == "chat.completion" and bodies["a"]["model"] == "m"
-    assert len(bodies["a"]["choices"][0]["logprobs"]["content"]) > 0
-    assert [choice["index"] for choice in bodies["b"]["choices"]] == [0, 1, 2, 3]
-    assert len({choice["text"] for choice in bodies["b"]["choices"]}) == 4
-    assert [len(d["embedding"]) for d in bodies["c"]["data"]] == [8, 8]
-    assert set(records["d"]) == {"custom_id", "text", "token_ids", "finish_reason"}
-    params = {custom_id: bodies[custom_id]["error"]["param"] for custom_id in "efghi"}
-    assert params == {"e": "model", "f": "temperature", "g": None, "h": "stream", "i": "url"}
-    assert "known by the names: m, small" in bodies["e"]["error"]["message"]
-    assert bodies["g"]["error"]["message"].startswith(f"{tmp_path / 'in.jsonl'}:7: ")
-    # Refused lines are tried again, answered ones are not.
-    lines[4:] = [openai(c, CHAT, messages=TURNS) for c in "efghi"]
-    summary, again = run(tmp_path, lines, models=("m", "small"))
-    assert (summary.answered, summary.skipped, summary.failed) == (5, 4, 0)
-    assert all(by_id(again)[c] == records[c] for c in "abcd")
-
-
-def test_calls_of_tools_are_split_off(tmp_path):
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-    lines = [openai("a", CHAT, messages=TURNS, tools=[tool])]
-    _, [record] = run(
-        tmp_path,
-        lines,
-        service=fake_engine.service(text="call"),
-        split_tool_calls=lambda text: ("", [{"called": text}]),
-    )
-    [choice] = record["response"]["body"]["choices"]
-    assert choice["message"]["tool_calls"] == [{"called": "call"}]
-    assert choice["finish_reason"] == "tool_calls"
 
 
 def test_an_answer_that_cannot_go_on_is_an_error(tmp_path):
@@ -319,6 +186,27 @@ def test_bad_lines_are_named_and_the_job_goes_on(tmp_path):
     assert not any("error" in r for r in records) and len(by_id(records)) == len(lines)
 
 
+def test_whatever_a_line_holds_the_job_goes_on(tmp_path):
+    rng = random.Random(0)
+    known = [*MIXED, openai("a", CHAT, messages=TURNS), openai("b", COMPLETION, prompt="p")]
+    scraps = [None, True, -1, 10**30, 1e400, "x", "", [], [[]], [1], ["x"], {}, {"type": "x"}]
+    scraps += [[{"role": "user"}], [{"role": "user", "content": [3]}], {"1": 2}]
+    keys = sorted({key for line in known for key in [*line, *line.get("body", ())]})
+    keys += ["tools", "response_format", "structured_outputs", "stop_token_ids", "logit_bias"]
+    lines = []
+    for number in range(600):
+        line = json.loads(json.dumps(rng.choice(known)))
+        line["custom_id"] = f"id {number}"
+        target = line["body"] if "body" in line and rng.random() < 0.7 else line
+        for key in rng.sample(keys, rng.randint(1, 3)):
+            if key != "custom_id":
+                target[key] = rng.choice(scraps)
+        lines.append(line)
+    summary, records = run(tmp_path, lines)
+    assert len(by_id(records)) == len(lines) == summary.answered + summary.failed
+    assert summary.answered > 20 and summary.failed > 20
+
+
 def test_lines_are_told_apart(tmp_path):
     for records in (
         [{"prompt": "a", "custom_id": "x"}, {"prompt": "b", "custom_id": "x"}],
@@ -339,6 +227,13 @@ def test_foreign_output_is_left_alone(tmp_path):
     (tmp_path / "out.jsonl").write_text(record * 2)
     with pytest.raises(ValueError, match="answers 'request-1' twice"):
         run(tmp_path, [{"prompt": "a"}])
+
+
+def test_the_input_is_no_output(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"custom_id": "a", "prompt": "p"}')
+    with pytest.raises(ValueError, match="in.jsonl is the input"):
+        batch.run(fake_engine.service(), tmp_path / "in.jsonl", tmp_path / "in.jsonl")
+    assert (tmp_path / "in.jsonl").read_text() == '{"custom_id": "a", "prompt": "p"}'
 
 
 def test_one_process_at_a_time_has_the_output(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zlib
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import schema
-from infer import batch, engine, generate, service
+from infer import batch, constraints, engine, generate, service
 from qwen_jax import decode, model
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,21 @@ def made(generator):
         eos_ids=generator.eos_ids,
         dtype=generator.dtype,
     )
-    return service.Service(made, tokenizer=generator.tokenizer, defaults=generator.defaults)
+
+    def compile_constraint(spec):
+        return constraints.compile(
+            spec,
+            tokenizer=generator.tokenizer,
+            vocab_size=generator.cfg.vocab_size,
+            eos_ids=generator.tokenizer.eos_ids,
+        ).start()
+
+    return service.Service(
+        made,
+        tokenizer=generator.tokenizer,
+        defaults=generator.defaults,
+        compile_constraint=compile_constraint,
+    )
 
 
 def run(service, folder, lines):
@@ -96,3 +111,16 @@ def test_a_stopped_answer_is_the_free_one_cut(made, tmp_path):
     assert cut["text"] == free["text"][: free["text"].index(stop)]
     assert cut["token_ids"] == free["token_ids"][: len(cut["token_ids"])]
     assert cut["finish_reason"] == "stop" and other["text"] == free["text"]
+
+
+def test_answers_keep_to_their_form(made, tmp_path):
+    lines = [
+        {"prompt": "hello", "guided_choice": ["yes", "no"]},
+        {"prompt": "hello"},
+        {"prompt": "hello", "guided_regex": "[a-c]{3}x", "n": 2, "temperature": 2.0},
+    ]
+    chosen, free, formed = run(made, tmp_path, lines)
+    assert chosen["text"] in ("yes", "no") and chosen["finish_reason"] == "stop"
+    assert all(re.fullmatch("[a-c]{3}x", choice["text"]) for choice in formed["choices"])
+    [alone] = run(made, tmp_path, [lines[1]])
+    assert alone["token_ids"] == free["token_ids"]

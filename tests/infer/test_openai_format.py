@@ -1,17 +1,15 @@
-"""Bodies of OpenAI's API: every parameter honoured or refused; answers in its forms."""
+"""Bodies of OpenAI's API: every parameter is honoured or refused."""
 
-import base64
 import dataclasses
 import json
 
-import numpy as np
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from configs import schema
-from infer import openai_answers, openai_format, parameters
+from infer import openai_format, parameters
 from infer.constraints_spec import ConstraintSpec
-from infer.service import Embeddings
-from infer.updates import Answers, TextLogprobs, TokenText, Update, Usage
 
 DEFAULTS = schema.Sampling(max_tokens=99, temperature=0.7, top_k=20, top_p=0.8, seed=11)
 TURNS = [{"role": "user", "content": "hi"}]
@@ -80,6 +78,12 @@ def test_what_is_not_sampling():
     assert (call.requests[0].best_of, call.token_ids) == (3, "shown")
 
 
+def test_a_developers_message_is_a_systems():
+    turns = [{"role": "developer", "content": "Be brief."}, *TURNS]
+    [request] = chat(messages=turns).requests
+    assert request.prompt == ({"role": "system", "content": "Be brief."}, *TURNS)
+
+
 def test_logprobs():
     assert chat(logprobs=True).requests[0].sampling.logprobs == 0
     call = chat(logprobs=True, top_logprobs=5)
@@ -118,6 +122,27 @@ CONSTRAINTS = [
 def test_constraints(body, want):
     assert chat(**body).requests[0].constraint == want
     assert completion(**body).requests[0].constraint == want
+
+
+def named(name: str) -> dict:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_calls_of_tools_can_be_forced():
+    functions = json.dumps([TOOL["function"]])
+    other = {"type": "function", "function": {"name": "other"}}
+    for body, want in (
+        ({"tool_choice": "auto"}, None),
+        ({"tool_choice": "required"}, ConstraintSpec("tool_calls", functions)),
+        (
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            ConstraintSpec("tool_call", functions),
+        ),
+        ({"tool_choice": named("weather")}, ConstraintSpec("tool_call", functions)),
+    ):
+        tools = [TOOL, other] if body["tool_choice"] == named("weather") else [TOOL]
+        [request] = chat(tools=tools, **body).requests
+        assert (request.constraint, request.tools) == (want, tuple(tools))
 
 
 BAD = [
@@ -169,7 +194,12 @@ BAD = [
     ("chat", {"logprobs": True, "top_logprobs": 21}, "logprobs"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
     ("chat", {"tools": [{**TOOL, "function": {"name": "x", "strict": True}}]}, "tools"),
-    ("chat", {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    ("chat", {"tool_choice": "required"}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "tool_choice": named("other")}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "tool_choice": named("weather") | {"x": 1}}, "tool_choice"),
+    ("chat", {"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
     ("chat", {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
     ("chat", {"echo": True}, "echo"),
     ("chat", {"best_of": 2}, "best_of"),
@@ -200,6 +230,38 @@ def test_what_is_refused_is_named(kind, body, name):
         openai_format.parse_chat([1], id="c", defaults=DEFAULTS)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "function", "name", "json", "schema", "json_schema", "1"])
+            | st.text(max_size=5),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({name for _, body, _ in BAD for name in body} | {n for b, _ in SAMPLING for n in b})
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(body=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
+def test_whatever_comes_is_taken_or_refused(body):
+    for parse in PARSERS.values():
+        try:
+            call = parse(**body)
+        except parameters.ParameterError as error:
+            assert error.name
+        else:
+            assert call.requests
+    try:
+        assert openai_format.parse_embeddings({"input": "a", **body}).prompts
+    except parameters.ParameterError as error:
+        assert error.name
+
+
 def test_labels_and_what_is_done_anyway_are_taken():
     for name in openai_format._LABELS:
         assert chat(**{name: {"any": "thing"}}) == chat()
@@ -221,167 +283,3 @@ def test_embeddings_are_asked_for():
         with pytest.raises(parameters.ParameterError) as caught:
             openai_format.parse_embeddings(body)
         assert caught.value.name == name
-
-
-def entry(text: bytes, offset: int, logprob=-1.0, hidden=False, top=()) -> TextLogprobs:
-    top = tuple(TokenText(i, data, value) for i, (data, value) in enumerate(top))
-    return TextLogprobs(9, text, logprob, drawn=logprob, offset=offset, hidden=hidden, top=top)
-
-
-def collected(*updates: Update) -> Answers:
-    answers = Answers()
-    for update in updates:
-        answers.add(update)
-    return answers
-
-
-WHERE = {"id": "x-1", "created": 5, "model": "m"}
-USAGE = Usage(prompt_tokens=7, completion_tokens=3, cached_tokens=4)
-HALF = "世".encode()[:2]
-
-
-def test_a_chat_is_answered():
-    entries = (entry(b"a", 0, top=[(b"a", -1.0), (b"b", -2.0)]), entry(b"end", 1, hidden=True))
-    update = Update(id="c", index=0, text="a", logprobs=entries, finish_reason="stop", usage=USAGE)
-    body = openai_answers.response(
-        chat(logprobs=True, top_logprobs=2), [collected(update)], **WHERE
-    )
-    assert body == {
-        "id": "x-1",
-        "object": "chat.completion",
-        "created": 5,
-        "model": "m",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": "a", "refusal": None},
-                "logprobs": {
-                    "content": [
-                        {
-                            "token": "a",
-                            "logprob": -1.0,
-                            "bytes": [97],
-                            "top_logprobs": [
-                                {"token": "a", "logprob": -1.0, "bytes": [97]},
-                                {"token": "b", "logprob": -2.0, "bytes": [98]},
-                            ],
-                        }
-                    ],
-                    "refusal": None,
-                },
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": 7,
-            "completion_tokens": 3,
-            "total_tokens": 10,
-            "prompt_tokens_details": {"cached_tokens": 4},
-        },
-    }
-
-
-def test_calls_of_tools_are_split_off_where_there_are_tools():
-    def split(text):
-        return "", [{"id": "call_0", "type": "function", "function": {"name": text}}]
-
-    update = Update(id="c", index=0, text="weather", finish_reason="stop", usage=USAGE)
-    for tools, reason in (([TOOL], "tool_calls"), (None, "stop")):
-        body = openai_answers.response(
-            chat(tools=tools), [collected(update)], split_tool_calls=split, **WHERE
-        )
-        [choice] = body["choices"]
-        assert choice["finish_reason"] == reason
-        assert ("tool_calls" in choice["message"]) == (tools is not None)
-        assert choice["message"]["content"] == (None if tools else "weather")
-
-
-def test_completions_are_answered_by_prompt_and_choice():
-    call = completion(prompt=["a", "b"], n=2, logprobs=1, echo=True, return_token_ids=True)
-    first = (entry(b"p", 0, logprob=None), entry(b"q", 1))
-    answers = [
-        collected(
-            Update(id="c", index=0, text="pq" + text, tokens=(1,), prompt_logprobs=first,
-                   logprobs=(entry(HALF, 2, top=[(HALF, -1.0), (b"z", -3.0)]),),
-                   finish_reason="length"),
-            Update(id="c", index=1, text="u", finish_reason="stop", usage=USAGE),
-        )
-        for text in ("s", "t")
-    ]  # fmt: skip
-    body = openai_answers.response(call, answers, **WHERE)
-    assert body["object"] == "text_completion"
-    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
-    assert [c["text"] for c in body["choices"]] == ["pqs", "u", "pqt", "u"]
-    assert body["choices"][0]["token_ids"] == [1]
-    half = "bytes:\\xe4\\xb8"
-    assert body["choices"][0]["logprobs"] == {
-        "tokens": ["p", "q", half],
-        "token_logprobs": [None, -1.0, -1.0],
-        "top_logprobs": [None, {"q": -1.0}, {half: -1.0, "z": -3.0}],
-        "text_offset": [0, 1, 2],
-    }
-    assert "prompt_logprobs" not in body["choices"][0]
-    assert body["usage"]["completion_tokens"] == 6
-    json.dumps(body)
-
-
-def test_prompts_logprobs_are_given_by_token_where_asked():
-    first = (entry(b"p", 0, logprob=None), entry(b"q", 1, top=[(b"z", -0.5)]))
-    update = Update(id="c", index=0, prompt_logprobs=first, finish_reason="length", usage=USAGE)
-    body = openai_answers.response(
-        chat(prompt_logprobs=1, max_tokens=0), [collected(update)], **WHERE
-    )
-    assert body["choices"][0]["prompt_logprobs"] == [
-        None,
-        {
-            "0": {"logprob": -0.5, "decoded_token": "z"},
-            "9": {"logprob": -1.0, "decoded_token": "q"},
-        },
-    ]
-
-
-def test_streams():
-    call = chat(stream=True, stream_options={"include_usage": True}, n=2)
-    first = openai_answers.first_chunk(call, 1, **WHERE)
-    assert first["object"] == "chat.completion.chunk" and first["usage"] is None
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    update = Update(id="c", index=1, text="a", tokens=(1,))
-    body = openai_answers.chunk(call, update, **WHERE)
-    [choice] = body["choices"]
-    assert (choice["index"], choice["delta"], choice["finish_reason"]) == (
-        1,
-        {"content": "a"},
-        None,
-    )
-    last = openai_answers.chunk(call, Update(id="c", index=0, finish_reason="stop"), **WHERE)
-    assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "stop"
-    end = openai_answers.usage_chunk(call, [USAGE], **WHERE)
-    assert (end["choices"], end["usage"]["total_tokens"]) == ([], 10)
-    call = completion(stream=True, prompt=["a", "b"])
-    body = openai_answers.chunk(call, Update(id="c/1", index=0, text="a"), number=1, **WHERE)
-    assert (body["choices"][0]["index"], body["choices"][0]["text"]) == (1, "a")
-    assert body["object"] == "text_completion" and "usage" not in body
-
-
-def test_vectors_are_numbers_or_base64():
-    vectors_ND = np.asarray([[0.5, -0.25], [1.0, 0.0]], np.float32)
-    made = Embeddings(vectors_ND, 5)
-    call = openai_format.parse_embeddings({"input": ["a", "b"]})
-    body = openai_answers.embeddings_response(call, made, model="m")
-    assert [d["embedding"] for d in body["data"]] == [[0.5, -0.25], [1.0, 0.0]]
-    assert body["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
-    call = openai_format.parse_embeddings({"input": ["a", "b"], "encoding_format": "base64"})
-    body = openai_answers.embeddings_response(call, made, model="m")
-    got = [np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in body["data"]]
-    assert np.array_equal(got, vectors_ND)
-
-
-def test_a_refusal_has_openais_form():
-    assert openai_answers.error("no", param="top_k") == {
-        "error": {
-            "message": "no",
-            "type": "invalid_request_error",
-            "param": "top_k",
-            "code": None,
-        }
-    }
