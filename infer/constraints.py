@@ -28,6 +28,7 @@ from qwen_jax.tokenizer import Tokenizer
 WHITESPACE = r"\x20|\n[\x20\t]{0,40}"
 _OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
 _MOST_REMAINDERS = 20_000  # a tenth of a second; ten times as many take a hundred times as long
+_LARGEST = 2**53
 _TEMPERATURE = re.compile(r"\[[^\]\n]*\btemperature\s*=")
 _OBJECT = json.dumps({"type": "object"})
 
@@ -70,7 +71,9 @@ class _State:
         """
         words_W = np.frombuffer(self._matcher.compute_bitmask(), np.dtype("<u4"))
         self._check()
-        assert words_W.shape == (self._num_words,), (words_W.shape, self._num_words)
+        # The library counts one token more than there are: where V is a multiple of 32, a word.
+        words_W = words_W[: self._num_words]
+        assert words_W.shape == (self._num_words,), words_W.shape
         if not words_W.any():
             raise ConstraintError("no token of the vocabulary can continue the answer")
         return words_W
@@ -163,7 +166,10 @@ def _of_lark(text: str) -> str:
 def _of_schema(text: str, *, name: str, library: llguidance.LLTokenizer) -> str:
     """The grammar of a schema's JSON. Raises `ValueError` with the path of what it refuses."""
     schema = json.loads(text)
-    _check_multiples(schema, name=name)
+    if schema is False:
+        raise ValueError(f"{name}: no answer meets the schema false")
+    schema = {} if schema is True else schema
+    _check_numbers(schema, name=name)
     message = _refusal(schema, library)
     if message:
         path, message = _innermost(schema, message, schema, library)
@@ -171,7 +177,7 @@ def _of_schema(text: str, *, name: str, library: llguidance.LLTokenizer) -> str:
     return _schema_grammar(schema)
 
 
-def _schema_grammar(schema: dict[str, Any] | bool) -> str:
+def _schema_grammar(schema: dict[str, Any]) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
 
 
@@ -198,12 +204,19 @@ def _innermost(
     return "", message
 
 
-def _check_multiples(schema: Any, *, name: str) -> None:
-    """Refuses numbers that a finite automaton cannot be kept to in reasonable time.
+def _check_numbers(schema: dict[str, Any], *, name: str) -> None:
+    """Refuses numbers that llguidance would round, and those it would take minutes over.
 
-    It has a state for each remainder of the least common multiple of all multipleOf that meet.
+    Its automaton of multiples has a state for each remainder of the least common multiple of all
+    multipleOf that meet.
     """
-    found = [Decimal(str(number)) for number in _multiples(schema)]
+    for number in _values(schema):
+        if type(number) is int and abs(number) > _LARGEST:
+            raise ValueError(
+                f"{name}: {number} is above {_LARGEST}, up to which a double holds all integers; "
+                "use smaller ones, or a string with a pattern"
+            )
+    found = [Decimal(str(number)) for number in _values(schema, key="multipleOf")]
     if not found:
         return
     places = max(0, *(-number.as_tuple().exponent for number in found))
@@ -217,14 +230,15 @@ def _check_multiples(schema: Any, *, name: str) -> None:
         )
 
 
-def _multiples(value: Any) -> Iterator[float]:
-    if isinstance(value, dict):
-        number = value.get("multipleOf")
-        if type(number) in (int, float) and math.isfinite(number):
-            yield number
-    inner = value.values() if isinstance(value, dict) else value
-    for part in inner if isinstance(value, dict | list) else ():
-        yield from _multiples(part)
+def _values(value: Any, *, key: str | None = None) -> Iterator[int | float]:
+    """The finite numbers somewhere in JSON data, or those under a key."""
+    items = value.items() if isinstance(value, dict) else ()
+    items = ((None, part) for part in value) if isinstance(value, list) else items
+    for name, part in items:
+        if isinstance(part, dict | list):
+            yield from _values(part, key=key)
+        elif type(part) in (int, float) and math.isfinite(part) and key in (None, name):
+            yield part
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
