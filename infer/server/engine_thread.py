@@ -28,7 +28,7 @@ class EngineFailed(Exception):
 
 
 class Refused(Exception):
-    """A request that can never be served; the text says why."""
+    """A request that cannot be served, or not to its end; the text says why."""
 
 
 class TooSlow(Exception):
@@ -56,6 +56,8 @@ class Stream:
 
     def put(self, update: Update) -> None:
         self._waiting.append(update)
+        if update.error is not None:
+            self.fail(Refused(update.error))
         if update.usage is not None:
             self.open.discard(update.id)
         self._news.set()
