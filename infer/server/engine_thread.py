@@ -212,11 +212,12 @@ class EngineThread:
                 return True
             if order is None:
                 return False
+            self._busy_since = self._busy_since or time.monotonic()
             order()
             wait = False
 
     def _round_on_thread(self) -> None:
-        self._busy_since = time.monotonic()
+        self._busy_since = self._busy_since or time.monotonic()
         if not self.service.idle:
             updates = self.service.step()
             if updates:

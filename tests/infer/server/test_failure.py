@@ -76,6 +76,17 @@ def test_hanging_engine_is_given_up(words):
         goes_on.set()
 
 
+def test_engine_that_hangs_at_a_submission_is_given_up_too(words):
+    engine = Engine(words)
+    goes_on = threading.Event()
+    submit = engine.submit
+    engine.submit = lambda request: (goes_on.wait(30), submit(request))
+    with running_server(words, engine=engine, engine_seconds=0.3) as client:
+        ((code, text),) = Calls(client, CHAT).wait()
+        assert code == 500 and "hangs" in text
+        goes_on.set()
+
+
 def test_a_request_that_breaks_the_service_harms_no_other(words, monkeypatch):
     with running_server(words) as client:
         engine, submit = client.engine, client.engine.submit
