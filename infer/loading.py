@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from configs import schema
+from infer import constraints, generate
 from infer import engine as engine_lib
-from infer import generate
+from infer.constraints_spec import ConstraintSpec
+from infer.request import Constraint
 from infer.service import Service
 
 
@@ -32,9 +34,20 @@ def load(
         dtype=loaded.dtype,
         layout=loaded.layout,
     )
+
+    def compile_constraint(spec: ConstraintSpec) -> Constraint:
+        compiled = constraints.compile(
+            spec,
+            tokenizer=loaded.tokenizer,
+            vocab_size=loaded.cfg.vocab_size,
+            eos_ids=tuple(loaded.eos_ids),
+        )
+        return compiled.start()
+
     return Service(
         engine,
         tokenizer=loaded.tokenizer,
         defaults=generate.with_overrides(loaded.defaults, dict(sampling)),
         bos_id=loaded.cfg.bos_token_id,
+        compile_constraint=compile_constraint,
     )

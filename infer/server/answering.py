@@ -1,6 +1,7 @@
 """Calls that make text: from the body to the engine, and from its updates to the answer."""
 
 import asyncio
+import collections
 import dataclasses
 import secrets
 import time
@@ -17,6 +18,7 @@ from infer.server.metrics import Call as Measured
 from infer.server.state import Sender, State, leaving, until_left
 from infer.service import TextRequest
 from infer.updates import Answers, Update, Usage
+from qwen_jax import tool_calls
 
 Parse = Callable[..., openai_format.Call]
 
@@ -61,7 +63,8 @@ class Generate:
         return self._parse(body, id=id, defaults=defaults)
 
     def _encode(self, call: openai_format.Call) -> list[TextRequest]:
-        """Prompts as tokens, so that the engine's thread has only the engine's work."""
+        """Prompts as tokens, and grammars compiled: the engine's thread has the engine alone."""
+        self._state.service.compile(call.requests[0].constraint)  # all requests have the same
         return [
             dataclasses.replace(request, prompt=self._tokens(request), tools=None)
             for request in call.requests
@@ -82,6 +85,7 @@ class _Answer:
         self._about = {"id": id, "created": int(time.time()), "model": model}
         self._begun: set[int] = set()  # chat choices whose role has been said
         self._usages: list[Usage] = []
+        self._tools: dict[int, _Tools] = collections.defaultdict(_Tools)  # by choice
 
     async def collect(
         self,
@@ -98,6 +102,7 @@ class _Answer:
         body = openai_answers.response(
             self._call,
             answers,
+            split_tool_calls=tool_calls.split,
             **self._about,
         )
         await errors.json_response(body)(request.scope, request.receive, sender)
@@ -121,4 +126,39 @@ class _Answer:
         if self._call.kind == "chat" and update.index not in self._begun:
             self._begun.add(update.index)
             yield openai_answers.first_chunk(self._call, update.index, **self._about)
-        yield openai_answers.chunk(self._call, update, number=number, **self._about)
+        calls: list[dict[str, Any]] = []
+        if self._call.requests[0].tools:
+            update, calls = self._tools[update.index].take(update)
+        if calls or self._shows(update):
+            event = openai_answers.chunk(self._call, update, number=number, **self._about)
+            if calls:
+                event["choices"][0]["delta"]["tool_calls"] = calls
+            if self._tools[update.index].num_calls and update.finish_reason == "stop":
+                event["choices"][0]["finish_reason"] = "tool_calls"
+            yield event
+
+    def _shows(self, update: Update) -> bool:
+        """False for tokens whose text is still held back, unless they themselves are shown."""
+        shown = update.text or update.finish_reason or update.prompt_logprobs
+        return bool(shown or update.logprobs or self._call.token_ids == "shown")
+
+
+class _Tools:
+    """The calls of tools in one choice, cut out of it as its text comes."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self._parser = tool_calls.Parser()
+
+    def take(self, update: Update) -> tuple[Update, list[dict[str, Any]]]:
+        """The update with its text alone, and the calls that are complete, as deltas."""
+        pieces = self._parser.push(update.text)
+        if update.finish_reason is not None:
+            pieces += self._parser.finish()
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        calls = [piece for piece in pieces if not isinstance(piece, str)]
+        deltas = [
+            {"index": self.num_calls + i, **tool_calls.to_openai(c)} for i, c in enumerate(calls)
+        ]
+        self.num_calls += len(calls)
+        return dataclasses.replace(update, text="".join(texts)), deltas

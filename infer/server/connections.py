@@ -110,7 +110,8 @@ class Connection(httptools_impl.HttpToolsProtocol):
             return
         seconds = self._settings.stall_seconds
         log.warning("%s: has taken nothing of its answer for %g s", self.client, seconds)
-        self.cycle.scope["state"]["stalled"] = True
+        if self.cycle is not None:
+            self.cycle.scope["state"]["stalled"] = True
         self.transport.abort()
 
 

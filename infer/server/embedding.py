@@ -14,7 +14,7 @@ from infer.server.metrics import Call as Measured
 from infer.server.state import Sender, State, until_left
 from infer.service import Embeddings
 
-AT_ONCE = 16  # prompts of a call that the engine gets together
+AT_ONCE = 4  # prompts of a call that the engine takes in one round
 
 
 class Embed:

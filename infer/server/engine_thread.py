@@ -28,7 +28,7 @@ class EngineFailed(Exception):
 
 
 class Refused(Exception):
-    """A request that can never be served; the text says why."""
+    """A request that cannot be served, or not to its end; the text says why."""
 
 
 class TooSlow(Exception):
@@ -56,6 +56,8 @@ class Stream:
 
     def put(self, update: Update) -> None:
         self._waiting.append(update)
+        if update.error is not None:
+            self.fail(Refused(update.error))
         if update.usage is not None:
             self.open.discard(update.id)
         self._news.set()
@@ -210,11 +212,12 @@ class EngineThread:
                 return True
             if order is None:
                 return False
+            self._busy_since = self._busy_since or time.monotonic()
             order()
             wait = False
 
     def _round_on_thread(self) -> None:
-        self._busy_since = time.monotonic()
+        self._busy_since = self._busy_since or time.monotonic()
         if not self.service.idle:
             updates = self.service.step()
             if updates:

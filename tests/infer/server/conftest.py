@@ -11,7 +11,8 @@ import httptools  # noqa: F401 (before any loop runs: it is slow to import)
 import pytest
 
 from configs import schema, serving
-from infer.request import Event, Request
+from infer.constraints_spec import ConstraintSpec
+from infer.request import Constraint, Event, Request
 from infer.server.run import Running
 from infer.service import Service
 from qwen_jax import tokenizer_train
@@ -98,11 +99,18 @@ def running_server(
     engine: Engine | None = None,
     warm_up: Callable[[], object] = lambda: None,
     api_key: str | None = None,
+    compile_constraint: Callable[[ConstraintSpec], Constraint] | None = None,
     **settings,
 ) -> Iterator[Client]:
     engine = engine or Engine(words)
     defaults = schema.Sampling(max_tokens=8)
-    service = Service(engine, tokenizer=words, defaults=defaults, bos_id=words.eos_ids[0])
+    service = Service(
+        engine,
+        tokenizer=words,
+        defaults=defaults,
+        bos_id=words.eos_ids[0],
+        compile_constraint=compile_constraint,
+    )
     running = Running(
         service,
         settings=serving.Serve(**settings),

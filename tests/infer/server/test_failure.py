@@ -4,6 +4,7 @@ import threading
 import time
 
 import httpx2 as httpx
+import numpy as np
 import pytest
 
 from tests.infer.server.conftest import Client, Engine, running_server
@@ -75,6 +76,17 @@ def test_hanging_engine_is_given_up(words):
         goes_on.set()
 
 
+def test_engine_that_hangs_at_a_submission_is_given_up_too(words):
+    engine = Engine(words)
+    goes_on = threading.Event()
+    submit = engine.submit
+    engine.submit = lambda request: (goes_on.wait(30), submit(request))
+    with running_server(words, engine=engine, engine_seconds=0.3) as client:
+        ((code, text),) = Calls(client, CHAT).wait()
+        assert code == 500 and "hangs" in text
+        goes_on.set()
+
+
 def test_a_request_that_breaks_the_service_harms_no_other(words, monkeypatch):
     with running_server(words) as client:
         engine, submit = client.engine, client.engine.submit
@@ -88,6 +100,47 @@ def test_a_request_that_breaks_the_service_harms_no_other(words, monkeypatch):
         url = client.url + "/v1/completions"
         assert httpx.post(url, json={"prompt": [1] * 7}).status_code == 500
         assert httpx.post(url, json={"prompt": [1] * 6}).status_code == 200
+        assert httpx.get(client.url + "/ready").status_code == 200
+        client.wait_until_quiet()
+
+
+class DeadEnd:
+    """A grammar that allows something, and then nothing."""
+
+    def __init__(self, spec) -> None:
+        if spec.value == "impossible":
+            raise ValueError("regex: no answer can begin")
+
+    def mask(self) -> np.ndarray:
+        return np.full(9, 2**32 - 1, np.uint32)
+
+    def accept(self, token: int) -> None:
+        raise RuntimeError("the grammar has come to a dead end")
+
+
+def test_grammar_that_fails_fails_its_own_call_alone(words):
+    engine = Engine(words, seconds=0.01)
+    step = engine.step
+
+    def obeying():
+        events = step()
+        for event in events:
+            request = requests.get(event.id)
+            for token in event.tokens if request and request.constraint else ():
+                request.constraint.accept(token)
+        return events
+
+    requests = {}
+    submit = engine.submit
+    engine.submit = lambda request: (requests.update({request.id: request}), submit(request))
+    engine.step = obeying
+    with running_server(words, engine=engine, compile_constraint=DeadEnd) as client:
+        long = {**CHAT, "max_tokens": 100}
+        calls = Calls(client, long, {**long, "guided_regex": "a+"})
+        (good, _), (bad, text) = calls.wait()
+        assert (good, bad) == (200, 400) and "dead end" in text
+        response = httpx.post(client.url + ROUTE, json={**long, "guided_regex": "impossible"})
+        assert response.status_code == 400 and "no answer can begin" in response.text
         assert httpx.get(client.url + "/ready").status_code == 200
         client.wait_until_quiet()
 

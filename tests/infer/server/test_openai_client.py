@@ -1,12 +1,13 @@
 """The real `openai` client is content with the server."""
 
 import base64
+import json
 
 import numpy as np
 import openai
 import pytest
 
-from tests.infer.server.conftest import TEXT
+from tests.infer.server.conftest import TEXT, Engine, running_server
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -119,3 +120,56 @@ def test_mistakes_are_the_clients_errors(client, body, kind, message):
 def test_a_mistake_in_a_stream_has_its_status_too(client):
     with pytest.raises(openai.BadRequestError, match="max_length"):
         client.chat.completions.create(**CHAT, max_tokens=10**6, stream=True)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALLING = (
+    "I look it up.\n"
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "</tool_call>"}}\n</tool_call>'
+)
+
+
+@pytest.fixture(scope="module")
+def caller(words):
+    """A client of a server whose model calls tools."""
+    engine = Engine(words)
+    tokens = [*words.encode(CALLING), words.eos_ids[0]]
+    engine.answer = lambda request: tokens
+    with running_server(words, engine=engine) as server:
+        server.wait(lambda: server.running.state.engine.state == "ready")
+        url = f"{server.url}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            yield client
+
+
+def test_calls_of_tools(caller):
+    answer = caller.chat.completions.create(**CHAT, tools=TOOLS, max_tokens=400)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I look it up."
+    functions = [call.function for call in choice.message.tool_calls]
+    assert [json.loads(f.arguments) for f in functions] == [
+        {"city": "Oslo"},
+        {"city": "</tool_call>"},
+    ]
+
+
+def test_calls_of_tools_in_a_stream(caller):
+    with caller.chat.completions.stream(**CHAT, tools=TOOLS, max_tokens=400, n=2) as stream:
+        for _ in stream:
+            pass
+        answer = stream.get_final_completion()
+    for choice in answer.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "I look it up."
+        functions = [call.function for call in choice.message.tool_calls]
+        assert [f.name for f in functions] == ["weather", "weather"]
+        assert json.loads(functions[1].arguments) == {"city": "</tool_call>"}
+        assert len({call.id for call in choice.message.tool_calls}) == 2
+
+
+def test_without_tools_the_same_text_is_text(caller):
+    answer = caller.chat.completions.create(**CHAT, max_tokens=400)
+    assert answer.choices[0].message.content == CALLING
+    assert answer.choices[0].finish_reason == "stop"

@@ -1,0 +1,84 @@
+"""The command itself, over a real engine and a model on disk."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from configs import schema
+from infer import generate
+
+ROOT = Path(__file__).parents[3]
+# Few programs to compile.
+ENGINE = schema.Engine(
+    num_slots=2, page_size=16, prefill_chunk=32, prefill_tokens=32, decode_steps=4, num_pages=32,
+    max_length=96, buckets="one",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, words) -> Path:
+    """A Hugging Face folder with random weights."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("models") / "random"
+    config = transformers.Qwen2Config(
+        vocab_size=288, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        initializer_range=0.3, tie_word_embeddings=True, eos_token_id=256, bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, pad_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    words.save(path)
+    said = {"do_sample": False, "eos_token_id": [256, 7], "max_new_tokens": 20}
+    (path / "generation_config.json").write_text(json.dumps(said))
+    return path
+
+
+def _alone(folder: Path, prompts: list[str]) -> list[str]:
+    """Answers of the model without engine, pages and server, one at a time."""
+    loaded = generate.load(folder, dtype="float32")
+    requests = [
+        generate.prompt_request(loaded, prompt, settings=loaded.defaults) for prompt in prompts
+    ]
+    return [generate.stream(loaded, r, write=lambda text: None).text for r in requests]
+
+
+@pytest.mark.slow
+def test_command_serves_a_model(folder):
+    flags = [
+        f"--engine.{field.name.replace('_', '-')}={getattr(ENGINE, field.name)}"
+        for field in dataclasses.fields(schema.Engine)
+        if field.default != getattr(ENGINE, field.name)
+    ]
+    command = [sys.executable, "-m", "qwen_jax.cli", "serve", "--model", str(folder), "--port=0",
+               "--dtype=float32", *flags]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    try:
+        line = process.stdout.readline()
+        url = re.fullmatch(r"random: listening at (http://127\.0\.0\.1:\d+/v1)\n", line)[1]
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=50, timeout=500)
+        prompts = ["hello", "a few words", "Zug"]
+        answer = client.completions.create(model="random", prompt=prompts)
+        assert [c.text for c in answer.choices] == _alone(folder, prompts)
+        pieces = client.completions.create(model="random", prompt="hello", stream=True)
+        assert "".join(c.choices[0].text for c in pieces) == answer.choices[0].text
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes"]}}}
+        chat = client.chat.completions.create(
+            model="random", messages=[{"role": "user", "content": "?"}], response_format=form
+        )
+        assert chat.choices[0].message.content == '"yes"'
+        vectors = client.embeddings.create(model="random", input=["hello"]).data
+        assert sum(x * x for x in vectors[0].embedding) == pytest.approx(1, abs=1e-5)
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
