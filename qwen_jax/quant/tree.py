@@ -5,18 +5,19 @@ the one that projects to the vocabulary. Kept: norms and biases, the router and 
 gate, which are small and decide much, and an embedding that is only looked up.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from configs import schema
-from qwen_jax.convert import table
+from qwen_jax.convert import quantised, table
 from qwen_jax.quant import array
 
 Output = Literal["int8", "keep"]
-_KEPT = ("router", "shared_gate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,9 @@ class Settings:
             raise ValueError(f"output={self.output!r} is not int8 or keep")
 
 
-def dims(row: table.Row) -> tuple[int, int]:
-    """`axis` and `merged` of a row's quantised array: where its inputs are."""
-    if row.path == table.EMBED.path:
-        return -1, 1
-    inputs = row.hf_dims.split()[1]
-    return -1 - (len(row.dims) - len(inputs)), len(inputs)
-
-
-def is_linear(row: table.Row) -> bool:
-    """Whether a row is a kernel of a layer that is quantised."""
-    return bool(row.stack) and row.keys[-1] == "kernel" and row.keys[-2] not in _KEPT
-
-
 def format_of(row: table.Row, cfg: schema.Model, settings: Settings) -> array.Format | None:
     """What a row is quantised to; None where it is kept."""
-    if is_linear(row):
+    if quantised.is_linear(row):
         return settings.weights
     output = table.EMBED if cfg.tie_word_embeddings else table.LM_HEAD
     return "int8" if row.path == output.path and settings.output == "int8" else None
@@ -59,15 +47,13 @@ def format_of(row: table.Row, cfg: schema.Model, settings: Settings) -> array.Fo
 def check(cfg: schema.Model, settings: Settings) -> None:
     """Raises `ValueError` naming the parameter that cannot be quantised so."""
     for row in table.rows(cfg):
-        if is_linear(row):
-            axis, merged = dims(row)
+        if quantised.is_linear(row):
+            axis, merged = quantised.dims(row)
             shape = table.shape(row, cfg)
-            inputs = 1
-            for size in shape[len(shape) + axis - merged + 1 : len(shape) + axis + 1]:
-                inputs *= size
+            last = len(shape) + axis
             array.check(
                 settings.weights,
-                num_inputs=inputs,
+                num_inputs=math.prod(shape[last - merged + 1 : last + 1]),
                 group_size=settings.group_size,
                 what=row.path,
             )
@@ -82,7 +68,7 @@ def quantise(
 ) -> dict:
     """A model's stacked parameters quantised, leaf by leaf; what is kept is the same array.
 
-    Raises `ValueError` as `check` does.
+    Deletes the arrays that it quantises. Raises `ValueError` as `check` does.
     """
     check(cfg, settings)
     flat = table.flatten(params)
@@ -91,8 +77,12 @@ def quantise(
         if format is None:
             continue
         on_row(row.path)
-        group_size = settings.group_size if is_linear(row) else None
-        flat[row.path] = one(row, flat[row.path], format=format, group_size=group_size)
+        group_size = settings.group_size if quantised.is_linear(row) else None
+        plain = flat[row.path]
+        flat[row.path] = jax.block_until_ready(
+            one(row, plain, format=format, group_size=group_size)
+        )
+        plain.delete()
     return table.nest(flat)
 
 
@@ -100,7 +90,7 @@ def one(
     row: table.Row, w: jax.Array, *, format: array.Format, group_size: int | None
 ) -> array.QuantArray:
     """One parameter quantised, a layer at a time: what is made on the way is float32."""
-    axis, merged = dims(row)
+    axis, merged = quantised.dims(row)
 
     def quantise(w: jax.Array) -> array.QuantArray:
         return array.quantise(
@@ -110,3 +100,38 @@ def one(
     if not row.stack:
         return jax.jit(quantise)(w)
     return jax.jit(lambda w: jax.lax.map(quantise, w))(w)
+
+
+def specs(cfg: schema.Model, params: dict) -> dict[str, quantised.Spec]:
+    """How each quantised parameter of a tree is stored, by path."""
+    found = {}
+    for path, value in table.flatten(params).items():
+        if array.is_quantised(value):
+            found[path] = quantised.Spec(
+                format=value.format,
+                group_size=value.group_size if value.num_groups > 1 else None,
+                has_zeros=value.zeros is not None,
+                has_order=value.order is not None,
+            )
+    return found
+
+
+def gather(row: table.Row, spec: quantised.Spec, pieces: Mapping) -> array.QuantArray:
+    """A parameter of its pieces by name: arrays, shapes or shardings."""
+    axis, merged = quantised.dims(row)
+    return array.QuantArray(**pieces, format=spec.format, axis=axis, merged=merged)
+
+
+def placed(
+    row: table.Row, model: schema.Model, spec: quantised.Spec, sharding: jax.sharding.Sharding
+) -> dict[str, jax.sharding.Sharding]:
+    """The sharding of each piece of a parameter, from that of the plain one.
+
+    Raises `ValueError` where a mesh axis would cut a group of inputs.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in quantised.pieces(row, model, spec).items()
+    }
+    like = {row.path: gather(row, spec, shapes)}
+    return array.shardings({row.path: sharding}, like)[row.path].children()
