@@ -222,6 +222,33 @@ class Model:
         return self.num_attention_heads // self.num_key_value_heads
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How a Hugging Face checkpoint is quantised; its kernels are whole numbers of `bits` bits.
+
+    symmetric: every zero point is the middle of the range. ordered: inputs were quantised, and so
+    grouped, in another order (GPTQ's `desc_act`).
+    """
+
+    method: Literal["gptq", "awq"]
+    bits: int
+    group_size: int | None  # inputs that share a scale; None: all
+    symmetric: bool
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        known = (4, 8) if self.method == "gptq" else (4,)
+        check(
+            self.bits in known,
+            f"{self.method} with bits={self.bits} is not supported; use one of {known}",
+        )
+        check(
+            self.group_size is None or (self.group_size > 0 and self.group_size % 32 == 0),
+            f"{self.method} with group_size={self.group_size} is not supported; use a multiple of "
+            f"32, or -1",
+        )
+
+
 def to_dict(config: object) -> dict:
     """A config as plain JSON values; `model_from_dict` reads a model back."""
     return dataclasses.asdict(config)

@@ -7,7 +7,7 @@ are described (`huggingface_moe.py`) of its `Qwen2MoeConfig`.
 
 from typing import Any
 
-from configs import huggingface_moe, schema
+from configs import huggingface_moe, huggingface_quantised, schema
 from configs.huggingface_values import means as _means
 from configs.huggingface_values import refuse_unknown as _refuse_unknown
 from configs.huggingface_values import typed as _typed
@@ -43,7 +43,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu",), "the feed-forward network is SwiGLU"),
     "is_encoder_decoder": ((False,), "the model is decoder-only"),
     "partial_rotary_factor": ((1, None), "RoPE turns the whole head"),
-    "quantization_config": ((None,), "import the checkpoint that is not quantised"),
     "tie_encoder_decoder": ((False,), "the model is decoder-only"),
     "use_mrope": ((False, None), "multimodal RoPE is not implemented"),
     "use_sliding_window": ((False, None), "sliding window attention is not implemented"),
@@ -64,6 +63,7 @@ _FIELDS: dict[str, tuple[str, Any, type]] = {
 _DERIVED = {
     "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
     "layer_types", "dual_chunk_attention_config", "bos_token_id", "eos_token_id", "pad_token_id",
+    "quantization_config",
 }  # fmt: skip
 _DEFAULT_KV_HEADS, _DEFAULT_THETA = 32, 1e4
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
@@ -294,6 +294,7 @@ def read_model(values: dict, *, name: str = "huggingface") -> schema.Model:
         values = huggingface_moe.DEFAULTS | values
     _check_kind(values)
     _refuse_unknown(values, known, what="config.json")
+    huggingface_quantised.read(values)  # how the tensors are stored, not what they compute
     fields = {
         field: _typed(key, values.get(key, default), kind)
         for key, (field, default, kind) in _FIELDS.items()

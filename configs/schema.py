@@ -15,6 +15,7 @@ from configs.architecture import (
     Experts,
     Model,
     MoE,
+    Quantisation,
     Yarn,
     model_from_dict,
     to_dict,
@@ -23,7 +24,8 @@ from configs.architecture import check as _check
 from configs.architecture import check_positive as _check_positive
 
 __all__ = [
-    "DualChunkAttention", "Experts", "MoE", "Model", "Yarn", "model_from_dict", "to_dict",
+    "DualChunkAttention", "Experts", "MoE", "Model", "Quantisation", "Yarn", "model_from_dict",
+    "to_dict",
 ]  # fmt: skip
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")

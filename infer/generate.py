@@ -69,11 +69,12 @@ def load(
     words = tokenizer.load(found.assets)
     tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
     said = _generation_config(found.assets)
+    params = checkpoint.load_params(found, shardings=placed, dtype=dtype, model=cfg)
     params = decode.prepare(
         cfg,
-        checkpoint.load_params(found, shardings=placed, dtype=dtype, model=cfg),
+        params,
         dtype=jnp.dtype(dtype),
-        form=decode.best_form(layout),
+        form=decode.best_form(layout, params=params),
         layout=layout,
     )
     return Generator(

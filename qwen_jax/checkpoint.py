@@ -21,7 +21,8 @@ import tensorstore as ts
 
 from configs import huggingface, schema
 from qwen_jax import paths
-from qwen_jax.convert import loader, source, store, table
+from qwen_jax.convert import loader, quantised, source, store, table
+from qwen_jax.quant import tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def open_arrays(resolved: Resolved, context: ts.Context) -> dict[str, ts.TensorS
     Raises `ValueError` naming the parameters that are missing, extra or of another shape.
     """
     stored = store.open_all_for_reading(resolved.path / "params", context)
-    expected = {row.path: table.shape(row, resolved.model) for row in table.rows(resolved.model)}
+    expected = quantised.shapes(resolved.model, specs(resolved))
     where = f"{resolved.path} does not hold the parameters of {resolved.model.name}"
     if missing := [path for path in expected if path not in stored]:
         raise ValueError(f"{where}: it lacks {source.listed(missing)}")
@@ -138,6 +139,24 @@ def open_arrays(resolved: Resolved, context: ts.Context) -> dict[str, ts.TensorS
                 f"its config asks for {list(shape)}"
             )
     return {path: stored[path] for path in expected}
+
+
+def specs(resolved: Resolved) -> dict[str, quantised.Spec]:
+    """Which parameters of a checkpoint are quantised, and how; none of most."""
+    if resolved.kind == "huggingface":
+        return {}
+    where = str(resolved.path / "model" / "metadata")
+    return quantised.from_metadata(resolved.metadata, resolved.model, where=where)
+
+
+def check_plain(resolved: Resolved, *, what: str) -> None:
+    """Raises `ValueError` for a quantised checkpoint, which serves inference alone."""
+    packed = resolved.kind == "huggingface" and source.is_packed(resolved.path)
+    if packed or specs(resolved):
+        raise ValueError(
+            f"{resolved.path} is quantised, for inference alone; {what} the checkpoint that it was "
+            f"made from"
+        )
 
 
 def check_same_model(resolved: Resolved, model: schema.Model) -> None:
@@ -198,23 +217,26 @@ def load_params(
     if resolved.kind == "huggingface":
         return loader.load_huggingface(resolved.path, shardings=shardings, dtype=dtype, model=model)
     arrays = open_arrays(resolved, store.context())
+    packed = specs(resolved)
     rows = table.rows(model)
-    by_path = loader.per_row(rows, shardings)
+    by_path = _of_pieces(model, packed, loader.per_row(rows, shardings))
+    shapes = quantised.shapes(model, packed)
     fresh = {
-        row.path: jax.device_put(jnp.zeros(table.shape(row, model)), by_path[row.path])
-        for row in rows
-        if row.path not in arrays
+        path: jax.device_put(jnp.zeros(shape), by_path[path])
+        for path, shape in shapes.items()
+        if path not in arrays
     }
+    plain = {row.path for row in rows}
     restore_args = {
-        row.path: ocp.ArrayRestoreArgs(
+        path: ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
-            sharding=by_path[row.path],
-            global_shape=table.shape(row, model),
-            dtype=jnp.dtype(dtype) if dtype else arrays[row.path].dtype.numpy_dtype,
-            strict=table.shape(row, model) == arrays[row.path].shape,
+            sharding=by_path[path],
+            global_shape=shape,
+            dtype=jnp.dtype(dtype) if dtype and path in plain else arrays[path].dtype.numpy_dtype,
+            strict=shape == arrays[path].shape,
         )
-        for row in rows
-        if row.path in arrays
+        for path, shape in shapes.items()
+        if path in arrays
     }
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -229,4 +251,24 @@ def load_params(
             f"{resolved.path} is damaged: {str(error).strip().splitlines()[0]}. `qwen-jax "
             f"checkpoint verify` names all that is"
         ) from error
-    return table.nest({**table.flatten(restored), **fresh}) if fresh else restored
+    flat = {**table.flatten(restored), **fresh}
+    for row in rows:
+        if row.path in packed:
+            names = quantised.pieces(row, model, packed[row.path])
+            pieces = {name: flat.pop(f"{row.path}.{name}") for name in names}
+            flat[row.path] = tree.gather(row, packed[row.path], pieces)
+    return table.nest(flat)
+
+
+def _of_pieces(
+    model: schema.Model, packed: quantised.Specs, by_path: dict[str, jax.sharding.Sharding]
+) -> dict[str, jax.sharding.Sharding]:
+    """One sharding for each stored array, from one for each parameter."""
+    found = {}
+    for row in table.rows(model):
+        if row.path not in packed:
+            found[row.path] = by_path[row.path]
+            continue
+        pieces = tree.placed(row, model, packed[row.path], by_path[row.path])
+        found |= {f"{row.path}.{name}": sharding for name, sharding in pieces.items()}
+    return found

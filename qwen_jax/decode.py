@@ -21,6 +21,7 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import fused, kv_cache, model, moe, rope, sampling, stack
 from qwen_jax.attention import api, cached
+from qwen_jax.quant import array
 
 Form = Literal["stacked", "unstacked", "fused"]
 
@@ -30,15 +31,19 @@ PAD = -1  # in token outputs: the row had ended
 compilations: collections.Counter[str] = collections.Counter()
 
 
-def best_form(layout: Layout | None = None) -> Form:
-    """The form that decodes fastest on this platform and mesh.
+def best_form(layout: Layout | None = None, *, params: dict | None = None) -> Form:
+    """The form that decodes fastest on this platform and mesh, and that these parameters can have.
 
     TPUs read slices of stacked layers in place. Where query heads are spread over devices and kv
-    heads are not, a fused kernel would have to be on every device too.
+    heads are not, a fused kernel would have to be on every device too. Quantised kernels can be
+    fused if they are quantised alike, and their inputs are in order.
     """
     if jax.default_backend() == "tpu":
         return "stacked"
     if layout is not None and layout.size("kv_heads") != layout.size("heads"):
+        return "unstacked"
+    stacks = [] if params is None else [params[name] for name in params if "layers" in name]
+    if not all(fused.can_fuse(part) for part in stacks):
         return "unstacked"
     return "fused"
 
@@ -59,7 +64,9 @@ def prepare(
     if form not in ("stacked", "unstacked", "fused"):
         raise ValueError(f"unknown form {form!r}; known: stacked, unstacked, fused")
     params = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if moe.stays_float32(path) else _cast(x, dtype=jnp.dtype(dtype)), params
+        lambda path, x: x if _stays(path, x) else _cast(x, dtype=jnp.dtype(dtype)),
+        params,
+        is_leaf=array.is_quantised,
     )
     if form == "stacked":
         return params
@@ -67,18 +74,24 @@ def prepare(
         params = unstack(cfg, params)
     if form == "unstacked":
         return params
-    fuse = {}
-    for name, part in fused.parts(cfg).items():
-        placed = None
-        if layout is not None:
-            axes = jax.tree.map(lambda axes: axes[1:], part.axes(), is_leaf=sharding.is_axes)
-            placed = sharding.shardings(axes, layout)
-        fuse[name] = jax.jit(functools.partial(fused.fuse, cfg), out_shardings=placed)
-    layers = []
+    fuse, layers = {}, []
     for name, layer in zip(stack.order(cfg), params["layers"], strict=True):
+        if name not in fuse:
+            fuse[name] = _fuse(cfg, name, layer, layout=layout)
         layers.append(jax.block_until_ready(fuse[name](layer)))
         _delete(layer)
     return {**params, "layers": tuple(layers)}
+
+
+def _fuse(cfg: schema.Model, name: str, layer: dict, *, layout: Layout | None) -> Callable:
+    """The program that fuses layers of this stack, of which `layer` is one."""
+    function = functools.partial(fused.fuse, cfg)
+    if layout is None:
+        return jax.jit(function)
+    axes = fused.parts(cfg)[name].axes()
+    axes = jax.tree.map(lambda axes: axes[1:], axes, is_leaf=sharding.is_axes)
+    placed = array.shardings(sharding.shardings(axes, layout), jax.eval_shape(function, layer))
+    return jax.jit(function, out_shardings=placed)
 
 
 def unstack(cfg: schema.Model, params: dict) -> dict:
@@ -100,6 +113,10 @@ def unstack(cfg: schema.Model, params: dict) -> dict:
 @jax.jit
 def _split(x: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x[i] for i in range(x.shape[0]))
+
+
+def _stays(path: tuple, x: jax.Array | array.QuantArray) -> bool:
+    return array.is_quantised(x) or moe.stays_float32(path)
 
 
 def _cast(x: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
@@ -230,7 +247,7 @@ def _run(
 def _logits(
     cfg: schema.Model, params: dict, x_B1D: jax.Array, *, layout: Layout | None
 ) -> jax.Array:
-    logits_BV = model.unembed(cfg, params, x_B1D)[:, 0]
+    logits_BV = model.unembed(cfg, params, x_B1D, layout=layout)[:, 0]
     return sharding.constrain(logits_BV, ("batch", "act_vocab"), layout)
 
 

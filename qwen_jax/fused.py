@@ -14,6 +14,7 @@ from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, model, module, moe
+from qwen_jax.quant import array
 
 
 class Attention(model.Attention):
@@ -110,15 +111,20 @@ def fuse(cfg: schema.Model, layer: dict) -> dict:
     G = cfg.num_query_groups
     attention = layer["attention"]
 
-    def grouped(name: str, leaf: str) -> jax.Array:
+    def grouped(name: str, leaf: str) -> jax.Array | array.QuantArray:
         x = attention[name][leaf]
-        heads = G if name == "q" else 1
-        return x.reshape(*x.shape[:-2], cfg.num_key_value_heads, heads, cfg.head_dim)
+        heads = (cfg.num_key_value_heads, G if name == "q" else 1, cfg.head_dim)
+        if array.is_quantised(x):
+            return array.with_outputs(x, heads)
+        return x.reshape(*x.shape[:-2], *heads)
 
-    qkv = {
-        leaf: jnp.concatenate([grouped(name, leaf) for name in "qkv"], axis=-2)
-        for leaf in ("kernel", "bias")
-    }
+    def joined_leaf(leaf: str) -> jax.Array | array.QuantArray:
+        parts = [grouped(name, leaf) for name in "qkv"]
+        if array.is_quantised(parts[0]):
+            return array.concatenate(parts)
+        return jnp.concatenate(parts, axis=-2)
+
+    qkv = {leaf: joined_leaf(leaf) for leaf in ("kernel", "bias")}
     joined = {**layer, "attention": {"qkv": qkv, "o": attention["o"]}}
     if "mlp" in layer:
         joined["mlp"] = _fuse_swiglu(layer["mlp"])
@@ -127,6 +133,24 @@ def fuse(cfg: schema.Model, layer: dict) -> dict:
     return joined
 
 
+def can_fuse(part: dict | tuple) -> bool:
+    """Whether `fuse` takes these layers: their kernels are plain, or quantised alike."""
+    if isinstance(part, tuple):
+        return all(can_fuse(layer) for layer in part)
+    if is_fused(part):
+        return True
+    groups = [[part["attention"][name]["kernel"] for name in "qkv"]]
+    mlp = part.get("mlp") or part["moe"].get("shared")
+    if mlp is not None:
+        groups.append([mlp[name]["kernel"] for name in ("gate", "up")])
+    return all(array.alike(kernels) for kernels in groups)
+
+
 def _fuse_swiglu(mlp: dict) -> dict:
-    gate_up = jnp.stack([mlp["gate"]["kernel"], mlp["up"]["kernel"]], axis=-2)
+    both = [mlp["gate"]["kernel"], mlp["up"]["kernel"]]
+    if array.is_quantised(both[0]):
+        both = [array.with_outputs(kernel, (1, *kernel.outputs)) for kernel in both]
+        gate_up = array.concatenate(both)
+    else:
+        gate_up = jnp.stack(both, axis=-2)
     return {"gate_up": {"kernel": gate_up}, "down": mlp["down"]}

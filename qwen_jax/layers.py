@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from partitioning import gradients, sharding
 from partitioning.sharding import Axes, Layout
 from qwen_jax import module
+from qwen_jax.quant import array, product
 
 
 def normal(stddev: float) -> module.Initializer:
@@ -62,9 +63,16 @@ class Linear(nnx.Module):
         self.axes, self.has_bias = axes, bias_dims > 0
 
     def __call__(self, x: jax.Array, einsum: str, *, layout: Layout | None) -> jax.Array:
-        """`einsum` contracts x [B, T, ...] with the kernel, for example `btd,dnh->btnh`."""
-        kernel = self.kernel[...].astype(x.dtype)
-        y = gradients.contract(einsum, x, kernel, axes=self.axes, layout=layout)
+        """`einsum` contracts x [B, T, ...] with the kernel, for example `btd,dnh->btnh`.
+
+        The kernel may be quantised (`qwen_jax/quant`).
+        """
+        kernel = self.kernel.get_value()
+        if array.is_quantised(kernel):
+            y = product.contract(einsum, x, kernel, layout=layout)
+        else:
+            kernel = kernel.astype(x.dtype)
+            y = gradients.contract(einsum, x, kernel, axes=self.axes, layout=layout)
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -88,10 +96,9 @@ class Embed(nnx.Module):
         """
         outer = ("outer_batch", "outer_length")
         tokens_BT = sharding.constrain(tokens_BT, outer, layout)
-        table = jnp.asarray(self.weight[...])
-        rows = table.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = array.take(self.weight.get_value(), tokens_BT, dtype=dtype)
         # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
-        rows = sharding.constrain(rows.astype(dtype), (*outer, "embed"), layout)
+        rows = sharding.constrain(rows, (*outer, "embed"), layout)
         # One axis at a time: at once, XLA would gather every token's row on every device.
         rows = sharding.constrain(rows, ("outer_batch", "length", "outer_embed"), layout)
         return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)

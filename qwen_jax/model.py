@@ -33,6 +33,7 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, module, moe, remat, rope, stack
 from qwen_jax.attention import api, context
+from qwen_jax.quant import array, product
 
 # Given q, k, v of one layer: attention's output, and whatever the caller keeps (its cache).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -294,8 +295,15 @@ def output_kernel(cfg: schema.Model, params: dict) -> jax.Array:
     return params["embed"]["weight"].T if cfg.tie_word_embeddings else params["lm_head"]["kernel"]
 
 
-def unembed(cfg: schema.Model, params: dict, hidden_BTD: jax.Array) -> jax.Array:
+def unembed(
+    cfg: schema.Model, params: dict, hidden_BTD: jax.Array, *, layout: Layout | None = None
+) -> jax.Array:
     """Logits [B, T, V] in float32. For a few positions: training never holds this array."""
+    tied = cfg.tie_word_embeddings
+    stored = params["embed"]["weight"] if tied else params["lm_head"]["kernel"]
+    if array.is_quantised(stored):
+        einsum = "btd,vd->btv" if tied else "btd,dv->btv"
+        return product.contract(einsum, hidden_BTD, stored, layout=layout, preferred=jnp.float32)
     kernel_DV = output_kernel(cfg, params).astype(hidden_BTD.dtype)
     return jnp.einsum("btd,dv->btv", hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
 

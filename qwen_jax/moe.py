@@ -19,6 +19,7 @@ from partitioning import expert_parallel, sharding
 from partitioning.sharding import Layout
 from qwen_jax import layers, module
 from qwen_jax.grouped_matmul import api as grouped_matmul
+from qwen_jax.quant import array
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Experts(nnx.Module):
         self.up = linear("up", keys[1], (E, D, F))
         self.down = linear("down", keys[2], (E, F, D))
 
-    def kernels(self) -> dict[str, jax.Array]:
+    def kernels(self) -> dict[str, jax.Array | array.QuantArray]:
         """The three kernels by name."""
-        return {name: getattr(self, name).kernel[...] for name in EXPERT_AXES}
+        return {name: getattr(self, name).kernel.get_value() for name in EXPERT_AXES}
 
 
 EXPERT_AXES = {
@@ -147,13 +148,17 @@ class MoE(nnx.Module):
         )
         if routing.real_BT is not None:
             experts_BTJ = jnp.where(routing.real_BT[..., None], experts_BTJ, moe.num_held)
+        kernels, num_experts = self.experts.kernels(), moe.num_held
+        if _reads_chosen_alone(kernels, experts_BTJ, routing=routing, layout=layout):
+            kernels, experts_BTJ = _chosen(kernels, experts_BTJ)
+            num_experts = experts_BTJ.size
         y_BTD, dropped_BP = expert_parallel.run(
             compute(layout),
             x_BTD,
             weights_BTJ.astype(x_BTD.dtype),
             experts_BTJ,
-            {name: k.astype(x_BTD.dtype) for name, k in self.experts.kernels().items()},
-            num_experts=moe.num_held,
+            {name: array.dequantised(k, dtype=x_BTD.dtype) for name, k in kernels.items()},
+            num_experts=num_experts,
             capacity_factor=routing.capacity_factor,
             layout=layout,
         )
@@ -232,6 +237,25 @@ def _statistics(
         dropped_BP=jnp.zeros((B, P), jnp.float32),
         tokens_BP=total(jnp.ones((B, T, 1)))[..., 0],
     )
+
+
+def _reads_chosen_alone(
+    kernels: dict, experts_BTJ: jax.Array, *, routing: Routing, layout: Layout | None
+) -> bool:
+    """Whether the experts are quantised, and fewer of them are chosen than there are.
+
+    Grouped products take plain kernels; of a few tokens, those of the chosen experts are made.
+    """
+    alone = layout is None or layout.mesh.size == 1
+    few = experts_BTJ.size < kernels["gate"].shape[0] and routing.real_BT is None
+    return alone and few and any(map(array.is_quantised, kernels.values()))
+
+
+def _chosen(kernels: dict, experts_BTJ: jax.Array) -> tuple[dict, jax.Array]:
+    """One expert a choice, in the choices' order, and each choice's number among them."""
+    chosen = experts_BTJ.reshape(-1)
+    kernels = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), kernels)
+    return kernels, jnp.arange(chosen.size, dtype=jnp.int32).reshape(experts_BTJ.shape)
 
 
 def _grouped(

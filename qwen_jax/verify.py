@@ -19,9 +19,8 @@ import rich.progress
 import rich.table
 import tensorstore as ts
 
-from configs import schema
 from qwen_jax import checkpoint, paths
-from qwen_jax.convert import source, store, table
+from qwen_jax.convert import quantised, source, store
 
 _IN_FLIGHT_BYTES = 256 * 2**20
 
@@ -77,7 +76,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) ->
         except ValueError as error:
             report.problems.append(str(error))
             continue
-        _check_shapes(report, part, opened, resolved.model)
+        _check_shapes(report, part, opened, resolved)
         arrays |= {(part, name): array for name, array in opened.items()}
     _check_json(report, resolved.metadata, arrays)
     _check_values(report, arrays, resolved.metadata.get("checksums", {}), on_progress)
@@ -147,10 +146,10 @@ def _missing(path: Path) -> list[str]:
 
 
 def _check_shapes(
-    report: Report, part: str, arrays: dict[str, ts.TensorStore], model: schema.Model
+    report: Report, part: str, arrays: dict[str, ts.TensorStore], resolved: checkpoint.Resolved
 ) -> None:
     """Parameters are the config's; moments, whose names end with a parameter's, have its shape."""
-    rows = {row.path: table.shape(row, model) for row in table.rows(model)}
+    rows = quantised.shapes(resolved.model, checkpoint.specs(resolved))
     if part == "params":
         for name in [*(rows.keys() - arrays.keys()), *(arrays.keys() - rows.keys())]:
             report.problems.append(

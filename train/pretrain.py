@@ -104,7 +104,9 @@ def _start(config: schema.Train, cfg: schema.Model, program: Program) -> State:
     if not config.init_from:
         return program.init(jax.random.key(config.seed))
     where = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    params = checkpoint.load_params(config.init_from, shardings=where, dtype="float32", model=cfg)
+    found = checkpoint.resolve(config.init_from)
+    checkpoint.check_plain(found, what="train")
+    params = checkpoint.load_params(found, shardings=where, dtype="float32", model=cfg)
     return program.adopt(params)
 
 

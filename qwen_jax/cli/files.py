@@ -4,7 +4,7 @@ import re
 from typing import Literal
 
 from configs import schema
-from qwen_jax.cli.apps import Dtype, Positional, checkpoint_app, convert_app, tokenizer_app
+from qwen_jax.cli.apps import Dtype, Positional, app, checkpoint_app, convert_app, tokenizer_app
 
 
 @tokenizer_app.command(name="train")
@@ -96,6 +96,40 @@ def convert_export(
             on_progress=bar.on_progress,
         )
     print(f"{output}: exported from {source}")
+    return 0
+
+
+@app.command(name="quantize")
+def quantize(
+    model: Positional[str],
+    output: Positional[str],
+    *,
+    weights: Literal["int8", "int4", "fp8"] = "int8",
+    group_size: int | None = None,
+    output_layer: Literal["int8", "keep"] = "int8",
+    text: str | None = None,
+    dtype: Dtype = "bfloat16",
+) -> int:
+    """Round a checkpoint's weights to fewer bits for inference, and measure the loss it costs.
+
+    Args:
+        model: Hugging Face folder, native checkpoint, or a training run's output.
+        output: The native checkpoint to write; every command that answers loads it.
+        weights: Format of the layers' kernels: one byte, half a byte, or 8-bit floating point.
+        group_size: Inputs that share a scale, 32, 64 or 128; by default all (a scale a channel).
+        output_layer: The projection to the vocabulary, the embedding where tied: int8, or kept.
+        text: A file of text: its cross-entropy is printed before and after.
+        dtype: Of the arithmetic in which the loss is measured.
+    """
+    from qwen_jax.convert import console
+    from qwen_jax.quant import command, tree
+
+    settings = tree.Settings(weights=weights, group_size=group_size, output=output_layer)
+    with console.progress_bar() as bar:
+        summary = command.quantise_checkpoint(
+            model, output, settings, text=text, dtype=dtype, on_progress=bar.on_progress
+        )
+    print(f"{output}: {model} in {weights}, {summary}")
     return 0
 
 

@@ -89,6 +89,7 @@ def export_checkpoint(
             f"without them other experts would be chosen. It runs here as it is; to export a "
             f"model, train it with experts.bias_update_rate left out"
         )
+    checkpoint.check_plain(resolved, what="export")
     arrays = checkpoint.open_arrays(resolved, store.context())
     dtypes = {p: source.DTYPES[dtype or array.dtype.name] for p, array in arrays.items()}
     slots = _lay_out(resolved, dtypes, max_shard_bytes=max_shard_bytes)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import threading
@@ -24,11 +25,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from configs import huggingface
-from qwen_jax.convert import plan, source, store, table
+from configs import huggingface, schema
+from qwen_jax.convert import packed, plan, quantised, source, store, table, writer
 
 _JOURNAL = "import.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def import_checkpoint(
@@ -42,7 +42,8 @@ def import_checkpoint(
     """Writes the native checkpoint `out` from the Hugging Face folder `hf_dir`.
 
     Tensors keep their dtype. `max_memory` bounds the resident bytes of the process. `on_plan` is
-    called before anything is written. A run that was killed goes on when called again.
+    called before anything is written. A run that was killed goes on when called again. Quantised
+    kernels keep their values and scales, in our packing; an import of them begins anew.
 
     Raises `ValueError` for a folder that is not a sound Qwen2.5 checkpoint, too small a
     `max_memory`, or an `out` in the way; `OSError` when the disk is full: run again after.
@@ -50,6 +51,10 @@ def import_checkpoint(
     out = Path(out)
     opened = source.open_source(hf_dir)
     _check_assets(opened)
+    if opened.quantisation is not None:
+        return _import_packed(
+            opened, out, max_memory=max_memory, on_plan=on_plan, on_progress=on_progress
+        )
     partial = out.with_name(out.name + ".partial")
     with _lock(partial):
         journal = {"format": 1, "source": _fingerprint(opened)}
@@ -297,12 +302,7 @@ def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.A
     for stored in arrays:
         assert all(_is_done(stored, block, done) for block in plan.blocks(stored, opened.model))
     store.write_json(partial / "params" / "_METADATA", store.tree_metadata(arrays))
-    assets = partial / "assets"
-    assets.mkdir(exist_ok=True)
-    for path in sorted(opened.folder.iterdir()):
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and not path.name.startswith("."):
-            shutil.copyfile(path, assets / path.name)
+    writer.copy_assets(opened.folder, partial / "assets")
     # Export needs to know what is not in the parameters to give back the files as they were.
     stored_twice = opened.model.tie_word_embeddings and table.LM_HEAD.hf in opened.tensors
     origin = {"kind": opened.kind, "stores_tied_lm_head": stored_twice}
@@ -311,3 +311,80 @@ def _commit(opened: source.Source, partial: Path, out: Path, arrays: list[plan.A
     partial.rename(out)
     store.sync(out.parent)
     (out / _JOURNAL).unlink()
+
+
+def _import_packed(
+    opened: source.Source,
+    out: Path,
+    *,
+    max_memory: int | None,
+    on_plan: Callable[[plan.Plan], None] | None,
+    on_progress: plan.Progress | None,
+) -> plan.Plan:
+    """The import of a GPTQ or AWQ checkpoint: of quantised kernels, one tensor at a time."""
+    specs = packed.specs(opened)
+    arrays: list[plan.Array | writer.Array] = []
+    kernels: dict[str, dict[str, writer.Array]] = {}
+    for row in table.rows(opened.model):
+        if row.path not in specs:
+            arrays.append(plan.array(row, opened.model, source.row_dtype(opened, row)))
+            continue
+        spec = specs[row.path]
+        dtypes = packed.piece_dtypes(opened, row, spec)
+        kernels[row.path] = {
+            name: writer.Array(
+                path=f"{row.path}.{name}",
+                shape=shape,
+                dtype=dtypes[name],
+                num_stacked=len(row.stack),
+            )
+            for name, shape in quantised.pieces(row, opened.model, spec).items()
+        }
+        arrays += kernels[row.path].values()
+
+    def blocks() -> writer.Blocks:
+        for row in table.rows(opened.model):
+            if row.path in specs:
+                for place in itertools.product(*map(range, table.stack_shape(row, opened.model))):
+                    read = packed.read(opened, row, specs[row.path], place)
+                    for name, values in read.items():
+                        yield kernels[row.path][name], place, values
+                continue
+            stored = next(a for a in arrays if a.path == row.path)
+            for block in plan.blocks(stored, opened.model):
+                buffer = np.empty(plan.block_bytes(stored, block), np.uint8)
+                yield stored, block.index(row), _read_block(opened, stored, block, buffer)
+
+    # Of a kernel: its file's pages, its values a byte each (twice), and what is being written.
+    largest = max(math.prod(a.shape[a.num_stacked :]) for k in kernels.values() for a in k.values())
+    peak = plan.peak_bytes(max(plan.BLOCK_BYTES // 2, largest // 2))
+    if max_memory is not None and peak > max_memory:
+        raise ValueError(
+            f"max_memory={max_memory / plan.MIB:.0f} MiB is too little; this import of quantised "
+            f"kernels needs at least {math.ceil(peak / plan.MIB)} MiB"
+        )
+    planned = plan.Plan(
+        source=opened.folder,
+        target=out,
+        model=opened.model,
+        num_tensors=len(opened.tensors) + len(opened.packed),
+        total_bytes=sum(stored.nbytes for stored in arrays),
+        done_bytes=0,
+        block_bytes=largest,
+        peak_bytes=peak,
+        max_memory=max_memory,
+    )
+    if on_plan:
+        on_plan(planned)
+    settings = schema.to_dict(opened.quantisation)
+    writer.write(
+        out,
+        opened.model,
+        arrays,
+        blocks(),
+        assets=opened.folder,
+        on_progress=on_progress,
+        source={"kind": opened.kind, "quantisation": settings},
+        **{quantised.METADATA_KEY: quantised.to_json(specs)},
+    )
+    return planned

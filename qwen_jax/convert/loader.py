@@ -1,5 +1,6 @@
 """Loads a Hugging Face folder straight onto devices, each of which reads only its own part."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 
 from configs import schema
-from qwen_jax.convert import source, table
+from qwen_jax.convert import packed, quantised, source, table
+from qwen_jax.quant import array, tree
 
 
 def load_huggingface(
@@ -42,9 +44,40 @@ def load_source(
     rows = table.rows(model)
     by_path = per_row(rows, shardings)
     target = None if dtype is None else np.dtype(source.DTYPES[checked_dtype(dtype)])
-    return table.nest(
-        {row.path: _load(opened, row, by_path[row.path], target, model) for row in rows}
-    )
+    specs = {} if opened.quantisation is None else packed.specs(opened)
+    found = {}
+    for row in rows:
+        sharding = by_path[row.path]
+        if row.path in specs:
+            found[row.path] = _load_packed(opened, row, specs[row.path], sharding, model)
+        else:
+            found[row.path] = _load(opened, row, sharding, target, model)
+    return table.nest(found)
+
+
+def _load_packed(
+    opened: source.Source,
+    row: table.Row,
+    spec: quantised.Spec,
+    sharding: jax.sharding.Sharding,
+    model: schema.Model,
+) -> array.QuantArray:
+    """One quantised parameter, which the host holds whole while it is put on devices."""
+    opened = dataclasses.replace(opened, model=model)
+    dtypes = packed.piece_dtypes(opened, row, spec)
+    shapes = quantised.pieces(row, model, spec)
+    whole = {name: np.empty(shape, dtypes[name]) for name, shape in shapes.items()}
+    for place in itertools.product(*map(range, table.stack_shape(row, model))):
+        for name, piece in packed.read(opened, row, spec, place).items():
+            whole[name][place] = piece
+    places = tree.placed(row, model, spec, sharding)
+    pieces = {
+        name: jax.make_array_from_callback(
+            values.shape, places[name], lambda index, values=values: values[index]
+        )
+        for name, values in whole.items()
+    }
+    return tree.gather(row, spec, jax.block_until_ready(pieces))
 
 
 def checked_dtype(dtype: str) -> str:

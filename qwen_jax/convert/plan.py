@@ -44,6 +44,10 @@ class Array:
     lead_per_block: int  # rows of the Hugging Face tensor's first dimension letter
 
     @property
+    def path(self) -> str:
+        return self.row.path
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from configs import huggingface, schema
+from configs import huggingface, huggingface_quantised, schema
 from qwen_jax.convert import table
 
 DTYPES = {
@@ -27,6 +27,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+_PACKED_DTYPES = {**DTYPES, "I32": np.dtype(np.int32)}
+_PIECES = (".qweight", ".qzeros", ".scales", ".g_idx")  # of a quantised kernel
 SAFETENSORS_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # What the largest finite number's bits are below, for the signed and the unsigned reading.
 _NON_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
@@ -49,10 +51,13 @@ class Source:
     config: dict  # the parsed config.json
     model: schema.Model
     tensors: Mapping[str, Tensor]
+    quantisation: schema.Quantisation | None = None
+    packed: Mapping[str, Tensor] = field(default_factory=dict)  # pieces of quantised kernels
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        found = [*self.tensors.values(), *self.packed.values()]
+        return tuple(sorted({tensor.file for tensor in found}))
 
 
 def read_json(path: Path) -> dict:
@@ -116,8 +121,49 @@ def open_source(folder: Path | str) -> Source:
     kind, path = found
     header = _safetensors_header if kind == "safetensors" else _torch_header
     tensors = _indexed(path, header) if path.name.endswith(".index.json") else header(path)
-    _check(tensors, model, folder)
-    return Source(folder=folder, kind=kind, config=config, model=model, tensors=tensors)
+    quantisation, packed = huggingface_quantised.read(config), {}
+    if quantisation is not None:
+        if kind != "safetensors":
+            raise ValueError(f"{path} is quantised; use the checkpoint in safetensors")
+        tensors, packed = _split_packed(tensors, model, folder)
+    _check(tensors, model, folder, packed=packed)
+    return Source(
+        folder=folder,
+        kind=kind,
+        config=config,
+        model=model,
+        tensors=tensors,
+        quantisation=quantisation,
+        packed=packed,
+    )
+
+
+def is_packed(folder: Path | str) -> bool:
+    """Whether the checkpoint in a Hugging Face folder is quantised."""
+    return huggingface_quantised.read(read_json(Path(folder) / "config.json")) is not None
+
+
+def _split_packed(
+    tensors: dict[str, Tensor], model: schema.Model, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Plain tensors, and pieces of quantised kernels.
+
+    AutoGPTQ writes a bias of zeros for every kernel: left out where the model has none. Raises
+    `ValueError` if it is not zeros, and where nothing is quantised.
+    """
+    packed = {name: tensor for name, tensor in tensors.items() if name.endswith(_PIECES)}
+    bases = [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]
+    if not bases:
+        raise ValueError(f"{folder} has no quantised tensors, though config.json says it is")
+    known = table.hf_names(model)
+    plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for name in (f"{base}.bias" for base in bases):
+        if name not in known and name in plain:
+            tensor = plain.pop(name)
+            whole = tuple(slice(0, size) for size in tensor.shape)
+            if _read_safetensors(tensor, name, whole).any():
+                raise ValueError(f"{name} is not zero, and the model has no such bias")
+    return plain, packed
 
 
 def _indexed(index: Path, header) -> dict[str, Tensor]:
@@ -203,8 +249,18 @@ def _torch_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(tensors: Mapping[str, Tensor], model: schema.Model, folder: Path) -> None:
-    expected = table.hf_names(model)
+def _check(
+    tensors: Mapping[str, Tensor],
+    model: schema.Model,
+    folder: Path,
+    *,
+    packed: Mapping[str, Tensor],
+) -> None:
+    expected = {
+        name: row
+        for name, row in table.hf_names(model).items()
+        if f"{name.removesuffix('.weight')}.qweight" not in packed
+    }
     if missing := [name for name in expected if name not in tensors]:
         raise ValueError(f"{folder} lacks tensors that config.json asks for: {listed(missing)}")
     # Some writers store the tied projection too; the importer checks that it is the same.
@@ -243,9 +299,15 @@ def read(source: Source, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     return array
 
 
+def read_packed(source: Source, name: str) -> np.ndarray:
+    """A read-only view of one piece of a quantised kernel."""
+    tensor = source.packed[name]
+    return _read_safetensors(tensor, name, tuple(slice(0, size) for size in tensor.shape))
+
+
 def _read_safetensors(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     """Maps the rows that hold the slice; the mapping lives as long as the view of it."""
-    dtype = DTYPES[tensor.dtype]
+    dtype = _PACKED_DTYPES[tensor.dtype]
     rows, *others = slices
     row_elements = math.prod(tensor.shape[1:])
     first = tensor.offset + rows.start * row_elements * dtype.itemsize

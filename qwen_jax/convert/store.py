@@ -12,20 +12,37 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import tensorstore as ts
 
 from configs import schema
 from qwen_jax import paths
-from qwen_jax.convert import plan
 
 FORMAT = 1  # of native checkpoints, in model/metadata
 _MANIFEST = "manifest.ocdbt"
 _DICT_KEY = 2  # Orbax's number for a dictionary key
 # Data files this large; a file is also ended by each commit, which follows the writes.
 _DATA_FILE_BYTES = 64 << 20
+_ZARR_DTYPES = {  # others are called there as here
+    "float16": "<f2",
+    "float32": "<f4",
+    "int32": "<i4",
+    "int8": "|i1",
+    "uint8": "|u1",
+}
 _SYNC_SECONDS = 0.1  # between two looks for files to sync
+
+
+class Stored(Protocol):
+    """An array to be written: its keys joined by dots, and how it is cut."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int
 
 
 def context() -> ts.Context:
@@ -53,9 +70,9 @@ def _kvstore(folder: Path, path: str = "") -> dict:
     }
 
 
-def open_for_writing(folder: Path, stored: plan.Array, ctx: ts.Context) -> ts.TensorStore:
+def open_for_writing(folder: Path, stored: Stored, ctx: ts.Context) -> ts.TensorStore:
     """The zarr array of one parameter, made where it is not there yet."""
-    kvstore = _kvstore(folder, f"{stored.row.path}/")
+    kvstore = _kvstore(folder, f"{stored.path}/")
     kvstore["config"] = {
         "max_inline_value_bytes": 1024,
         "max_decoded_node_bytes": 1 << 20,
@@ -81,7 +98,7 @@ def open_for_writing(folder: Path, stored: plan.Array, ctx: ts.Context) -> ts.Te
 
 
 def _zarr_dtype(name: str) -> str:
-    return {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}[name]
+    return _ZARR_DTYPES.get(name, name)
 
 
 def open_all_for_reading(folder: Path, ctx: ts.Context) -> dict[str, ts.TensorStore]:
@@ -165,14 +182,14 @@ def _file(location: str) -> str:
     return location.split(":", 2)[2].rsplit(":", 2)[0]
 
 
-def tree_metadata(arrays: Iterable[plan.Array]) -> dict:
+def tree_metadata(arrays: Iterable[Stored]) -> dict:
     """Orbax's `_METADATA`: the tree of parameters and where they lie.
 
     Values are declared numpy arrays, which belong to no device: Orbax puts them where it is told.
     """
     tree = {}
     for stored in arrays:
-        keys = stored.row.keys
+        keys = tuple(stored.path.split("."))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
             "value_metadata": {

@@ -1,0 +1,307 @@
+"""Arrays of int8, int4 or fp8 (e4m3) values with scales, for matrices that are only multiplied.
+
+w = (v - z) s, where a scale s, and a zero point z if there is one, holds for one output and a group
+of inputs: all of them (per channel) or 32, 64, 128... of them. The dimensions that a product sums
+over are merged into one, C; the others stay as they are. Shape suffixes: C inputs, S groups of
+them, O outputs (one letter for all their dimensions).
+
+int8: v in -127..127 (imported: -128..127). int4: v in -7..7 (imported: -8..7), kept as v + 8 in
+half a byte; of each 32 inputs the first 16 are the low halves of 16 bytes and the last the high
+ones, so that neither unpacking nor a device's share of C cuts a byte. fp8: float8_e4m3fn, largest
+value 448.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+Format = Literal["int8", "int4", "fp8"]
+FORMATS: tuple[str, ...] = get_args(Format)
+PACKED = 32  # inputs that are packed together
+INT4_OFFSET = 8
+_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_DTYPES = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class QuantArray:
+    """A quantised matrix, or a stack of them; a pytree, so that it is scanned, cut and sharded.
+
+    values [..., C, O...]: int8, float8_e4m3fn, or uint8 [..., C / 2, O...] of int4 pairs.
+    scales [..., S, O...]: floating point. zeros: int8 of the same shape, None where all are 0.
+    order [..., C]: int32, the input that each row of the values is for; None where row by row.
+    axis: where C is, counted from the end: -2 in [C, O], -1 in an embedding [O, C].
+    merged: of how many dimensions of the plain matrix C is the product.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None = None
+    order: jax.Array | None = None
+    format: Format = "int8"
+    axis: int = -2
+    merged: int = 1
+
+    @property
+    def num_inputs(self) -> int:
+        return self.values.shape[self.axis] * (2 if self.format == "int4" else 1)
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[self.axis]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.num_inputs // self.num_groups
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that it stands for, its inputs merged."""
+        shape = list(self.values.shape)
+        shape[self.axis] = self.num_inputs
+        return tuple(shape)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The sizes of the dimensions after C."""
+        return self.values.shape[len(self.values.shape) + self.axis + 1 :]
+
+    def children(self) -> dict[str, jax.Array]:
+        """The arrays that are there, by name."""
+        named = {name: getattr(self, name) for name in CHILDREN}
+        return {name: child for name, child in named.items() if child is not None}
+
+
+CHILDREN = ("values", "scales", "zeros", "order")
+jax.tree_util.register_dataclass(QuantArray, list(CHILDREN), ["format", "axis", "merged"])
+
+
+def is_quantised(value: object) -> bool:
+    """Whether `value` is a quantised array; the `is_leaf` of trees that hold some."""
+    return isinstance(value, QuantArray)
+
+
+def check(format: str, *, num_inputs: int, group_size: int | None, what: str) -> None:
+    """Raises `ValueError` for a format or a group that inputs of this number cannot have."""
+    if format not in FORMATS:
+        raise ValueError(f"{what}: unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if format == "fp8" and group_size is not None:
+        raise ValueError(f"{what}: fp8 has a scale a channel; leave group_size={group_size} out")
+    if format == "int4" and num_inputs % PACKED:
+        raise ValueError(f"{what}: int4 needs a multiple of {PACKED} inputs, not {num_inputs}")
+    if group_size is None:
+        return
+    if group_size <= 0 or (format == "int4" and group_size % PACKED):
+        raise ValueError(f"{what}: group_size={group_size} is not a multiple of {PACKED}")
+    if num_inputs % group_size:
+        raise ValueError(
+            f"{what}: {num_inputs} inputs are no multiple of group_size={group_size}; use a "
+            f"divisor of {math.gcd(num_inputs, 128)}, or a scale a channel"
+        )
+
+
+def quantise(
+    w: jax.Array,
+    *,
+    format: Format,
+    group_size: int | None = None,
+    axis: int = -2,
+    merged: int = 1,
+    what: str = "array",
+) -> QuantArray:
+    """`w` rounded to the nearest value, the largest of each group exactly.
+
+    axis: the last of the `merged` dimensions of inputs, from the end. group_size: inputs that share
+    a scale; None is all of them. Scales are float32 a channel, bfloat16 a group: a group's is as
+    much as 1/16 of its bytes.
+    Raises `ValueError` as `check` does.
+    """
+    first, last = w.ndim + axis - merged + 1, w.ndim + axis
+    w = w.reshape(*w.shape[:first], -1, *w.shape[last + 1 :])
+    check(format, num_inputs=w.shape[axis], group_size=group_size, what=what)
+    grouped = _split(w.astype(jnp.float32), axis, group_size or w.shape[axis])
+    largest = jnp.max(jnp.abs(grouped), axis=axis, keepdims=True)
+    scales = largest / _LARGEST[format]
+    if group_size is not None:
+        scales = scales.astype(jnp.bfloat16)
+    # A group of zeros has scale 0; any other keeps 0 / 0 from being asked.
+    divisor = jnp.where(scales == 0, 1.0, scales.astype(jnp.float32))
+    values = _join(grouped / divisor, axis)
+    return QuantArray(
+        _encoded(values, format, axis),
+        jnp.squeeze(scales, axis),
+        format=format,
+        axis=axis,
+        merged=merged,
+    )
+
+
+def _encoded(values: jax.Array, format: Format, axis: int) -> jax.Array:
+    limit = _LARGEST[format]
+    values = jnp.clip(values, -limit, limit)
+    if format == "fp8":
+        return values.astype(jnp.float8_e4m3fn)
+    whole = jnp.round(values).astype(jnp.int8)
+    return whole if format == "int8" else pack(whole, axis=axis)
+
+
+def pack(values: jax.Array, *, axis: int) -> jax.Array:
+    """Whole numbers -8..7 [..., C, ...] -> bytes [..., C / 2, ...]."""
+    halves = (values + INT4_OFFSET).astype(jnp.uint8)
+    halves = _split(_split(halves, axis, PACKED), axis, PACKED // 2)
+    low, high = (jax.lax.index_in_dim(halves, i, halves.ndim + axis - 1, False) for i in (0, 1))
+    return _join(low | (high << 4), axis)
+
+
+def unpack(packed: jax.Array, *, axis: int, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `pack`, as `dtype`."""
+    grouped = _split(packed, axis, PACKED // 2)
+    halves = jnp.concatenate([grouped & 0xF, grouped >> 4], axis=axis)
+    return _join(halves, axis).astype(dtype) - jnp.asarray(INT4_OFFSET, dtype)
+
+
+def whole(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
+    """The values v alone, [..., C, O...] as `dtype`, which holds each of them exactly."""
+    if q.format == "int4":
+        return unpack(q.values, axis=q.axis, dtype=dtype)
+    return q.values.astype(dtype)
+
+
+def stored(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
+    """(v - z) s in float32, then `dtype`; its rows in the order in which they are stored."""
+    grouped = _split(whole(q, jnp.float32), q.axis, q.group_size)
+    # In float32 v - z is exact, and the product is rounded once to the scale's precision or better.
+    if q.zeros is not None:
+        grouped = grouped - jnp.expand_dims(q.zeros, q.axis).astype(jnp.float32)
+    scaled = grouped * jnp.expand_dims(q.scales, q.axis).astype(jnp.float32)
+    return _join(scaled, q.axis).astype(dtype)
+
+
+def dequantise(q: QuantArray, *, dtype: jnp.dtype) -> jax.Array:
+    """The matrix [..., C, O...] that `q` stands for."""
+    w = stored(q, dtype)
+    if q.order is None:
+        return w
+    back = jnp.argsort(q.order, axis=-1)
+    index = back.reshape(*back.shape, *(1,) * (w.ndim - back.ndim))
+    return jnp.take_along_axis(w, index, axis=q.axis)
+
+
+def dequantised(kernel: QuantArray | jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """A kernel, quantised or not, as a plain one; those of experts, which grouped products take."""
+    if is_quantised(kernel):
+        return dequantise(kernel, dtype=dtype)
+    return kernel.astype(dtype)
+
+
+def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """Rows of an embedding [O, C], quantised or not; NaN for an index outside it."""
+    fill = {"mode": "fill", "wrap_negative_indices": False}
+    if not is_quantised(table):
+        return jnp.asarray(table).at[index].get(fill_value=jnp.nan, **fill).astype(dtype)
+    rows = table.values.at[index].get(fill_value=0, **fill).astype(jnp.float32)
+    scales = table.scales.at[index].get(fill_value=jnp.nan, **fill).astype(jnp.float32)
+    return (rows * scales).astype(dtype)
+
+
+def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """[..., C, O...] -> [..., C / size, size, O...]; `axis` counts from the end and now is size."""
+    place = x.ndim + axis
+    return x.reshape(*x.shape[:place], -1, size, *x.shape[place + 1 :])
+
+
+def _join(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `_split`."""
+    place = x.ndim + axis
+    return x.reshape(*x.shape[: place - 1], -1, *x.shape[place + 1 :])
+
+
+def with_outputs(q: QuantArray, outputs: tuple[int, ...]) -> QuantArray:
+    """`q` with the dimensions after C in another shape."""
+
+    def reshaped(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[: x.ndim + q.axis + 1], *outputs)
+
+    return dataclasses.replace(
+        q,
+        values=reshaped(q.values),
+        scales=reshaped(q.scales),
+        zeros=None if q.zeros is None else reshaped(q.zeros),
+        axis=-1 - len(outputs),
+    )
+
+
+def alike(kernels: Sequence[QuantArray | jax.Array]) -> bool:
+    """Whether kernels of the same inputs are all plain, or can be joined by `concatenate`."""
+    if not any(map(is_quantised, kernels)):
+        return True
+    if not all(map(is_quantised, kernels)):
+        return False
+    kinds = {(q.format, q.num_groups, q.scales.dtype, q.zeros is None) for q in kernels}
+    return len(kinds) == 1 and all(q.order is None for q in kernels)
+
+
+def concatenate(kernels: Sequence[QuantArray]) -> QuantArray:
+    """Kernels of the same inputs joined along the last dimension but one, one of their outputs.
+
+    Raises `ValueError` where they are not `alike`.
+    """
+    if not alike(kernels):
+        raise ValueError(
+            "kernels that are quantised in different ways, or whose inputs are in an order of "
+            "their own (GPTQ's desc_act), cannot be fused; use form='unstacked'"
+        )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *kernels)
+
+
+def shardings(plain, like):
+    """Shardings for the tree `like`, from `plain`, which has one for each unquantised parameter.
+
+    Raises `ValueError` where a mesh axis would cut a group of inputs.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, sharding: (
+            _sharding(sharding, leaf, what=jax.tree_util.keystr(path, simple=True, separator="."))
+            if is_quantised(leaf)
+            else sharding
+        ),
+        like,
+        plain,
+        is_leaf=is_quantised,
+    )
+
+
+def _sharding(plain: Sharding, q: QuantArray, *, what: str) -> QuantArray:
+    """Shardings of the pieces of `q`: values as the plain kernel, scales with their outputs."""
+    if not isinstance(plain, NamedSharding):
+        return jax.tree.map(lambda _: plain, q)
+    place, rank = q.values.ndim + q.axis, q.values.ndim + q.merged - 1
+    entries = [*plain.spec, *[None] * (rank - len(plain.spec))]
+    # Of merged dimensions the first varies slowest, so that what it is spread over cuts C evenly.
+    assert not any(entries[place + 1 : place + q.merged]), (what, plain)
+    before, over, after = entries[:place], entries[place], entries[place + q.merged :]
+    axes = (over,) if isinstance(over, str) else over or ()
+    parts = math.prod(plain.mesh.shape[axis] for axis in axes)
+    smallest = max(PACKED if q.format == "int4" else 1, q.group_size if q.num_groups > 1 else 1)
+    if q.num_inputs % (parts * smallest):
+        raise ValueError(
+            f"{what}: mesh axis {'*'.join(axes)}={parts} would cut a group of {smallest} of its "
+            f"{q.num_inputs} inputs; use a mesh axis that divides {q.num_inputs // smallest}, or "
+            f"quantise with a smaller group_size"
+        )
+    named = lambda *entries: NamedSharding(plain.mesh, PartitionSpec(*entries))  # noqa: E731
+    scales = named(*before, over if q.num_groups > 1 else None, *after)
+    return dataclasses.replace(
+        q,
+        values=named(*before, over, *after),
+        scales=scales,
+        zeros=None if q.zeros is None else scales,
+        order=None if q.order is None else named(*before, None),
+    )

@@ -1,0 +1,104 @@
+"""The einsum of activations with a quantised kernel.
+
+Three ways, one result up to rounding. xla: values are cast where they are multiplied, scales are
+applied to the product (a scale a channel) or to the values (a scale a group). gpu: a kernel that
+reads values once for a few rows (`kernels.py`). dequantise: the whole matrix first, then an
+ordinary product, the fastest for many rows, where arithmetic and not reading is what takes time.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from partitioning.sharding import Layout
+from qwen_jax.quant import array, kernels
+from qwen_jax.quant.array import QuantArray
+
+Implementation = Literal["xla", "gpu", "dequantise"]
+MOST_ROWS = 64  # more are bound by arithmetic, and go through an ordinary product
+
+
+def choose(q: QuantArray, *, rows: int, dtype: jnp.dtype, layout: Layout | None) -> Implementation:
+    """The fastest that runs here for so many rows."""
+    platform = jax.default_backend() if layout is None else layout.platform
+    if rows > MOST_ROWS:
+        return "dequantise"
+    alone = layout is None or layout.mesh.size == 1
+    if platform == "gpu" and alone and kernels.why_not(q, rows=rows, dtype=dtype) is None:
+        return "gpu"
+    return "xla"
+
+
+def contract(
+    einsum: str,
+    x: jax.Array,
+    q: QuantArray,
+    *,
+    layout: Layout | None,
+    implementation: Implementation | None = None,
+    preferred: jnp.dtype | None = None,
+) -> jax.Array:
+    """`jnp.einsum(einsum, x, kernel)` of x [B, T, inputs...] -> [B, T, outputs...].
+
+    As `preferred`, x's dtype by default. Raises `ValueError` for an einsum of another form, and for
+    a named implementation that cannot run.
+    """
+    _check(einsum, x, q)
+    B, T = x.shape[:2]
+    x_BTC = x.reshape(B, T, q.num_inputs)
+    if q.order is not None:
+        x_BTC = jnp.take(x_BTC, q.order, axis=-1)
+    if implementation is None:
+        implementation = choose(q, rows=B * T, dtype=x.dtype, layout=layout)
+    compute = {"xla": _xla, "gpu": _gpu, "dequantise": _dequantise}
+    if implementation not in compute:
+        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(compute)}")
+    return compute[implementation](x_BTC, q).astype(preferred or x.dtype)
+
+
+def _check(einsum: str, x: jax.Array, q: QuantArray) -> None:
+    inputs, result = einsum.split("->")
+    of_x, of_kernel = inputs.split(",")
+    summed = of_x[2:]
+    before = q.axis != -1
+    letters = summed + result[2:] if before else result[2:] + summed
+    if len(of_x) != x.ndim or of_x[:2] != result[:2] or letters != of_kernel:
+        raise ValueError(
+            f"{einsum!r} does not sum over all of x but batch and length; quantised kernels take "
+            f"no other product"
+        )
+
+
+def _einsum(x_BTC: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """Float32 sums of x [B, T, C] with w [C, O...], or w [O, C]."""
+    return jax.lax.dot_general(
+        x_BTC,
+        w,
+        (((2,), (w.ndim + axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _xla(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
+    if q.num_groups > 1 or q.zeros is not None:
+        return _einsum(x_BTC, array.stored(q, x_BTC.dtype), q.axis)
+    y = _einsum(x_BTC, array.whole(q, x_BTC.dtype), q.axis)
+    scales = jnp.squeeze(q.scales, q.axis).astype(jnp.float32)
+    return y * scales[None, None]
+
+
+def _dequantise(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
+    # Kept apart, so that the product is the one of an ordinary kernel.
+    w = jax.lax.optimization_barrier(array.stored(q, x_BTC.dtype))
+    return _einsum(x_BTC, w, q.axis)
+
+
+def _gpu(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
+    B, T, C = x_BTC.shape
+    if (reason := kernels.why_not(q, rows=B * T, dtype=x_BTC.dtype)) is not None:
+        raise ValueError(f"the kernel of quantised products cannot run: {reason}")
+    outputs = q.outputs if q.axis != -1 else q.values.shape[:1]
+    flat = array.with_outputs(q, (-1,)) if q.axis != -1 else q
+    y_MO = kernels.multiply(x_BTC.reshape(B * T, C), flat)
+    return y_MO.reshape(B, T, *outputs)

@@ -1,0 +1,130 @@
+"""`qwen-jax quantize`: what it writes answers as the quantised parameters do, and is verified."""
+
+import dataclasses
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import qwen2_5, qwen2_moe
+from infer import generate
+from qwen_jax import checkpoint, model, tokenizer_train
+from qwen_jax.cli import main
+from qwen_jax.convert import exporter, table
+from qwen_jax.quant import array, command, tree
+
+CFG = dataclasses.replace(
+    qwen2_5.tiny(),
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=16,
+    max_position_embeddings=256,
+)
+SPARSE = dataclasses.replace(qwen2_moe.tiny(), vocab_size=320)
+
+
+def drawn(cfg) -> dict:
+    leaves, structure = jax.tree.flatten(model.shapes(cfg))
+    rng = np.random.default_rng(0)
+    return structure.unflatten(
+        [jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32) for leaf in leaves]
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A native checkpoint with random weights and a tokenizer."""
+    folder = tmp_path_factory.mktemp("plain")
+    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    words.save(folder / "assets")
+    command.save(CFG, drawn(CFG), folder / "native", assets=folder / "assets", source={})
+    return folder / "native"
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["qwen-jax", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return ended.value.code, said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (
+            ("--weights", "int4", "--group-size", "32"),
+            tree.Settings(weights="int4", group_size=32),
+        ),
+        pytest.param((), tree.Settings(), marks=pytest.mark.slow),
+        pytest.param(
+            ("--weights", "fp8", "--output-layer", "keep"),
+            tree.Settings(weights="fp8", output="keep"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_command(monkeypatch, capsys, tmp_path, plain, flags, settings):
+    text = tmp_path / "text"
+    text.write_text("a few words, to have a corpus. " * 20)
+    out = str(tmp_path / "quantised")
+    arguments = (*flags, "--text", str(text), "--dtype", "float32")
+    code, said = run(monkeypatch, capsys, "quantize", str(plain), out, *arguments)
+    assert code == 0, said
+    before, after = map(float, re.search(r"tokens (\S+) -> (\S+) nats", said).groups())
+    assert 0 < abs(after - before) < 0.3
+    assert run(monkeypatch, capsys, "checkpoint", "verify", out)[0] == 0
+
+    want = tree.quantise(CFG, drawn(CFG), settings)
+    got = checkpoint.load_params(out, dtype="float32")
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+    loaded = generate.load(out, dtype="float32")
+    request = generate.prompt_request(
+        loaded, "a few", settings=dataclasses.replace(loaded.defaults, temperature=0, max_tokens=6)
+    )
+    tokens = generate.stream(loaded, request, write=lambda _: None).token_ids
+    whole = jnp.asarray([[*request.tokens, *tokens]])
+    logits_BTV = model.unembed(CFG, want, model.apply(CFG, want, whole).hidden_BTD)
+    start = len(request.tokens) - 1
+    assert tokens == tuple(np.argmax(logits_BTV[0, start:-1], axis=-1).tolist())
+
+
+def test_experts_are_quantised_and_gates_are_not(tmp_path):
+    params = tree.quantise(SPARSE, drawn(SPARSE), tree.Settings(weights="int4", group_size=32))
+    flat = table.flatten(params)
+    kept = {path for path, value in flat.items() if not array.is_quantised(value)}
+    assert {"layers.moe.router.kernel", "layers.moe.shared_gate.kernel"} <= kept
+    assert flat["layers.moe.experts.down.kernel"].values.dtype == jnp.uint8
+    command.save(SPARSE, params, tmp_path / "c", assets=None, source={})
+    again = checkpoint.load_params(tmp_path / "c")
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_what_cannot_be_is_refused(monkeypatch, capsys, tmp_path, plain):
+    out = tmp_path / "out"
+    code, said = run(
+        monkeypatch, capsys, "quantize", str(plain), str(out), "--weights", "int4",
+        "--group-size", "64",
+    )  # fmt: skip
+    assert code == 2 and "layers.mlp.down.kernel: 96 inputs are no multiple of" in said
+    assert not out.exists()
+    command.quantise_checkpoint(plain, out, tree.Settings())
+    with pytest.raises(ValueError, match="out exists already"):
+        command.quantise_checkpoint(plain, out, tree.Settings())
+    for act in (
+        lambda: command.quantise_checkpoint(out, tmp_path / "again", tree.Settings()),
+        lambda: exporter.export_checkpoint(out, tmp_path / "hf"),
+    ):
+        with pytest.raises(ValueError, match="is quantised, for inference alone"):
+            act()

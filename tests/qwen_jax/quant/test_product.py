@@ -1,0 +1,123 @@
+"""Every implementation of a quantised product = the product with the dequantised matrix."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.quant import array, kernels, product
+
+WAYS = [("int8", None), ("int8", 64), ("int4", None), ("int4", 32), ("int4", 128), ("fp8", None)]
+
+
+def draw(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def with_zeros(q: array.QuantArray) -> array.QuantArray:
+    zeros = np.random.default_rng(1).integers(-3, 4, q.scales.shape)
+    order = np.random.default_rng(2).permutation(q.num_inputs)
+    return dataclasses.replace(
+        q, zeros=jnp.asarray(zeros, jnp.int8), order=jnp.asarray(order, jnp.int32)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("format", "group"), WAYS)
+def test_implementations_agree(format, group, rows):
+    """To bfloat16's half-step where the matrix is rounded to it, else to float32's."""
+    x = draw(1, rows, 256).astype(jnp.bfloat16)
+    q = array.quantise(draw(256, 2, 32), format=format, group_size=group, axis=-3)
+    q = with_zeros(q) if group == 64 or group == 128 else q
+
+    @jax.jit
+    def compute(x, q):
+        x32, w = x.astype(jnp.float32), array.dequantise(q, dtype=jnp.float32)
+        options = {"layout": None, "preferred": jnp.float32}
+        products = {
+            name: product.contract("btd,dnh->btnh", x, q, implementation=name, **options)
+            for name in ("xla", "gpu", "dequantise")
+        }
+        want, size = (
+            jnp.einsum("btd,dnh->btnh", x, w, precision="highest")
+            for x, w in ((x32, w), (jnp.abs(x32), jnp.abs(w)))
+        )
+        return want, size, products
+
+    want, size, products = compute(x, q)
+    for name, got in products.items():
+        bound = 1e-6 if name == "gpu" else 2**-8
+        assert (np.abs(got - want) <= np.asarray(size) * bound).all(), name
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_an_embedding_projects_back(rows):
+    x, table = draw(1, rows, 128).astype(jnp.bfloat16), draw(192, 128)
+    q = array.quantise(table, format="int8", axis=-1)
+    want = np.einsum("btd,vd->btv", np.asarray(x, np.float32), array.dequantise(q, dtype=x.dtype))
+    for implementation in ("xla", "gpu", "dequantise"):
+        got = product.contract(
+            "btd,vd->btv", x, q, layout=None, implementation=implementation, preferred=jnp.float32
+        )
+        np.testing.assert_allclose(got, want, atol=2**-7 * np.abs(want).max())
+
+
+def test_merged_inputs():
+    w_NHD = draw(4, 16, 64)
+    q = array.quantise(w_NHD, format="int8", axis=-2, merged=2)
+    x = draw(2, 3, 4, 16)
+    got = product.contract("btnh,nhd->btd", x, q, layout=None)
+    w = array.dequantise(q, dtype=jnp.float32).reshape(w_NHD.shape)
+    np.testing.assert_allclose(got, np.einsum("btnh,nhd->btd", x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_the_choice_and_what_cannot_run():
+    q = array.quantise(draw(128, 64), format="int8")
+    here = {"dtype": jnp.bfloat16, "layout": None}
+    assert product.choose(q, rows=1, **here) == "xla"
+    assert product.choose(q, rows=65, **here) == "dequantise"
+    assert kernels.why_not(q, rows=64, dtype=jnp.bfloat16) is None
+    with pytest.raises(ValueError, match="cannot run: it multiplies bfloat16, not float32"):
+        product.contract("btd,df->btf", draw(1, 1, 128), q, layout=None, implementation="gpu")
+    odd = array.quantise(draw(128, 60), format="int8")
+    assert "multiples of 64" in kernels.why_not(odd, rows=1, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="quantised kernels take no other product"):
+        product.contract("btd,fd->btf", draw(1, 1, 128), q, layout=None)
+    with pytest.raises(ValueError, match="unknown implementation 'mosaic'"):
+        product.contract("btd,df->btf", draw(1, 1, 128), q, layout=None, implementation="mosaic")
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("format", "group"), WAYS)
+def test_the_kernel_lowers_to_triton(format, group, rows):
+    """Without a GPU: its program is made, not run."""
+    q = array.quantise(draw(512, 256), format=format, group_size=group)
+    q = with_zeros(q) if format == "int4" else q
+    x = jnp.ones((rows, 512), jnp.bfloat16)
+    program = jax.jit(lambda x, q: kernels.multiply(x, q, interpret=False))
+    text = program.trace(x, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        (3584, 3584), (3584, 4608), (3584, 37888), (18944, 3584),
+        (896, 1152), (896, 9728), (4864, 896),
+    ],
+)  # fmt: skip
+def test_blocks_of_released_models_divide_them(inputs, outputs):
+    for format, group in WAYS:
+        packed = 2 if format == "int4" else 1
+        q = array.QuantArray(
+            jax.ShapeDtypeStruct((inputs // packed, outputs), jnp.int8),
+            jax.ShapeDtypeStruct((inputs // (group or inputs), outputs), jnp.float32),
+            format=format,
+        )
+        assert kernels.why_not(q, rows=1, dtype=jnp.bfloat16) is None
+        blocks = kernels.choose(q, rows=1)
+        assert inputs % (blocks.inputs * blocks.parts) == 0 and outputs % blocks.outputs == 0
+        assert q.group_size % blocks.inputs == 0
+        assert (outputs // blocks.outputs) * blocks.parts >= 120  # of 132 multiprocessors
