@@ -135,27 +135,21 @@ def lm_eval(
 
 def _backend(loaded: Loaded, engine: schema.Engine) -> "tuple[ServiceBackend, dict[str, Any]]":
     """The model behind an engine, and what results call it."""
-    from infer import engine as engine_lib
-    from infer import generate as generate_lib
+    from infer import loading
     from infer.eval.service_backend import ServiceBackend
-    from infer.service import Service
     from partitioning import mesh as mesh_lib
 
-    mesh = mesh_lib.parse(loaded.mesh) if loaded.mesh else None
-    model = generate_lib.load(loaded.model, dtype=loaded.dtype, mesh=mesh)
-    running = engine_lib.Engine(
-        model.cfg,
-        model.params,
+    service = loading.load(
+        loaded.model,
         settings=engine,
-        eos_ids=model.eos_ids,
-        dtype=model.dtype,
-        layout=model.layout,
+        sampling={},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
     )
-    service = Service(running, tokenizer=model.tokenizer, defaults=model.defaults)
-    held = running.settings.num_pages * running.settings.page_size
+    settings = service.engine.settings
     backend = ServiceBackend(
         service,
-        max_length=min(running.settings.max_length, held),
-        num_open=2 * engine.num_slots,
+        max_length=min(settings.max_length, settings.num_pages * settings.page_size),
+        num_open=2 * settings.num_slots,
     )
     return backend, {"model": loaded.model, "dtype": loaded.dtype}

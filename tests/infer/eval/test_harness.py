@@ -4,21 +4,28 @@ import json
 import math
 import types
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from configs import schema
-from infer import engine as engine_lib
-from infer import generate
+from infer import loading
+from infer.eval import gsm8k
+from infer.eval import task as task_lib
 from infer.eval.backend import Prompt, Score
 from infer.eval.service_backend import ServiceBackend
-from infer.service import Service
 from qwen_jax import chat, tokenizer_train
-from tests.infer.eval import data, standin
+from tests.infer.eval import standin
 
 pytest.importorskip("lm_eval")
 from infer.eval import harness  # noqa: E402 (the extra `eval`)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+ENGINE = schema.Engine(
+    num_slots=4, page_size=16, num_pages=128, prefill_chunk=256, prefill_tokens=256, buckets="one"
+)
 
 
 def instances(*arguments: tuple) -> list:
@@ -114,92 +121,28 @@ def test_chat_templates_are_those_of_our_own_encoding(words):
     assert model.tokenizer_name == f"some__model--{words.fingerprint}"
 
 
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}, train: {file}}}}}
-test_split: test
-fewshot_split: train
-fewshot_config: {{sampler: first_n}}
-num_fewshot: {shots}
-metadata: {{version: 1.0}}
-"""
-CHOICE = """\
-output_type: multiple_choice
-doc_to_text: "{{question}}\\nAnswer:"
-doc_to_choice: "{{choices}}"
-doc_to_target: gold
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-ROLLING = """\
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question}}"
-metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
-"""
-WRITING = """\
-output_type: generate_until
-doc_to_text: "Question: {{question}}\\nAnswer:"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["Question:", "\\n\\n"], do_sample: false, max_gen_toks: 12}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-filter_list:
-  - name: strict
-    filter: [{function: regex, regex_pattern: "#### ([0-9]+)"}, {function: take_first}]
-  - name: any
-    filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]
-"""
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(st.text("#### 0123456789.,$-ab\n", max_size=24))
+def test_gsm8k_is_judged_as_the_harness_does(text):
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
 
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, generator):
-    """A tiny random model as transformers saves it, with a tokenizer and a chat template."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    cfg, path = generator.cfg, tmp_path_factory.mktemp("model")
-    config = transformers.Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        head_dim=cfg.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        max_position_embeddings=256,
-        eos_token_id=256,
-        bos_token_id=None,
-        pad_token_id=256,
-    )
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    generator.tokenizer.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def task_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    records = [
-        {
-            "question": f"{'a longer story about ' * (i % 3)}what is {i} and {i}?",
-            "choices": [f"{i}", f"{2 * i} or so", "none of them at all", " an empty word"],
-            "gold": i % 4,
-            "answer": f"{2 * i}",
-        }
-        for i in range(12)
-    ]
-    records[5]["question"] = "a text far beyond what the model can hold " * 14
-    file = data.write_lines(folder / "data.jsonl", records)
-    for name, body, shots in (
-        ("choice", CHOICE, 2), ("rolling", ROLLING, 0), ("writing", WRITING, 1)
-    ):  # fmt: skip
-        text = TASK.format(name=f"local_{name}", file=file, shots=shots) + body
-        (folder / f"{name}.yaml").write_text(text)
-    return folder
+    patterns = {
+        "strict": (r"#### (\-?[0-9\.\,]+)", 0),
+        "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+    }
+    item = task_lib.Item(id="1", question="", record={"answer": "so\n#### 1,000"})
+    got = gsm8k.judge(item, task_lib.Answer(texts=(text,)))
+    for name, (pattern, select) in patterns.items():
+        [[found]] = RegexFilter(pattern, group_select=select).apply([[text]], [{}])
+        match = exact_match_hf_evaluate(
+            predictions=[found],
+            references=[item.record["answer"]],
+            regexes_to_ignore=[",", "\\$", "(?s).*#### ", "\\.$"],
+            ignore_case=True,
+        )
+        assert got[name] == (match["exact_match"],), (name, found)
+    assert gsm8k.judge(item, task_lib.Answer(texts=(f"{text}#### 1000",)))["flexible"] == (1.0,)
 
 
 def evaluate(model, tasks: list[str], folder, *, chat: bool) -> dict:
@@ -218,14 +161,7 @@ def evaluate(model, tasks: list[str], folder, *, chat: bool) -> dict:
 
 
 def ours(folder) -> harness.LanguageModel:
-    loaded = generate.load(folder, dtype="float32")
-    settings = schema.Engine(
-        num_slots=4, page_size=16, num_pages=128, prefill_chunk=256, prefill_tokens=256
-    )
-    engine = engine_lib.Engine(
-        loaded.cfg, loaded.params, settings=settings, eos_ids=loaded.eos_ids, dtype=loaded.dtype
-    )
-    service = Service(engine, tokenizer=loaded.tokenizer, defaults=loaded.defaults)
+    service = loading.load(folder, settings=ENGINE, sampling={}, dtype="float32")
     return harness.LanguageModel(ServiceBackend(service, max_length=256, num_open=8), name="tiny")
 
 
