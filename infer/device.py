@@ -44,6 +44,7 @@ class Device:
             num_pages=settings.num_pages,
             page_size=settings.page_size,
             dtype=dtype,
+            storage=settings.kv_cache,
             layout=layout,
         )
 

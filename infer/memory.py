@@ -25,7 +25,12 @@ def num_pages(
     length = settings.max_length or cfg.max_position_embeddings
     width = -(-length // settings.page_size)
     page = paged_cache.num_bytes(
-        cfg, num_pages=1, page_size=settings.page_size, dtype=dtype, layout=layout
+        cfg,
+        num_pages=1,
+        page_size=settings.page_size,
+        dtype=dtype,
+        storage=settings.kv_cache,
+        layout=layout,
     )
     device = jax.local_devices()[0] if layout is None else layout.mesh.local_devices[0]
     stats = device.memory_stats() or {}

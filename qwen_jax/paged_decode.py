@@ -286,20 +286,14 @@ def _attend_chunk(pages, table_RM, positions_RT, lengths_R, index: int, *, past,
 
 
 def _attend_one(pages, rows: Rows, active_R, index: int, *, attention, layout):
-    kv_PSCH = pages.layers[index]
+    """Writes one key and value a row into one layer's pages, and attends over all up to it."""
 
     def inner(q_R1NH: jax.Array, k_R1KH: jax.Array, v_R1KH: jax.Array):
-        kept = paged_cache.write(
-            kv_PSCH,
-            k_R1KH,
-            v_R1KH,
-            table_BM=rows.table_BM,
-            positions_BT=rows.lengths_B[:, None],
-            valid_BT=active_R[:, None],
-        )
-        o_RNH = paged.decode(
+        o_RNH, kept = paged.append(
             q_R1NH[:, 0],
-            kept,
+            k_R1KH[:, 0],
+            v_R1KH[:, 0],
+            pages.layers[index],
             table_BM=rows.table_BM,
             lengths_B=jnp.where(active_R, rows.lengths_B + 1, 0),
             implementation=attention,

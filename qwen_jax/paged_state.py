@@ -83,11 +83,17 @@ def empty(
     num_pages: int,
     page_size: int,
     dtype: jnp.dtype,
+    storage: paged_cache.Storage = "plain",
     layout: Layout | None = None,
 ) -> State:
     """`num_slots` slots without a request, of at most `width` pages each, and `num_pages` pages."""
     pages = paged_cache.create(
-        cfg, num_pages=num_pages, page_size=page_size, dtype=dtype, layout=layout
+        cfg,
+        num_pages=num_pages,
+        page_size=page_size,
+        dtype=dtype,
+        storage=storage,
+        layout=layout,
     )
 
     def zeros(*shape: int, dtype: jnp.dtype = jnp.int32) -> jax.Array:

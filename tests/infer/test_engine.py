@@ -268,7 +268,9 @@ def test_nothing_compiles_after_the_warm_up():
 def test_guesses_change_no_answer(engine):
     rng = random.Random(8)
     once = [rng.randrange(CFG.vocab_size) for _ in range(9)]
-    requests = [any_request(rng, str(i), shared=tuple(once * 4)) for i in range(12)]
+    requests = [any_request(rng, str(i), shared=tuple(once * 4)) for i in range(8)]
+    stubborn = schema.Sampling(temperature=0.5, max_tokens=30, logit_bias=((11, 60.0), (12, 60.0)))
+    requests.append(Request(id="stubborn", tokens=(11, 12, 11, 12), sampling=stubborn))
     guessing = make_engine(speculation="prompt_lookup", guesses=3, speculation_rows=4)
     got = answers(guessing, requests)
     for request in requests:
@@ -282,6 +284,19 @@ def test_guesses_change_no_answer(engine):
     stats = guessing.stats()
     assert stats["guessed_tokens"] > stats["accepted_tokens"] > 0
     check_nothing_is_held(guessing)
+
+
+def test_int8_pages_answer_alike_alone_and_near_the_plain_ones(engine):
+    rng = random.Random(9)
+    requests = [any_request(rng, str(i)) for i in range(6)]
+    scored = schema.Sampling(max_tokens=0, prompt_logprobs=0)
+    requests.append(Request(id="scored", tokens=tuple(range(60)), sampling=scored))
+    quantised = make_engine(kv_cache="int8")
+    got = answers(quantised, requests)
+    assert all(got[r.id] == answers(quantised, [r])[r.id] for r in requests)
+    ours, plain = (next(e.run(requests[-1:])).prompt_logprobs for e in (quantised, engine))
+    off = np.array([a.raw - b.raw for a, b in zip(ours, plain, strict=True)])
+    assert 0 < np.abs(off).mean() < 0.05
 
 
 def test_embeddings(engine):
