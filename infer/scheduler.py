@@ -225,6 +225,7 @@ class Scheduler:
         """Forgets a request; returns the slot that it leaves, None if it had none or is unknown."""
         if (arrival := self._arrivals.get(id)) is not None:
             self._leave_line(arrival)
+            self._news = True
             return None
         if (slot := self._slots.get(id)) is not None:
             self.finished(slot)
@@ -273,10 +274,9 @@ class Scheduler:
         """Gives slots and pages to those that fit, in the policy's order but for the overtaken."""
         patience = _PATIENCE[self._settings.policy] * self._settings.num_slots
         passed_over: list[tuple[int, int]] = []
-        enough = len(self._running) + _AT_ONCE
+        enough = len(self._running) + _AT_ONCE  # more come after the next prefill
         while self._free_slots and self._waiting and len(passed_over) < _LOOK_AHEAD:
             if len(self._running) == enough:
-                self._news = True
                 break
             if len(self._overtook) >= patience:
                 if not self._try(next(iter(self._waiting)), overdue=True):
@@ -317,7 +317,6 @@ class Scheduler:
     def _leave_line(self, arrival: int) -> None:
         request = self._waiting.pop(arrival)
         del self._arrivals[request.id]
-        self._news = True
         if not self._waiting:
             self._order.clear()
             self._overtook.clear()

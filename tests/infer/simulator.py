@@ -5,7 +5,7 @@ is made of that hash. So a page that was given to two, read before it was writte
 it was shared shows as a cell that is not what the request's own tokens make of it, and an answer
 can be compared with the same request's alone.
 
-Run it (`python -m tests.infer.simulator`) for what traffic of some shapes costs in padding.
+What traffic costs in padding is measured by `benchmarks/scheduling.py`.
 """
 
 import random
@@ -194,6 +194,7 @@ class Simulation:
         self.departures: dict[int, list[str]] = {}
         self.num_arrived = 0
         self.in_a_row: list[int] = []  # padded tokens of the prefills since the last decode
+        self.last: Prefill | Decode | None = None
         shapes = scheduler_lib.shapes(settings)
         self.allowed = {*shapes.prefill, *((rows,) for rows in shapes.decode)}
 
@@ -211,6 +212,7 @@ class Simulation:
                 self._prefill(program)
             else:
                 self._decode(program)
+            self.last = program
             while len(self.unread) > (self.lag if program is not None else 0):
                 self._read(self.unread.popleft())
             audit(self.pages, [r.reservation for r in self.scheduler._running.values()])
@@ -299,6 +301,8 @@ class Simulation:
         running = self.scheduler._running
         decoding = sorted(slot for slot, r in running.items() if r.state == "decoding")
         assert list(program.slots) == decoding
+        if any(r.state == "reading" for r in running.values()):
+            assert not isinstance(self.last, Decode)
         assert (program.num_rows,) in self.allowed
         assert len(program.slots) <= program.num_rows
         ids = {slot: running[slot].request.id for slot in decoding}

@@ -204,6 +204,22 @@ def test_who_waits_for_a_prompt_that_is_given_up_reads_it_itself():
     assert (_ids(program), program.chunks[0].num_cached) == (["b"], 128)
 
 
+def test_who_was_overtaken_enough_waits_no_longer_for_a_prompt_to_be_written():
+    scheduler = _scheduler(num_slots=2)
+    scheduler.add(_request("a", 128 * 20, first=0))
+    scheduler.add(_request("b", 128 * 20, first=0))
+    for i in range(3):
+        scheduler.add(_request(f"short {i}", 10))
+    scheduler.next()
+    for i in range(2):
+        while f"short {i}" not in _ids(scheduler.next()):
+            pass
+        scheduler.cancel(f"short {i}")
+    chunks = [chunk for _ in range(2) for chunk in scheduler.next().chunks]
+    assert {chunk.request.id for chunk in chunks} == {"a", "b"}
+    assert 0 < max(chunk.num_cached for chunk in chunks) < 128 * 5
+
+
 def test_short_prompts_do_not_wait_for_each_other():
     scheduler = _scheduler()
     for id in "ab":
@@ -262,9 +278,12 @@ def test_the_first_prefill_does_not_wait_for_everybody_to_be_admitted():
 # Prefills and decodes
 
 
-@pytest.mark.parametrize(("rounds", "expected"), [(1, "DPDPDPDP"), (3, "PPDPPPDP")])
-def test_what_decodes_waits_for_so_many_prefills(rounds, expected):
-    scheduler = _scheduler(prefill_rounds=rounds)
+@pytest.mark.parametrize(
+    ("rounds", "prefill_tokens", "expected"),
+    [(1, 512, "DPDPDPDP"), (3, 512, "PPDPPPDP"), (1, 128, "DPDPDPDP")],
+)
+def test_what_decodes_waits_for_so_many_prefills(rounds, prefill_tokens, expected):
+    scheduler = _scheduler(prefill_rounds=rounds, prefill_tokens=prefill_tokens)
     scheduler.add(_request("a", 10))
     scheduler.next()
     scheduler.started(0)
@@ -330,11 +349,13 @@ def test_rows_that_would_be_empty_read_shorter_prompts():
     assert (_ids(program), program.num_rows) == (["a", "b", "c", "e"], 4)
 
 
-def test_expensive_padding_is_left_out():
+@pytest.mark.parametrize(("num", "rows"), [(5, [4, 1]), (6, [8]), (7, [8])])
+def test_expensive_padding_is_left_out(num, rows):
+    """Up to a quarter of the rows is not: another prefill reads the weights again."""
     scheduler = _scheduler(prefill_chunk=1024, prefill_tokens=8192)
-    for i in range(5):
+    for i in range(num):
         scheduler.add(_request(str(i), 1000))
-    assert [program.num_rows for program in _prefills(scheduler)] == [4, 1]
+    assert [program.num_rows for program in _prefills(scheduler)] == rows
 
 
 def test_with_one_bucket_a_prompt_is_cut_at_the_same_places_whatever_is_cached():
