@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 # Few programs to compile.
 ENGINE = schema.Engine(
     num_slots=2, page_size=16, prefill_chunk=32, prefill_tokens=32, decode_steps=4, num_pages=32,
-    max_length=96, buckets="one",
+    max_length=192, buckets="one",
 )  # fmt: skip
 
 
