@@ -121,13 +121,6 @@ class Service:
             tokens = prompt
         return self._not_empty(tokens)
 
-    def compile(self, spec: ConstraintSpec | None) -> None:
-        """Gets a constraint ready, for `submit` to find. Any thread may call it, as with `encode`.
-
-        Raises `ValueError` for what cannot be compiled.
-        """
-        self._guard(spec)
-
     def submit(self, request: TextRequest) -> None:
         """Opens a request: its updates come from `step`, the last of them with `usage`.
 

@@ -64,7 +64,7 @@ class Generate:
 
     def _encode(self, call: openai_format.Call) -> list[TextRequest]:
         """Prompts as tokens, and grammars compiled: the engine's thread has the engine alone."""
-        self._state.service.compile(call.requests[0].constraint)  # all requests have the same
+        self._state.service.constraint(call.requests[0].constraint)  # all requests have the same
         return [
             dataclasses.replace(request, prompt=self._tokens(request), tools=None)
             for request in call.requests

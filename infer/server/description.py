@@ -84,6 +84,11 @@ _TOOL: Schema = {
     },
     "required": ["type", "function"],
 }
+_CHOSEN: Schema = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": _only("name", _TEXT)},
+    "required": ["type", "function"],
+}
 _FORMS: dict[str, Schema] = {
     "json": _OBJECT,
     "json_object": {"const": True},

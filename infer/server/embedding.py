@@ -46,12 +46,11 @@ class Embed:
             response = await state.in_thread(self._response, call, parts)
         await response(request.scope, request.receive, sender)
 
-    def _encode(self, call: openai_format.EmbeddingsCall) -> list[list[int]]:
+    def _encode(self, call: openai_format.EmbeddingsCall) -> list[tuple[int, ...]]:
         return [self._tokens(prompt) for prompt in call.prompts]
 
-    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        encode = self._state.service.tokenizer.encode
-        tokens = encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        tokens = self._state.service.encode_input(prompt)
         self._state.check_length(tokens)
         return tokens
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from infer import constraints
+from infer.constraints_spec import ConstraintSpec
+from infer.request import Constraint
 from tests.infer.server import fuzzer
 from tests.infer.server.conftest import Engine, running_server
 
@@ -50,7 +53,15 @@ def _fuzz(words, *, num_calls: int) -> collections.Counter:
         except BaseException as problem:
             problems.append(problem)
 
-    with running_server(words, engine=engine, max_queue=1000) as client:
+    def compile_constraint(spec: ConstraintSpec) -> Constraint:
+        ids = words.eos_ids
+        return constraints.compile(
+            spec, tokenizer=words, vocab_size=words.vocab_size, eos_ids=ids
+        ).start()
+
+    with running_server(
+        words, engine=engine, compile_constraint=compile_constraint, max_queue=1000
+    ) as client:
         client.wait(lambda: client.running.state.engine.state == "ready")
         before = threading.active_count(), _num_files()
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(NUM_CLIENTS)]

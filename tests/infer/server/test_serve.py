@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 # Few programs to compile.
 ENGINE = schema.Engine(
     num_slots=2, page_size=16, prefill_chunk=32, prefill_tokens=32, decode_steps=4, num_pages=32,
-    max_length=96, buckets="one",
+    max_length=192, buckets="one",
 )  # fmt: skip
 
 
@@ -51,6 +53,7 @@ def _alone(folder: Path, prompts: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_command_serves_a_model(folder):
     flags = [
         f"--engine.{field.name.replace('_', '-')}={getattr(ENGINE, field.name)}"
@@ -62,8 +65,11 @@ def test_command_serves_a_model(folder):
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     try:
         line = process.stdout.readline()
-        url = re.fullmatch(r"random: listening at (http://127\.0\.0\.1:\d+/v1)\n", line)[1]
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=50, timeout=500)
+        url = re.fullmatch(r"random: listening at (http://127\.0\.0\.1:\d+)/v1\n", line)[1]
+        while httpx.get(url + "/ready").status_code == 503:
+            assert httpx.get(url + "/health").status_code == 200
+            time.sleep(0.5)
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=100)
         prompts = ["hello", "a few words", "Zug"]
         answer = client.completions.create(model="random", prompt=prompts)
         assert [c.text for c in answer.choices] == _alone(folder, prompts)
