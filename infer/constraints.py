@@ -28,7 +28,9 @@ from qwen_jax.tokenizer import Tokenizer
 WHITESPACE = r"\x20|\n[\x20\t]{0,40}"
 _OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE, "lenient": False}
 _MOST_REMAINDERS = 20_000  # a tenth of a second; ten times as many take a hundred times as long
+_MOST_PATTERNS = 10  # a twentieth of a second; with 16 a minute
 _LARGEST = 2**53
+_DEEPEST_PATH = 16  # steps of it that are looked for, and said
 _TEMPERATURE = re.compile(r"\[[^\]\n]*\btemperature\s*=")
 _OBJECT = json.dumps({"type": "object"})
 
@@ -169,10 +171,10 @@ def _of_schema(text: str, *, name: str, library: llguidance.LLTokenizer) -> str:
     if schema is False:
         raise ValueError(f"{name}: no answer meets the schema false")
     schema = {} if schema is True else schema
-    _check_numbers(schema, name=name)
+    _check_cost(schema, name=name)
     message = _refusal(schema, library)
     if message:
-        path, message = _innermost(schema, message, schema, library)
+        path, message = _innermost(schema, message, library)
         raise ValueError(f"{name}{path}: {_readable(message)}")
     return _schema_grammar(schema)
 
@@ -185,71 +187,95 @@ def _refusal(schema: Any, library: llguidance.LLTokenizer) -> str:
     """What llguidance has against a schema; nothing where it takes it."""
     try:
         return llguidance.LLMatcher.validate_grammar(_schema_grammar(schema), library)
+    except RecursionError:
+        return "it is nested too deeply"
     except ValueError as error:
         return str(error)
 
 
 def _innermost(
-    schema: Any, message: str, root: Any, library: llguidance.LLTokenizer
+    root: dict[str, Any], message: str, library: llguidance.LLTokenizer
 ) -> tuple[str, str]:
     """Path and message of the innermost schema that is refused by itself; "" is the whole."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    for path, part in _parts(schema):
-        if not isinstance(part, dict):
-            continue
-        found = _refusal({**shared, **part}, library)
-        if found and found == message:
-            deeper, message = _innermost(part, message, root, library)
-            return path + deeper, message
-    return "", message
+
+    def is_cause(part: Any) -> bool:
+        return isinstance(part, dict) and _refusal({**shared, **part}, library) == message
+
+    path, schema = "", root
+    for _ in range(_DEEPEST_PATH):
+        inner = next((found for found in _parts(schema) if is_cause(found[1])), None)
+        if inner is None:
+            break
+        path, schema = path + inner[0], inner[1]
+    return path, message
 
 
-def _check_numbers(schema: dict[str, Any], *, name: str) -> None:
-    """Refuses numbers that llguidance would round, and those it would take minutes over.
+def _check_cost(schema: dict[str, Any], *, name: str) -> None:
+    """Refuses what llguidance would round, and what it would take minutes over.
 
     Its automaton of multiples has a state for each remainder of the least common multiple of all
-    multipleOf that meet.
+    multipleOf that meet; whether patterns that meet leave anything takes twice as long with each.
     """
-    for number in _values(schema):
-        if type(number) is int and abs(number) > _LARGEST:
+    entries = list(_entries(schema))
+    numbers = [(key, v) for key, v in entries if type(v) in (int, float) and math.isfinite(v)]
+    for _, number in numbers:
+        if isinstance(number, int) and abs(number) > _LARGEST:
             raise ValueError(
                 f"{name}: {number} is above {_LARGEST}, up to which a double holds all integers; "
                 "use smaller ones, or a string with a pattern"
             )
-    found = [Decimal(str(number)) for number in _values(schema, key="multipleOf")]
-    if not found:
-        return
-    places = max(0, *(-number.as_tuple().exponent for number in found))
-    together = math.lcm(*(int(number.scaleb(places)) for number in found))
-    while together and together % 10 == 0:  # trailing zeros cost no states
-        together //= 10
+    together = _common_multiple([v for key, v in numbers if key == "multipleOf"])
     if together > _MOST_REMAINDERS:
         raise ValueError(
-            f"{name}: multipleOf of {', '.join(map(str, found))} have the least common multiple "
-            f"{together} (without trailing zeros), above {_MOST_REMAINDERS}; use smaller ones"
+            f"{name}: all multipleOf have the least common multiple {together} (without trailing "
+            f"zeros), above {_MOST_REMAINDERS}; use smaller ones"
+        )
+    patterns = {value for key, value in entries if key == "pattern" and isinstance(value, str)}
+    meeting = any(key == "allOf" or _narrows_another(value) for key, value in entries)
+    if meeting and len(patterns) > _MOST_PATTERNS:
+        raise ValueError(
+            f"{name}: {len(patterns)} patterns in a schema with allOf, or with keywords beside "
+            f"$ref, where they may meet; at most {_MOST_PATTERNS}"
         )
 
 
-def _values(value: Any, *, key: str | None = None) -> Iterator[int | float]:
-    """The finite numbers somewhere in JSON data, or those under a key."""
-    items = value.items() if isinstance(value, dict) else ()
-    items = ((None, part) for part in value) if isinstance(value, list) else items
-    for name, part in items:
-        if isinstance(part, dict | list):
-            yield from _values(part, key=key)
-        elif type(part) in (int, float) and math.isfinite(part) and key in (None, name):
-            yield part
+def _common_multiple(values: list[int | float]) -> int:
+    """Without trailing zeros, which cost no states, and with all decimal places as digits."""
+    found = [Decimal(str(value)) for value in values]
+    places = max((0, *(-number.as_tuple().exponent for number in found)))
+    together = math.lcm(*(int(number.scaleb(places)) for number in found))
+    while together and together % 10 == 0:
+        together //= 10
+    return together
 
 
-def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
+def _narrows_another(value: Any) -> bool:
+    """Whether this is a schema that says more of what it refers to."""
+    more = {"pattern", "properties", "patternProperties", "items", "anyOf", "additionalProperties"}
+    return isinstance(value, dict) and "$ref" in value and bool(more & value.keys())
+
+
+def _entries(value: Any) -> Iterator[tuple[str | None, Any]]:
+    """All that is somewhere in JSON data, itself included, each with its key."""
+    left: list[tuple[str | None, Any]] = [(None, value)]
+    while left:
+        name, part = left.pop()
+        yield name, part
+        if isinstance(part, dict):
+            left += part.items()
+        elif isinstance(part, list):
+            left += ((None, item) for item in part)
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The schemas directly in a schema, each with its path from there."""
-    if not isinstance(schema, dict):
-        return
     for key in _NESTED:
         if key in schema:
             yield f".{key}", schema[key]
     for key in _LISTS:
-        for number, part in enumerate(schema.get(key) or ()):
+        parts = schema.get(key)
+        for number, part in enumerate(parts if isinstance(parts, list) else ()):
             yield f".{key}[{number}]", part
     for key in _NAMED:
         named = schema.get(key)
