@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infer.eval import files, sandbox, scoring
-from infer.eval.task import Answer, Item, Metrics, Style, Task
+from infer.eval.task import Answer, Item, Style, Task, Verdict
 
 # A function's body has ended where a line begins with any of these.
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -125,7 +125,8 @@ def _judge(program, limits: sandbox.Limits, *, num_answers: int, ks: Sequence[in
 
 def _run(
     item: Item, answer: Answer, *, program, limits: sandbox.Limits, ks: tuple[int, ...]
-) -> Metrics:
+) -> Verdict:
     outcomes = [sandbox.run(program(item.record, text), limits=limits) for text in answer.texts]
     passed = sum(outcome.status == "passed" for outcome in outcomes)
-    return {f"pass@{k}": (scoring.pass_at_k(len(outcomes), passed, k=k),) for k in ks}
+    metrics = {f"pass@{k}": (scoring.pass_at_k(len(outcomes), passed, k=k),) for k in ks}
+    return Verdict(metrics, tuple(f"{o.status} {o.detail}".strip() for o in outcomes))

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from infer.eval import files
-from infer.eval.task import Answer, Item, Metrics, Style, Task
+from infer.eval.task import Answer, Item, Style, Task, Verdict
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -54,14 +54,13 @@ def _question(record: dict[str, str], style: Style) -> str:
     return f"Question: {record['question']}\nAnswer:"
 
 
-def judge(item: Item, answer: Answer) -> Metrics:
+def judge(item: Item, answer: Answer) -> Verdict:
     """Exact match of the number that strict and flexible extraction find."""
     gold = normalise(item.record["answer"])
     (text,) = answer.texts
-    return {
-        "strict": (float(normalise(extract_strict(text)) == gold),),
-        "flexible": (float(normalise(extract_flexible(text)) == gold),),
-    }
+    found = {"strict": extract_strict(text), "flexible": extract_flexible(text)}
+    metrics = {name: (float(normalise(value) == gold),) for name, value in found.items()}
+    return Verdict(metrics, (*(f"{name}: {value}" for name, value in found.items()), f"is: {gold}"))
 
 
 def extract_strict(text: str) -> str:

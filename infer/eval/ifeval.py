@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infer.eval import files
 from infer.eval.ifeval_checks import CHECKS
-from infer.eval.task import Answer, Item, Metrics, Style, Task
+from infer.eval.task import Answer, Item, Style, Task, Verdict
 
 
 def load(
@@ -33,17 +33,22 @@ def load(
     return Task(name="ifeval", items=tuple(items), judge=judge, style=style, max_tokens=max_tokens)
 
 
-def judge(item: Item, answer: Answer) -> Metrics:
+def judge(item: Item, answer: Answer) -> Verdict:
     """Strict and loose following: of all of a prompt's instructions, and of each."""
     (text,) = answer.texts
     strict = follow(item.record, [text])
     loose = follow(item.record, loosened(text))
-    return {
+    metrics = {
         "prompt_strict": (float(all(strict)),),
         "instruction_strict": tuple(map(float, strict)),
         "prompt_loose": (float(all(loose)),),
         "instruction_loose": tuple(map(float, loose)),
     }
+    names = item.record["instruction_id_list"]
+    broken = [
+        f"not followed: {name}" for name, holds in zip(names, strict, strict=True) if not holds
+    ]
+    return Verdict(metrics, tuple(broken))
 
 
 def follow(record: Mapping, texts: list[str]) -> list[bool]:

@@ -7,7 +7,7 @@ are the shots.
 from pathlib import Path
 
 from infer.eval import files, scoring
-from infer.eval.task import Answer, Item, Metrics, Style, Task
+from infer.eval.task import Answer, Item, Style, Task, Verdict
 
 _LETTERS = ("A", "B", "C", "D")
 
@@ -65,7 +65,10 @@ def _question(row: list[str], subject: str) -> str:
     return "\n".join([row[0].strip(), *choices, "Answer:"])
 
 
-def judge(item: Item, answer: Answer) -> Metrics:
+def judge(item: Item, answer: Answer) -> Verdict:
     """Whether the right letter is the likeliest."""
     logprobs = [score.logprob for score in answer.scores]
-    return {"accuracy": (scoring.accuracy(logprobs, gold=item.record["gold"]),)}
+    gold = item.record["gold"]
+    return Verdict(
+        {"accuracy": (scoring.accuracy(logprobs, gold=gold),)}, (f"is: {item.choices[gold]}",)
+    )

@@ -144,10 +144,11 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """Judged items, in the order in which they are ready.
 
-    Judges run beside the model, in threads: those of programs wait for processes.
+    Judges run beside the model, in threads: those of programs wait for processes, which have half
+    of the processors, so that a program is not out of time for want of one.
     """
     ask = _ask_choices if task.items[0].choices else _ask_texts
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         judging: set[concurrent.futures.Future] = set()
         for asked in ask(backend, task, items, sampling=sampling):
             judging.add(pool.submit(_record, backend, task, asked))
@@ -239,13 +240,15 @@ def _record(backend: Backend, task: Task, asked: _Asked) -> dict[str, Any]:
     parts = tuple(asked.parts[i] for i in range(asked.num_parts))
     answer = Answer(scores=parts) if asked.item.choices else Answer(texts=parts)
     shown = [[s.logprob, s.is_greedy] for s in parts] if asked.item.choices else list(parts)
+    verdict = task.judge(asked.item, answer)
     return {
         "id": asked.item.id,
         "group": asked.item.group,
         "prompt": backend.tokenizer.decode(asked.context),
         "cut": asked.cut,
         "answers": shown,
-        "metrics": task.judge(asked.item, answer),
+        "metrics": verdict.metrics,
+        "reasons": verdict.reasons,
     }
 
 

@@ -38,8 +38,15 @@ class Answer:
     scores: tuple[Score, ...] = ()
 
 
-# A metric's name -> its values: one, or several that are not independent of each other.
-Metrics = dict[str, tuple[float, ...]]
+@dataclass(frozen=True)
+class Verdict:
+    """A metric's name -> its values: one, or several that are not independent of each other.
+
+    `reasons` go into the item's record, for people: what was read out of an answer, what failed.
+    """
+
+    metrics: dict[str, tuple[float, ...]]
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class Task:
 
     name: str
     items: tuple[Item, ...]
-    judge: Callable[[Item, Answer], Metrics]
+    judge: Callable[[Item, Answer], Verdict]
     style: Style
     gap: str = ""  # plain: between a shot's question and its answer
     stop: tuple[str, ...] = ()

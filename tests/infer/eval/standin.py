@@ -60,16 +60,20 @@ class Engine:
 
     def _score(self, request: Request) -> Event:
         self.num_scored += 1
-        tokens = np.asarray(request.tokens)
-        padded = np.zeros((1, 1 << (len(tokens) - 1).bit_length()), np.int32)
-        padded[0, : len(tokens)] = tokens
-        rows = np.asarray(_logprobs(self._generator.cfg, self._generator.params, padded))[0]
+        rows = logprobs(self._generator, request.tokens)
         found = []
         for row, token in zip(rows, request.tokens[1:], strict=False):
             best = np.argsort(-row, kind="stable")[: request.sampling.prompt_logprobs]
             top = tuple((int(i), float(row[i])) for i in best)
             found.append(TokenLogprobs(token, float(row[token]), float(row[token]), top))
         return Event(id=request.id, tokens=(), prompt_logprobs=tuple(found), finish_reason="length")
+
+
+def logprobs(generator: generate.Generator, tokens: Sequence[int]) -> np.ndarray:
+    """[T, V]: of what follows each token. Few lengths are compiled."""
+    padded = np.zeros((1, max(32, 1 << (len(tokens) - 1).bit_length())), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(_logprobs(generator.cfg, generator.params, padded))[0, : len(tokens)]
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

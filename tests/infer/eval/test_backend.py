@@ -6,23 +6,21 @@ import pytest
 from configs import schema
 from infer.eval import backend as backend_lib
 from infer.eval.backend import Pair, Prompt
+from infer.eval.service_backend import ServiceBackend
+from infer.service import Service
+from tests.infer import fake_engine
 from tests.infer.eval import standin
 
+SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
 CONTEXT = tuple(range(40, 60))
 
 
-def logprobs(generator, tokens) -> np.ndarray:
-    """[T, V]: of what follows each token."""
-    tokens_BT = np.asarray([tokens], np.int32)
-    return np.asarray(standin._logprobs(generator.cfg, generator.params, tokens_BT))[0]
-
-
 def test_scores_are_those_of_each_pair_alone(generator):
-    ranked = np.argsort(-logprobs(generator, [*CONTEXT, 70])[-1], kind="stable")
+    ranked = np.argsort(-standin.logprobs(generator, [*CONTEXT, 70])[-1], kind="stable")
     pairs = [
         *[Pair(CONTEXT, (70, int(last))) for last in ranked[:30]],
         Pair(CONTEXT, (71, 3)),
-        *[Pair(CONTEXT[:5], tuple(range(90, 120)))] * 2,
+        *[Pair(CONTEXT[:5], tuple(range(90, 110)))] * 2,
         Pair((9,), (8,)),
     ]
     backend = standin.backend(generator, num_open=3)
@@ -40,7 +38,7 @@ def test_scores_are_those_of_each_pair_alone(generator):
 def test_a_score_is_the_sum_of_logprobs_of_the_continuation(generator):
     pair = Pair(CONTEXT, (70, 101, 7))
     [(_, score)] = standin.backend(generator).loglikelihood([pair])
-    rows = logprobs(generator, [*CONTEXT, 70, 101, 7])
+    rows = standin.logprobs(generator, [*CONTEXT, 70, 101, 7])
     want = sum(rows[len(CONTEXT) - 1 + i, token] for i, token in enumerate((70, 101, 7)))
     assert score.logprob == pytest.approx(float(want), abs=1e-4)
     greedy = int(np.argmax(rows[len(CONTEXT) - 1]))
@@ -48,30 +46,36 @@ def test_a_score_is_the_sum_of_logprobs_of_the_continuation(generator):
     assert [s.is_greedy for _, s in standin.backend(generator).loglikelihood(pairs)] == [1, 0]
 
 
+def fake(words, text: str, *, num_open: int = 8) -> ServiceBackend:
+    """Whose engine answers everything with `text`, a few tokens at a time."""
+    engine = fake_engine.FakeEngine(
+        answer=lambda request: [*words.encode(text), words.eos_ids[0]],
+        vocab_size=words.vocab_size,
+        eos_ids=words.eos_ids,
+    )
+    service = Service(engine, tokenizer=words, defaults=schema.Sampling())
+    return ServiceBackend(service, max_length=engine.max_length, num_open=num_open)
+
+
 def test_questions_are_taken_as_there_is_room(generator):
     taken = []
 
     def prompts():
-        for i in range(4):
+        for i in range(7):
             taken.append(i)
-            settings = schema.Sampling(max_tokens=12, temperature=0.0)
-            yield Prompt(tuple(generator.tokenizer.encode(f"number {i}")), settings)
+            yield Prompt((40 + i,), SETTINGS)
 
-    answers = standin.backend(generator, num_open=2).generate(prompts())
+    answers = fake(generator.tokenizer, "an answer", num_open=2).generate(prompts())
     first = next(answers)
-    assert first[0] in (0, 1) and len(taken) == 2
-    assert sorted(index for index, _ in (first, *answers)) == list(range(4))
+    assert first == (first[0], "an answer") and len(taken) == 2
+    assert sorted((first, *answers)) == [(i, "an answer") for i in range(7)]
 
 
 def test_a_stop_string_ends_an_answer(generator):
-    tokens = tuple(generator.tokenizer.encode("a few words"))
-    settings = schema.Sampling(max_tokens=12, temperature=0.0)
-    backend = standin.backend(generator)
-    [(_, whole), (_, same)] = backend.generate([Prompt(tokens, settings)] * 2)
-    assert whole == same and len(whole) > 4
-    stop = whole[2:4]
-    asked = [Prompt(tokens, settings, (stop,)), Prompt(tokens, settings)]
-    assert dict(backend.generate(asked)) == {0: whole[: whole.index(stop)], 1: whole}
+    backend = fake(generator.tokenizer, "one, two, three")
+    asked = [Prompt((40,), SETTINGS, (", t",)), Prompt((41,), SETTINGS), Prompt((42,), SETTINGS)]
+    want = {0: "one", 1: "one, two, three", 2: "one, two, three"}
+    assert dict(backend.generate(asked)) == want
 
 
 def test_the_prefix_is_bos_then_eos(generator):

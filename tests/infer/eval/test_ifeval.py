@@ -112,7 +112,7 @@ def test_strict_and_loose(tmp_path):
     assert first.question == data.IFEVAL[0]["prompt"] and task.stop == ()
 
     def judged(item, text):
-        return ifeval.judge(item, Answer(texts=(text,)))
+        return ifeval.judge(item, Answer(texts=(text,))).metrics
 
     assert judged(first, "a tree and a tree") == {
         "prompt_strict": (1.0,),
@@ -160,4 +160,5 @@ def test_the_published_prompts_are_understood():
     assert len(task.items) == 541
     for item in task.items:
         text = json.dumps({"text": item.question})
-        assert set(ifeval.judge(item, Answer(texts=(text,)))["prompt_strict"]) <= {0.0, 1.0}
+        verdict = ifeval.judge(item, Answer(texts=(text,)))
+        assert set(verdict.metrics["prompt_strict"]) <= {0.0, 1.0}

@@ -55,12 +55,21 @@ def test_answers_are_written_and_judged(generator, tmp_path):
     task = gsm8k.load(data.gsm8k(tmp_path), num_shots=0, max_tokens=16)
     result = evaluate(backend, task, tmp_path)
     _, *kept = records(tmp_path, "gsm8k")
-    for record in kept:
-        item = task.items[int(record["id"].removeprefix("gsm8k/"))]
-        tokens = prompts.context(item, task, tokenizer=generator.tokenizer, prefix=0)
-        prompt = Prompt(tokens, dataclasses.replace(GREEDY, max_tokens=16), task.stop)
-        [(_, alone)] = backend.generate([prompt])
-        assert record["answers"] == [alone] and record["prompt"].startswith("Question: ")
+    drawn = dataclasses.replace(GREEDY, max_tokens=16)
+    want = dict(
+        backend.generate(
+            Prompt(
+                prompts.context(item, task, tokenizer=generator.tokenizer, prefix=0),
+                drawn,
+                task.stop,
+            )
+            for item in task.items
+        )
+    )
+    assert {r["id"]: r["answers"] for r in kept} == {
+        f"gsm8k/{i}": [text] for i, text in want.items()
+    }
+    assert all(record["prompt"].startswith("Question: ") for record in kept)
     assert set(result.metrics) == {"strict", "flexible"} and result.truncated == 0
 
 
@@ -104,7 +113,7 @@ def test_several_answers_have_seeds_of_their_own(generator, tmp_path):
     result = evaluate(standin.Fake(generator.tokenizer), task, tmp_path / "a", sampling=sampling)
     again = evaluate(standin.Fake(generator.tokenizer), task, tmp_path / "b", sampling=sampling)
     _, *kept = sorted(records(tmp_path / "a", "humaneval"), key=lambda r: r.get("id", ""))
-    assert all(len(record["answers"]) == 3 for record in kept)
+    assert all(len(record["answers"]) == len(record["reasons"]) == 3 for record in kept)
     assert len({text for record in kept for text in record["answers"]}) > 2
     assert set(result.metrics) == {"pass@1", "pass@3"} and result == again
     key = lambda r: r.get("id", "")  # noqa: E731

@@ -60,7 +60,7 @@ def test_gsm8k_extracts_numbers(text, strict, flexible):
 def test_gsm8k_compares_numbers_without_their_dress(tmp_path, text, strict, flexible):
     item = gsm8k.load(data.gsm8k(tmp_path), num_shots=0).items[1]
     got = gsm8k.judge(item, Answer(texts=(text,)))
-    assert got == {"strict": (strict,), "flexible": (flexible,)}
+    assert got.metrics == {"strict": (strict,), "flexible": (flexible,)}
 
 
 def test_gsm8k_judges_solutions_with_calculator_marks(tmp_path):
@@ -71,7 +71,8 @@ def test_gsm8k_judges_solutions_with_calculator_marks(tmp_path):
         ("She has <<4-3=1>>1 left\nA: 1", 0.0),
     ):
         got = gsm8k.judge(item, Answer(texts=(solution,)))
-        assert got == {"strict": (0.0,), "flexible": (right,)}
+        assert got.metrics == {"strict": (0.0,), "flexible": (right,)}
+        assert got.reasons[0] == "strict: [invalid]" and got.reasons[2] == "is: 7"
 
 
 def test_gsm8k_prompts(tmp_path, words):
@@ -130,7 +131,7 @@ def test_mmlu_judges_by_letter(tmp_path):
     task = mmlu.load(data.mmlu_zip(tmp_path / "mmlu.zip"), num_shots=0)
     scores = tuple(Score(value, False) for value in (-3.0, -2.0, -1.0, -4.0))
     judged = [mmlu.judge(item, Answer(scores=scores)) for item in task.items]
-    assert [j["accuracy"] for j in judged] == [(1.0,), (0.0,), (0.0,)]
+    assert [j.metrics["accuracy"] for j in judged] == [(1.0,), (0.0,), (0.0,)]
     with pytest.raises(ValueError, match="law_dev.csv has 2 questions, but num_shots=3"):
         mmlu.load(_without_physics(tmp_path), num_shots=3)
     (tmp_path / "folder" / "test" / "law_test.csv").write_text("What?,a,b,c,d,E\n")
@@ -157,8 +158,9 @@ def test_a_word_boundary_belongs_to_the_continuation(words):
 
 
 def judged(task, index: int, *texts: str) -> dict[str, float]:
-    metrics = task.judge(task.items[index], Answer(texts=texts))
-    return {name: value for name, (value,) in metrics.items()}
+    verdict = task.judge(task.items[index], Answer(texts=texts))
+    assert len(verdict.reasons) == len(texts)
+    return {name: value for name, (value,) in verdict.metrics.items()}
 
 
 def test_humaneval(tmp_path, words):
@@ -239,6 +241,6 @@ def test_published_example_solutions_are_judged_as_labelled(published):
         for name in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
             solution = line[name]
             got = gsm8k.judge(item, Answer(texts=(solution["solution"],)))
-            agree += got["flexible"] == (float(solution["is_correct"]),)
+            agree += got.metrics["flexible"] == (float(solution["is_correct"]),)
             total += 1
     assert total == 4 * 1319 and agree / total > 0.98, (agree, total)
