@@ -303,9 +303,7 @@ def test_what_ends_an_answer():
         schema.Sampling(ignore_eos=True, stop_token_ids=(8, 3)),
     ]
     arrays = sampling.settings(rows, num_rows=3)
-    ended = [
-        sampling.ends(np.full(3, token), arrays, eos_E=EOS).tolist() for token in (3, 4, 8, 9)
-    ]
+    ended = [sampling.ends(np.full(3, token), arrays, eos_E=EOS).tolist() for token in (3, 4, 8, 9)]
     assert ended == [[True, False, True], [True, False, False], [False, False, True], [False] * 3]
 
 
