@@ -194,7 +194,7 @@ def verify(
     dtype = state.pages.dtype
     with _precision(dtype):
         x_RTD, kept = _run(cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout)
-        logits_RTV = model.unembed(cfg, params, x_RTD)
+        logits_RTV = model.unembed(cfg, params, x_RTD, layout=layout)
         logits_RTV = sharding.constrain(logits_RTV, ("batch", None, None), layout)
     pages = paged_cache.constrain(paged_cache.Pages(kept), layout)
 
@@ -317,7 +317,7 @@ def _run(cfg, params, tokens_RT, positions_RT, attend, *, dtype, layout):
 
 
 def _logits(cfg, params, x_R1D, *, layout) -> jax.Array:
-    logits_RV = model.unembed(cfg, params, x_R1D)[:, 0]
+    logits_RV = model.unembed(cfg, params, x_R1D, layout=layout)[:, 0]
     # Sorting and drawing are per row: with whole rows on each device no collective is needed.
     return sharding.constrain(logits_RV, ("batch", None), layout)
 

@@ -20,9 +20,12 @@ MOST_ROWS = 64  # more are bound by arithmetic, and go through an ordinary produ
 
 
 def choose(q: QuantArray, *, rows: int, dtype: jnp.dtype, layout: Layout | None) -> Implementation:
-    """The fastest that runs here for so many rows."""
+    """The fastest that runs here for so many rows; in float32 the same for any number of them.
+
+    Who asks for float32 wants answers that do not depend on how many rows there are.
+    """
     platform = jax.default_backend() if layout is None else layout.platform
-    if rows > MOST_ROWS:
+    if rows > MOST_ROWS or jnp.dtype(dtype) == jnp.float32:
         return "dequantise"
     alone = layout is None or layout.mesh.size == 1
     if platform == "gpu" and alone and kernels.why_not(q, rows=rows, dtype=dtype) is None:

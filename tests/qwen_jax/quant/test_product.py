@@ -78,6 +78,7 @@ def test_the_choice_and_what_cannot_run():
     here = {"dtype": jnp.bfloat16, "layout": None}
     assert product.choose(q, rows=1, **here) == "xla"
     assert product.choose(q, rows=65, **here) == "dequantise"
+    assert product.choose(q, rows=1, dtype=jnp.float32, layout=None) == "dequantise"
     assert kernels.why_not(q, rows=64, dtype=jnp.bfloat16) is None
     with pytest.raises(ValueError, match="cannot run: it multiplies bfloat16, not float32"):
         product.contract("btd,df->btf", draw(1, 1, 128), q, layout=None, implementation="gpu")

@@ -1,0 +1,92 @@
+"""Quantised weights on 8 devices: placed by the kernels' own axes, and one device's tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import qwen2_5, qwen2_moe, schema
+from partitioning import mesh as mesh_lib
+from partitioning import rules, sharding
+from qwen_jax import checkpoint, decode, generation, model
+from qwen_jax.quant import array, command, tree
+
+DENSE = dataclasses.replace(
+    qwen2_5.tiny(), vocab_size=256, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16,
+)  # fmt: skip
+SPARSE = dataclasses.replace(
+    DENSE,
+    moe=dataclasses.replace(
+        qwen2_moe.tiny().moe, num_experts=4, moe_intermediate_size=64,
+        shared_expert_intermediate_size=128, mlp_only_layers=(), decoder_sparse_step=1,
+    ),
+)  # fmt: skip
+
+
+def drawn(cfg: schema.Model) -> dict:
+    leaves, structure = jax.tree.flatten(model.shapes(cfg))
+    rng = np.random.default_rng(0)
+    return structure.unflatten(
+        [jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32) for leaf in leaves]
+    )
+
+
+def tokens(cfg: schema.Model, params: dict, layout: sharding.Layout | None) -> list[list[int]]:
+    greedy = schema.Sampling(temperature=0.0, max_tokens=6)
+    requests = [generation.request(cfg, range(3, 3 + n), settings=greedy) for n in (4, 11)]
+    found = [[] for _ in requests]
+    with jax.default_matmul_precision("highest"):
+        for piece in generation.generate(
+            cfg, params, requests, eos_ids=(), dtype=jnp.float32, num_steps=4, layout=layout
+        ):
+            found[piece.row] += piece.tokens
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cfg", "mesh", "settings"),
+    [
+        (DENSE, "data=2,fsdp=1,tensor=4", tree.Settings(weights="int4", group_size=32)),
+        pytest.param(SPARSE, "fsdp=2,expert=2,tensor=2", tree.Settings(), marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
+    command.save(
+        cfg, tree.quantise(cfg, drawn(cfg), settings), tmp_path / "c", assets=None, source={}
+    )
+    config = mesh_lib.parse(mesh)
+    layout = sharding.Layout(mesh_lib.make(config), rules.rule_set("decode"))
+    placed = sharding.shardings(model.axes(cfg), layout)
+    sharded = checkpoint.load_params(tmp_path / "c", shardings=placed)
+    o = sharded["layers"]["attention"]["o"]["kernel"]
+    assert o.values.sharding.spec == PartitionSpec(None, "tensor", None)
+    over = "tensor" if o.num_groups > 1 else None
+    assert o.scales.sharding.spec == PartitionSpec(None, over, None)
+    whole = checkpoint.load_params(tmp_path / "c")
+    form = decode.best_form(layout, params=sharded)
+    assert form == "fused"
+    sharded = decode.prepare(cfg, sharded, dtype=jnp.float32, form=form, layout=layout)
+    qkv = sharded["layers"][0]["attention"]["qkv"]["kernel"]
+    assert qkv.values.sharding.spec == PartitionSpec(None, "tensor", None, None)
+    whole = decode.prepare(cfg, whole, dtype=jnp.float32, form="stacked")
+    assert tokens(cfg, sharded, layout) == tokens(cfg, whole, None)
+
+
+def test_a_cut_group_is_refused(tmp_path):
+    settings = tree.Settings(weights="int4", group_size=64)
+    command.save(
+        DENSE, tree.quantise(DENSE, drawn(DENSE), settings), tmp_path / "c", assets=None, source={}
+    )
+    layout = sharding.Layout(
+        mesh_lib.make(mesh_lib.parse("data=2,fsdp=1,tensor=4")), rules.rule_set("decode")
+    )
+    placed = sharding.shardings(model.axes(DENSE), layout)
+    with pytest.raises(ValueError, match=r"attention.o.kernel: mesh axis tensor=4 would cut"):
+        checkpoint.load_params(tmp_path / "c", shardings=placed)
+    assert array.is_quantised(
+        checkpoint.load_params(tmp_path / "c")["layers"]["attention"]["o"]["kernel"]
+    )
