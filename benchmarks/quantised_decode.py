@@ -207,7 +207,7 @@ def step_seconds(cfg: schema.Model, params: dict, *, batch: int, tiny: bool) -> 
     """Of one greedy decoding step with 128 tokens in the cache."""
     steps, prompt = (4, 16) if tiny else (64, 128)
     greedy = [schema.Sampling(temperature=0.0)] * batch
-    common = {"plan": sampling.plan(greedy), "eos_E": jnp.zeros((0,), jnp.int32)}
+    common = {"how": "greedy", "eos_E": jnp.zeros((0,), jnp.int32)}
     settings = jax.device_put(sampling.settings(greedy, num_rows=batch))
     state, _ = decode.start(
         cfg,
