@@ -150,20 +150,10 @@ class Report:
 
     answers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
-    num_prefills: int = 0
-    num_decodes: int = 0
     prompt_tokens: int = 0  # read, not cached
     cached_tokens: int = 0
-    padded_tokens: int = 0
-    decoded_rows: int = 0
-    padded_rows: int = 0
     most_overtaken: int = 0
     shapes: set[tuple[int, ...]] = field(default_factory=set)
-
-    @property
-    def padding(self) -> float:
-        """The share of prefill positions that are nobody's."""
-        return 1 - self.prompt_tokens / max(1, self.padded_tokens)
 
 
 class Simulation:
@@ -291,8 +281,6 @@ class Simulation:
             results[chunk.request.id] = (chunk.slot, drawn[chunk.slot])
             if chunk.request.sampling.max_tokens > 1:
                 self.scheduler.started(chunk.slot)
-        report.num_prefills += 1
-        report.padded_tokens += program.num_rows * program.length
         report.shapes.add((program.num_rows, program.length))
         self.unread.append(results)
 
@@ -309,9 +297,6 @@ class Simulation:
         owners = self._owners()
         drawn = self.device.decode(program)
         self._check_owners(owners)
-        self.report.num_decodes += 1
-        self.report.decoded_rows += len(decoding)
-        self.report.padded_rows += program.num_rows
         self.report.shapes.add((program.num_rows,))
         self.unread.append({ids[slot]: (slot, drawn[slot]) for slot in decoding})
 
