@@ -66,8 +66,8 @@ def test_command_serves_a_model(folder):
     try:
         line = process.stdout.readline()
         url = re.fullmatch(r"random: listening at (http://127\.0\.0\.1:\d+)/v1\n", line)[1]
-        while httpx.get(url + "/ready").status_code == 503:
-            assert httpx.get(url + "/health").status_code == 200
+        while httpx.get(url + "/ready", timeout=60).status_code == 503:
+            assert httpx.get(url + "/health", timeout=60).status_code == 200
             time.sleep(0.5)
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=100)
         prompts = ["hello", "a few words", "Zug"]
