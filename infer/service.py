@@ -54,6 +54,11 @@ class TextRequest:
             raise ValueError(f"n={self.n} must be at least 1")
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of={self.best_of} must be at least n={self.n}")
+        if self.constraint is not None and self.sampling.min_tokens:
+            raise ValueError(
+                f"min_tokens={self.sampling.min_tokens} and a constraint ({self.constraint.kind}) "
+                "can contradict each other; leave min_tokens out, and ask for length in the form"
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which would end every answer; remove it")
 

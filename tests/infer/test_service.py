@@ -274,6 +274,12 @@ class Failing:
             raise RuntimeError("the token is not allowed")
 
 
+def test_min_tokens_beside_a_constraint_are_refused():
+    """A form that is complete allows nothing but the end, which min_tokens forbids."""
+    with pytest.raises(ValueError, match="min_tokens=2 and a constraint"):
+        request(constraint=ConstraintSpec("regex", "a"), own={"min_tokens": 2})
+
+
 def test_a_constraint_that_fails_ends_its_answer_and_no_other(words):
     limits = iter([5, 99, 5])
     service = fake_engine.service(compile_constraint=lambda spec: Failing(at=next(limits)))
