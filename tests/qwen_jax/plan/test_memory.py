@@ -12,19 +12,19 @@ from qwen_jax.plan import command, job, memory, search
 COMPILED = [
     ("qwen2.5-0.5b", "v5e-16", "fsdp=-1", 4096, 1, "full", 2.312),
     ("qwen2.5-1.5b", "v5e-16", "fsdp=-1", 4096, 2, "minimal", 15.466),
-    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 6.519),
-    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 17.894),
+    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 5.335),
+    ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 16.648),
     ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 9.061),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.315),
     ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
     ("qwen2.5-14b", "v6e-16", "fsdp=4,context=4", 16384, 1, "save_attention", 24.647),
     ("qwen2.5-32b", "v5p-128", "fsdp=-1", 32768, 1, "full", 43.467),
-    ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 31.921),
-    ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 18.482),
+    ("qwen2.5-72b", "v5p-128", "fsdp=-1", 4096, 1, "full", 28.498),
+    ("qwen2.5-72b", "v6e-256", "fsdp=-1", 4096, 1, "full", 15.244),
     ("qwen1.5-moe-a2.7b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 6.825),
     ("qwen1.5-moe-a2.7b", "v5e-64", "fsdp=-1", 4096, 1, "minimal", 13.607),
-    ("qwen2-57b-a14b", "v6e-64", "fsdp=-1", 4096, 1, "full", 19.383),
-    ("qwen2-57b-a14b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 20.746),
+    ("qwen2-57b-a14b", "v6e-256", "fsdp=16,expert=16", 4096, 1, "full", 18.179),
+    ("qwen2-57b-a14b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 21.680),
 ]
 # fmt: on
 
