@@ -16,7 +16,7 @@ COMPILED = [
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 16.648),
     pytest.param(
         "qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 12.246,
-        marks=pytest.mark.xfail(strict=True, reason="was 9.061 at an earlier commit; why is not known"),
+        marks=pytest.mark.xfail(strict=True, reason="was 9.061 at an earlier commit"),
     ),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.315),
     ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
