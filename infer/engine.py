@@ -29,6 +29,7 @@ class _Live:
 
     request: Request
     how: sampling.How
+    ends: frozenset[int]  # tokens that end its answer
     slot: int = -1
     dispatched: int = 0  # tokens that dispatches so far may have drawn
     answer: list[int] = field(default_factory=list)  # tokens read
@@ -140,7 +141,7 @@ class Engine:
                 f"for a request: shorten the prompt, lower max_tokens, or raise max_length"
             )
         how = "full" if request.constraint else sampling.how(request.sampling)
-        self._live[request.id] = _Live(request, how)
+        self._live[request.id] = _Live(request, how, self._ends(request.sampling))
         self._scheduler.add(request)
 
     def cancel(self, id: str) -> None:
@@ -323,13 +324,13 @@ class Engine:
         self._counts["generated_tokens"] += len(drawn)
         if live.request.constraint is not None:
             for token in drawn:
-                if token not in self._ends(live):
+                if token not in live.ends:
                     live.request.constraint.accept(token)
         given = None
         if settings.logprobs is not None:
             given = results.token_logprobs(drawn, logprobs, row, count=settings.logprobs)
         reason: FinishReason | None = None
-        if drawn[-1] in self._ends(live):
+        if drawn[-1] in live.ends:
             reason = "stop"
         elif len(live.answer) == settings.max_tokens:
             reason = "length"
@@ -337,9 +338,9 @@ class Engine:
             return self._end(live, drawn, reason, logprobs=given, first=first)
         return self._made(live, drawn, None, logprobs=given, first=first)
 
-    def _ends(self, live: _Live) -> set[int]:
-        settings = live.request.sampling
-        return {*settings.stop_token_ids, *(() if settings.ignore_eos else self._eos)}
+    def _ends(self, settings: schema.Sampling) -> frozenset[int]:
+        eos = () if settings.ignore_eos else self._eos
+        return frozenset((*settings.stop_token_ids, *eos))
 
     def _end(
         self, live: _Live, tokens, reason: FinishReason, *, logprobs=None, first=True
