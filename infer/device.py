@@ -9,7 +9,9 @@ import numpy as np
 from configs import schema
 from infer import scheduler
 from partitioning.sharding import Layout
-from qwen_jax import generation, paged_decode, paged_state, sampling
+from qwen_jax import model, paged_decode, paged_state, sampling
+
+_LEAST = 16  # tokens of the smallest bucket of prompts to embed
 
 
 class Device:
@@ -91,7 +93,8 @@ class Device:
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         """The final hidden state of the last token, of length 1: [D] in float32."""
-        tokens_1T = np.zeros((1, generation.prompt_bucket(self._cfg, len(tokens))), np.int32)
+        bucket = max(_LEAST, 1 << (len(tokens) - 1).bit_length())
+        tokens_1T = np.zeros((1, min(bucket, model.max_length(self._cfg))), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
         lengths_1 = np.asarray([len(tokens)], np.int32)
         hidden_1D = paged_decode.embed(

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import schema
-from infer import device, memory, page_table, results, scheduler, speculation
+from infer import checks, device, memory, page_table, results, scheduler, speculation
 from infer.request import Event, FinishReason, Request, TokenLogprobs
 from partitioning.sharding import Layout
-from qwen_jax import generation, model, paged_decode, paged_state, sampling
+from qwen_jax import model, paged_decode, paged_state, sampling
 from qwen_jax.logprobs import Logprobs
 
 
@@ -75,7 +75,7 @@ class Engine:
         attention: paged_decode.Attention | None = None,
         layout: Layout | None = None,
     ):
-        """`params` have their layers apart, in a form of `decode.prepare`.
+        """`params` have their layers apart, in a form of `decode_params.prepare`.
 
         Raises `ValueError` for stacked parameters, a mesh that spreads the batch, and memory in
         which not even one request fits.
@@ -94,8 +94,9 @@ class Engine:
         num_pages = settings.num_pages or memory.num_pages(
             cfg, params, settings=settings, dtype=dtype, layout=layout
         )
+        fits = min(reach, num_pages * settings.page_size)
         self.settings = dataclasses.replace(
-            settings, max_length=settings.max_length or reach, num_pages=num_pages
+            settings, max_length=settings.max_length or fits, num_pages=num_pages
         )
         self._cfg, self._eos = cfg, tuple(eos_ids)
         self._device = device.Device(
@@ -129,9 +130,8 @@ class Engine:
         """
         if request.id in self._live:
             raise ValueError(f"a request with id {request.id!r} is being served; give each its own")
-        # Checked as everywhere: empty prompts begin with bos, tokens are in the vocabulary.
-        checked = generation.request(self._cfg, request.tokens, settings=request.sampling)
-        request = dataclasses.replace(request, tokens=checked.tokens)
+        tokens = checks.prompt(self._cfg, request.tokens, settings=request.sampling)
+        request = dataclasses.replace(request, tokens=tokens)
         needed = len(request.tokens) + request.sampling.max_tokens
         limit = min(self.settings.max_length, self.settings.num_pages * self.settings.page_size)
         if needed > limit:
@@ -192,8 +192,8 @@ class Engine:
     def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The final hidden state of each prompt's last token, of length 1: [n, D] in float32."""
         settings = schema.Sampling(max_tokens=1)
-        rows = [generation.request(self._cfg, tokens, settings=settings) for tokens in prompts]
-        return np.stack([self._device.embed(row.tokens) for row in rows])
+        rows = [checks.prompt(self._cfg, tokens, settings=settings) for tokens in prompts]
+        return np.stack([self._device.embed(row) for row in rows])
 
     def warm_up(self, *, show: Callable[[str], None] = lambda line: None) -> float:
         """Compiles every program that requests can need, and gives the seconds that it took.

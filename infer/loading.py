@@ -1,15 +1,38 @@
-"""A model's files as a text service over an engine."""
+"""A model's files as parameters, tokenizer and defaults, and as a text service over an engine."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs import schema
-from infer import constraints, generate
+import jax.numpy as jnp
+
+from configs import huggingface, schema
+from infer import constraints
 from infer import engine as engine_lib
 from infer.constraints_spec import ConstraintSpec
 from infer.request import Constraint
 from infer.service import Service
+from partitioning import mesh as mesh_lib
+from partitioning import rules as rules_lib
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import checkpoint, decode_params, model, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready for an engine. `load_model` makes it."""
+
+    cfg: schema.Model
+    params: dict  # in a form that `qwen_jax.decode_params.prepare` makes
+    tokenizer: tokenizer.Tokenizer
+    defaults: schema.Sampling  # what a request that says nothing gets
+    eos_ids: tuple[int, ...]
+    dtype: jnp.dtype
+    layout: Layout | None = None
 
 
 def load(
@@ -20,12 +43,65 @@ def load(
     dtype: str = "bfloat16",
     mesh: schema.Mesh | None = None,
 ) -> Service:
-    """The model at `path`, as `generate.load` finds it, behind an engine.
+    """The model at `path` behind an engine: `load_model`, then `serve`."""
+    loaded = load_model(path, dtype=dtype, mesh=mesh)
+    return serve(loaded, settings=settings, sampling=sampling)
+
+
+def load_model(
+    path: str | Path, *, dtype: str = "bfloat16", mesh: schema.Mesh | None = None
+) -> Loaded:
+    """The model at `path` with its tokenizer, on one device or on a mesh of all.
+
+    `path` is a Hugging Face folder, a native checkpoint or a training run's output. `dtype`
+    (`float32`, `bfloat16`) is that of the weights held and of the arithmetic.
+    Where the mesh does not divide a model's experts, ones that are never chosen are added.
+    Raises `ValueError` for what cannot be loaded, and for a mesh that does not divide the model.
+    """
+    found = checkpoint.resolve(path)
+    cfg = found.model
+    if found.assets is None:
+        raise ValueError(
+            f"{path} has no tokenizer beside it; import it again from a Hugging Face folder that "
+            f"holds one, or put the tokenizer files into {found.path / 'assets'}"
+        )
+    layout = placed = None
+    if mesh is not None:
+        rules = rules_lib.rule_set("engine", kv_heads=mesh.kv_heads)
+        layout = Layout(mesh_lib.make(mesh), rules)
+        cfg = sharding.pad_experts(cfg, layout)
+        sharding.check_model(cfg, layout)
+        placed = sharding.shardings(model.axes(cfg), layout)
+    words = tokenizer.load(found.assets)
+    tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
+    said = _generation_config(found.assets)
+    params = checkpoint.load_params(found, shardings=placed, dtype=dtype, model=cfg)
+    params = decode_params.prepare(
+        cfg,
+        params,
+        dtype=jnp.dtype(dtype),
+        form=decode_params.best_form(layout, params=params),
+        layout=layout,
+    )
+    return Loaded(
+        cfg=cfg,
+        params=params,
+        tokenizer=words,
+        defaults=sampling_defaults(said),
+        eos_ids=said.eos_token_ids or cfg.eos_token_ids,
+        dtype=jnp.dtype(dtype),
+        layout=layout,
+    )
+
+
+def serve(
+    loaded: Loaded, *, settings: schema.Engine, sampling: Mapping[str, Any] | None = None
+) -> Service:
+    """A text service over an engine of these settings.
 
     `sampling` replaces the defaults of the model's generation_config.json, for requests that say
-    nothing. Raises `ValueError` for what cannot be loaded or does not fit.
+    nothing. Raises `ValueError` for what does not fit.
     """
-    loaded = generate.load(path, dtype=dtype, mesh=mesh)
     engine = engine_lib.Engine(
         loaded.cfg,
         loaded.params,
@@ -47,7 +123,43 @@ def load(
     return Service(
         engine,
         tokenizer=loaded.tokenizer,
-        defaults=generate.with_overrides(loaded.defaults, dict(sampling)),
+        defaults=with_overrides(loaded.defaults, dict(sampling or {})),
         bos_id=loaded.cfg.bos_token_id,
         compile_constraint=compile_constraint,
     )
+
+
+def _generation_config(folder: Path) -> schema.Generation:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return schema.Generation()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return huggingface.read_generation(values)
+
+
+def sampling_defaults(said: schema.Generation) -> schema.Sampling:
+    """generation_config.json's settings; `schema.Sampling`'s defaults where it says nothing.
+
+    `do_sample: false` is temperature 0.
+    """
+    values = {
+        "max_tokens": said.max_new_tokens,
+        "temperature": 0.0 if said.do_sample is False else said.temperature,
+        "top_k": said.top_k,
+        "top_p": said.top_p,
+        "min_p": said.min_p,
+        "repetition_penalty": said.repetition_penalty,
+    }
+    return schema.Sampling(**{name: value for name, value in values.items() if value is not None})
+
+
+def with_overrides(settings: schema.Sampling, values: dict[str, Any]) -> schema.Sampling:
+    """`settings` with some fields replaced. Raises `ValueError` for unknown names or bad values."""
+    known = [f.name for f in dataclasses.fields(schema.Sampling)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown sampling parameters {unknown}; known: {', '.join(known)}")
+    return dataclasses.replace(settings, **values)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from configs import schema
 from partitioning.sharding import Layout
-from qwen_jax import paged_cache
+from qwen_jax import model, paged_cache
 
 _HOST_BYTES = 2 * 2**30  # for pages, where the device does not tell its size
 
@@ -20,9 +20,10 @@ def num_pages(
 ) -> int:
     """As many as `memory_fraction` of a device holds; no more than all slots could ever use.
 
-    Raises `ValueError` where not even one request of max_length fits.
+    Raises `ValueError` where not even one request of max_length fits; one that is not set may be
+    what fits.
     """
-    length = settings.max_length or cfg.max_position_embeddings
+    length = settings.max_length or model.max_length(cfg)
     width = -(-length // settings.page_size)
     page = paged_cache.num_bytes(
         cfg,
@@ -41,7 +42,7 @@ def num_pages(
     else:
         limit, left = _HOST_BYTES, _HOST_BYTES
     count = min(left // page, settings.num_slots * width)
-    if count < width:
+    if count < (width if settings.max_length else 1):
         raise ValueError(
             f"{max(left, 0) / 2**30:.2f} GiB of {limit / 2**30:.2f} are left for keys and values; "
             f"a request of max_length={length} needs {width * page / 2**30:.2f}: lower max_length, "

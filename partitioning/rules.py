@@ -24,7 +24,6 @@ LOGICAL_AXES = (
     "expert_embed",  # the residual stream's width in an expert's matrix
     "batch",  # sequences
     "length",  # tokens of a sequence
-    "cache_length",  # positions of a key-value cache
     "outer_batch",  # sequences, over those of the axes of `batch` that do not shard `embed`
     "outer_length",  # tokens of a sequence, over those of `length` that do not shard `embed`
     "outer_embed",  # the residual stream's width, over those of `embed` that do not shard `length`
@@ -98,29 +97,12 @@ TRAIN = Rules(
 )
 
 # Decoding reads every weight at every token: weights stay whole along `embed`, so that no step
-# gathers them, and `fsdp` serves as one more axis of data parallelism.
-DECODE = Rules(
-    "decode",
-    (
-        *(
-            pair
-            for pair in TRAIN.table
-            if pair[0] not in ("embed", "outer_embed", "expert_embed", "outer_batch")
-        ),
-        ("outer_batch", TRAIN.mesh_axes("batch")),
-        ("outer_length", TRAIN.mesh_axes("length")),
-    ),
-)
-
-# An engine's rows come and go, and each may be anywhere among its pages: all devices hold all rows,
-# and share out heads, hidden widths, experts and the vocabulary. Replicas are engines of their own.
+# gathers them. An engine's rows come and go, and each may be anywhere among its pages: all devices
+# hold all rows, and share out heads, hidden widths, experts and the vocabulary. Replicas are
+# engines of their own.
 ENGINE = Rules(
     "engine",
-    tuple(
-        pair
-        for pair in DECODE.table
-        if pair[0] not in ("batch", "length", "outer_batch", "outer_length")
-    ),
+    tuple(pair for pair in TRAIN.table if not pair[0].endswith(("embed", "batch", "length"))),
 )
 
 
@@ -131,10 +113,10 @@ def replicate_kv_heads(rules: Rules) -> Rules:
 
 
 def rule_set(
-    purpose: Literal["train", "decode", "engine"],
+    purpose: Literal["train", "engine"],
     *,
     kv_heads: Literal["sharded", "replicated"] = "sharded",
 ) -> Rules:
     """The rule set for `purpose`, with key-value heads over `tensor` or on every device."""
-    rules = {"train": TRAIN, "decode": DECODE, "engine": ENGINE}[purpose]
+    rules = {"train": TRAIN, "engine": ENGINE}[purpose]
     return rules if kv_heads == "sharded" else replicate_kv_heads(rules)

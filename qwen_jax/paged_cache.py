@@ -90,7 +90,7 @@ def create(
 
     Raises `ValueError` if kv heads do not divide by their mesh axes, or for int8 on a TPU.
     """
-    platform = jax.default_backend() if layout is None else layout.platform
+    platform = _platform(layout)
     if storage not in ("plain", "int8"):
         raise ValueError(f"storage={storage!r} is unknown; known: plain, int8")
     if storage == "int8" and platform == "tpu":
@@ -101,7 +101,7 @@ def create(
     K = cfg.num_key_value_heads
     if layout is not None:
         sharding.check_divisible((K,), ("act_kv_heads",), layout, what="pages")
-    shape = (num_pages, page_size, 2 * K, width(cfg, layout))
+    shape = (num_pages, page_size, 2 * K, width(cfg, platform))
     return _create(cfg.num_hidden_layers, shape, jnp.dtype(dtype), storage, layout)
 
 
@@ -118,9 +118,12 @@ def _create(
     return constrain(Pages(tuple(layer() for _ in range(num_layers))), layout)
 
 
-def width(cfg: schema.Model, layout: Layout | None) -> int:
+def _platform(layout: Layout | None) -> str:
+    return jax.default_backend() if layout is None else layout.platform
+
+
+def width(cfg: schema.Model, platform: str) -> int:
     """The head size that pages have: a TPU's kernel takes whole vectors of 128 only."""
-    platform = jax.default_backend() if layout is None else layout.platform
     return -(-cfg.head_dim // LANES) * LANES if platform == "tpu" else cfg.head_dim
 
 
@@ -147,7 +150,7 @@ def num_bytes(
 ) -> int:
     """Bytes of all layers' pages on one device."""
     spread = 1 if layout is None else layout.size("act_kv_heads")
-    H = width(cfg, layout)
+    H = width(cfg, _platform(layout))
     head = H * jnp.dtype(dtype).itemsize if storage == "plain" else H + 4
     heads = 2 * cfg.num_key_value_heads // spread
     return cfg.num_hidden_layers * num_pages * page_size * heads * head

@@ -77,7 +77,7 @@ def prefill(
         at_R = jnp.maximum(chunks.lengths_R - 1, 0)
         logits_RV = _logits(
             cfg, params, jnp.take_along_axis(x_RTD, at_R[:, None, None], axis=1), layout=layout
-        )
+        )[:, 0]
         scored = None
         if score == "prompt":
             kernel_DV = model.output_kernel(cfg, params)
@@ -139,7 +139,7 @@ def advance(
             x_R1D, kept = _run(
                 cfg, params, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout
             )
-            logits_RV = _logits(cfg, params, x_R1D, layout=layout)
+            logits_RV = _logits(cfg, params, x_R1D, layout=layout)[:, 0]
         rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
         rows, drawn = _draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E, layout=layout)
         return (paged_cache.constrain(paged_cache.Pages(kept), layout), rows), drawn
@@ -194,8 +194,7 @@ def verify(
     dtype = state.pages.dtype
     with _precision(dtype):
         x_RTD, kept = _run(cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout)
-        logits_RTV = model.unembed(cfg, params, x_RTD, layout=layout)
-        logits_RTV = sharding.constrain(logits_RTV, ("batch", None, None), layout)
+        logits_RTV = _logits(cfg, params, x_RTD, layout=layout)
     pages = paged_cache.constrain(paged_cache.Pages(kept), layout)
 
     def step(carry: tuple[Rows, jax.Array], inputs: tuple[jax.Array, jax.Array]):
@@ -316,10 +315,12 @@ def _run(cfg, params, tokens_RT, positions_RT, attend, *, dtype, layout):
     return model.parts(cfg)["norm"].bind(params["norm"])(x_RTD), tuple(kept)
 
 
-def _logits(cfg, params, x_R1D, *, layout) -> jax.Array:
-    logits_RV = model.unembed(cfg, params, x_R1D, layout=layout)[:, 0]
-    # Sorting and drawing are per row: with whole rows on each device no collective is needed.
-    return sharding.constrain(logits_RV, ("batch", None), layout)
+def _logits(cfg, params, x_RTD, *, layout) -> jax.Array:
+    """[R, T, V], whole on every device: drawing goes by whole rows."""
+    logits_RTV = model.unembed(cfg, params, x_RTD, layout=layout)
+    # In two steps: asked for whole logits at once, XLA gathers the kernel instead.
+    logits_RTV = sharding.constrain(logits_RTV, ("batch", None, "act_vocab"), layout)
+    return sharding.constrain(logits_RTV, ("batch", None, None), layout)
 
 
 def _draw(logits_RV, rows: Rows, mask_RW, *, how, eos_E, layout) -> tuple[Rows, sampling.Drawn]:

@@ -1,12 +1,14 @@
 """What a batch inference engine's device keeps between dispatches: pages, and a row a slot."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from configs import schema
+from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import paged_cache, sampling
 
@@ -112,6 +114,20 @@ def empty(
     if layout is not None:
         slots = jax.device_put(slots, jax.NamedSharding(layout.mesh, jax.P()))
     return State(pages, slots)
+
+
+def shapes(cfg: schema.Model, *, layout: Layout, **sizes) -> State:
+    """What `empty` makes, as shapes with their shardings: for devices that are not here."""
+    made = jax.eval_shape(functools.partial(empty, cfg, layout=layout, **sizes))
+
+    def placed(x: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
+        where = sharding.sharding(axes, layout)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return State(
+        jax.tree.map(lambda x: placed(x, paged_cache.AXES[: x.ndim]), made.pages),
+        jax.tree.map(lambda x: placed(x, ()), made.slots),
+    )
 
 
 def take(slots: Rows, slots_R: jax.Array, how: sampling.How) -> tuple[Rows, Rows]:

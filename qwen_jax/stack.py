@@ -64,8 +64,7 @@ def run(
 ) -> tuple[Any, Any]:
     """`carry, output = body(carry, layer, index)` for every layer of `params` -> carry, outputs.
 
-    Outputs of the layers that give one are stacked; None where none does. `params["layers"]` may
-    also be a tuple of all layers in order, which is always unrolled.
+    Outputs of the layers that give one are stacked; None where none does.
 
     scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
     code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
@@ -74,9 +73,8 @@ def run(
     """
     if layer_loop not in ("scan", "unrolled"):
         raise ValueError(f"unknown layer_loop {layer_loop!r}; known: scan, unrolled")
-    is_tuple = isinstance(params["layers"], tuple)
     outputs = []
-    if layer_loop == "scan" and not is_tuple:
+    if layer_loop == "scan":
         used = dict.fromkeys(order(cfg), 0)  # layers taken of each stack so far
         for part in runs(order(cfg)):
             carry, given = _scan(params, part, used, body, carry)
@@ -84,8 +82,7 @@ def run(
             for name in part.pattern:
                 used[name] += part.repeats
     else:
-        layers = params["layers"] if is_tuple else in_order(cfg, params, module.unstack)
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(in_order(cfg, params, module.unstack)):
             carry, output = body(carry, layer, index)
             outputs.append(jax.tree.map(lambda x: x[None], output))
     outputs = [output for output in outputs if output is not None]

@@ -47,7 +47,7 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.3f} B" if number > 1e8 else f"{number / 1e6:.3f} M"
 
 
-def show_shardings(name: str, *, mesh: str, rules: Literal["train", "decode"]) -> None:
+def show_shardings(name: str, *, mesh: str, rules: Literal["train", "engine"]) -> None:
     """Prints every parameter's shape, axes and spec on `mesh`, and what one device holds.
 
     Raises `ValueError` if the preset is unknown or does not divide over the mesh.

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -14,13 +13,11 @@ from configs.topologies import Slice
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
 from partitioning.sharding import Layout
-from qwen_jax import ahead_of_time, decode, kv_cache, model, sampling
+from qwen_jax import ahead_of_time, decode_params, paged_decode, paged_state
 from qwen_jax.ahead_of_time import Compiled
 from qwen_jax.plan import memory
 from qwen_jax.plan.job import Job, Purpose
 from train import step
-
-DISPATCH = 16  # tokens that a decoding program draws, as `generation.generate` does by default
 
 # What of a run's settings a compiled step depends on; the rest is data, or for the host alone.
 _FIELDS = (
@@ -35,9 +32,10 @@ def lower(
 ) -> dict[str, jax.stages.Lowered]:
     """The programs of a purpose, by name, for the devices of `layout`.
 
-    train: `step`, whose learning rate is an input, and `evaluate`. eval: `evaluate`. decode:
-    `advance`, which draws `DISPATCH` tokens for each of `batch_size` slots of `sequence_length`
-    positions. Raises `ValueError` where model, batch or length do not divide over the mesh.
+    train: `step`, whose learning rate is an input, and `evaluate`. eval: `evaluate`. decode: an
+    engine's `advance`, which draws `decode_steps` tokens for each of its slots, of
+    `sequence_length` positions; engines of other replicas run the same.
+    Raises `ValueError` where model, batch or length do not divide over the mesh.
     """
     if purpose == "decode":
         return {"advance": _lower_decode(cfg, config, layout)}
@@ -54,34 +52,33 @@ def _lower_run(program: step.Program) -> dict[str, jax.stages.Lowered]:
 
 def _lower_decode(cfg: schema.Model, config: schema.Train, layout: Layout) -> jax.stages.Lowered:
     sharding.check_model(cfg, layout)
-    slots, dtype = config.batch_size, jnp.dtype(config.compute_dtype)
-    whole = sharding.sharding((), layout)
-
-    def of(shape: tuple[int, ...], dtype: jnp.dtype, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(axes, layout))
-
-    params = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed),
-        model.shapes(cfg),
-        sharding.shardings(model.axes(cfg), layout),
-    )
-    L, K, H = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
-    side = of((L, slots, K, config.data.sequence_length, H), dtype, kv_cache.AXES)
-    rows = of((slots,), jnp.int32, ("batch",))
-    state = decode.State(kv_cache.Cache(side, side, rows), rows, rows, rows, None, None)
-    settings = jax.tree.map(
-        lambda column: jax.ShapeDtypeStruct(column.shape, column.dtype, sharding=whole),
-        sampling.settings([], num_rows=slots),
-    )
-    eos_E = jax.ShapeDtypeStruct((len(cfg.eos_token_ids),), np.int32, sharding=whole)
-    return decode.advance.lower(
+    settings, dtype = schema.Engine(), jnp.dtype(config.compute_dtype)
+    replicas = layout.mesh.size // (layout.mesh.shape["tensor"] * layout.mesh.shape["expert"])
+    slots = config.batch_size // replicas
+    width = -(-config.data.sequence_length // settings.page_size)
+    state = paged_state.shapes(
         cfg,
-        params,
+        num_slots=slots,
+        width=width,
+        num_pages=slots * width,
+        page_size=settings.page_size,
+        dtype=dtype,
+        layout=layout,
+    )
+    form = decode_params.best_form(layout)
+
+    def whole(*shape: int, dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding((), layout))
+
+    return paged_decode.advance.lower(
+        cfg,
+        decode_params.shapes(cfg, dtype=dtype, form=form, layout=layout),
         state,
-        settings,
+        whole(slots),
+        whole(slots, -(-cfg.vocab_size // 32), dtype=jnp.uint32),
         how="greedy",
-        eos_E=eos_E,
-        num_steps=DISPATCH,
+        eos_E=whole(len(cfg.eos_token_ids)),
+        num_steps=settings.decode_steps,
         layout=layout,
     )
 
@@ -90,7 +87,7 @@ def placed(job: Job) -> Layout:
     """The job's layout on devices of its slice, which may exist in the compiler alone."""
     config = job.config.mesh
     devices = ahead_of_time.devices(job.where)
-    kind = "decode" if job.purpose == "decode" else "train"
+    kind = "engine" if job.purpose == "decode" else "train"
     chosen = rules.rule_set(kind, kv_heads=config.kv_heads)
     return Layout(mesh_lib.make(config, devices=devices), chosen)
 

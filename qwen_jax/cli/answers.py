@@ -10,9 +10,10 @@ from configs import schema
 from qwen_jax.cli.apps import Dtype, Flat, Positional, app
 
 if TYPE_CHECKING:
-    from infer import generate as generate_lib
+    from infer.service import Service
 
 _ENGINE = schema.Engine()
+_ALONE = schema.Engine(num_slots=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,13 @@ def generate(
     *,
     loaded: Annotated[Loaded, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
+    engine: schema.Engine = _ALONE,
 ) -> int:
     """Continue one prompt, printing text as it comes."""
     from infer import generate as generate_lib
 
-    generator, settings = _generator(loaded, sampling)
-    request = generate_lib.prompt_request(generator, prompt, settings=settings)
-    generate_lib.stream(generator, request, write=_write)
+    service = _service(loaded, sampling, engine)
+    generate_lib.stream(service, prompt, settings=service.defaults, write=_write)
     _write("\n")
     return 0
 
@@ -70,6 +71,7 @@ def chat(
     loaded: Annotated[Loaded, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     system: str | None = None,
+    engine: schema.Engine = _ALONE,
 ) -> int:
     """Talk to an instruct model; an empty line or the end of input ends the talk.
 
@@ -78,7 +80,7 @@ def chat(
     """
     from infer import generate as generate_lib
 
-    generator, settings = _generator(loaded, sampling)
+    service = _service(loaded, sampling, engine)
 
     def read() -> str | None:
         try:
@@ -86,7 +88,7 @@ def chat(
         except EOFError:
             return None
 
-    generate_lib.chat(generator, settings=settings, system=system, read=read, write=_write)
+    generate_lib.chat(service, settings=service.defaults, system=system, read=read, write=_write)
     return 0
 
 
@@ -118,18 +120,11 @@ def batch(
         model_name: More names that lines may call the model by; the first is written into answers.
     """
     from infer import batch as batch_lib
-    from infer import batch_progress, loading
-    from partitioning import mesh as mesh_lib
+    from infer import batch_progress
     from qwen_jax import tool_calls
 
     mine = batch_lib.Share.parse(share)
-    service = loading.load(
-        loaded.model,
-        settings=engine,
-        sampling={name: value for name, value in vars(sampling).items() if value is not None},
-        dtype=loaded.dtype,
-        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
-    )
+    service = _service(loaded, sampling, engine)
     with batch_progress.bar() as report:
         summary = batch_lib.run(
             service,
@@ -164,16 +159,17 @@ def merge(input: Positional[str], output: Positional[str], *, shares: int) -> in
     return 0
 
 
-def _generator(
-    loaded: Loaded, sampling: Sampling
-) -> "tuple[generate_lib.Generator, schema.Sampling]":
-    from infer import generate as generate_lib
+def _service(loaded: Loaded, sampling: Sampling, engine: schema.Engine) -> "Service":
+    from infer import loading
     from partitioning import mesh as mesh_lib
 
-    mesh = mesh_lib.parse(loaded.mesh) if loaded.mesh else None
-    generator = generate_lib.load(loaded.model, dtype=loaded.dtype, mesh=mesh)
-    given = {name: value for name, value in vars(sampling).items() if value is not None}
-    return generator, generate_lib.with_overrides(generator.defaults, given)
+    return loading.load(
+        loaded.model,
+        settings=engine,
+        sampling={name: value for name, value in vars(sampling).items() if value is not None},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+    )
 
 
 def _write(text: str) -> None:

@@ -25,14 +25,14 @@ def shardings(
     model: Positional[str],
     *,
     mesh: str,
-    rules: Literal["train", "decode"] = "train",
+    rules: Literal["train", "engine"] = "train",
 ) -> int:
     """Show where every parameter goes on a mesh, and what one device holds.
 
     Args:
         model: A preset's name (`qwen-jax models`).
         mesh: Axis sizes, for example fsdp=4,tensor=2; kv_heads=replicated is understood too.
-        rules: Whose rules: training's, or decoding's (weights whole along their width).
+        rules: Whose rules: training's, or a batch engine's (weights whole along their width).
     """
     from qwen_jax import tables
 

@@ -186,7 +186,11 @@ def _experts(job: Job, itemsize: int) -> list[Transfer]:
     n = job.layout.size("experts")
     tokens = job.rows if job.purpose == "decode" else job.tokens
     row = itemsize * tokens * job.cfg.hidden_size
-    if moe.capacity_factor is None or job.purpose == "decode":
+    if job.purpose == "decode":
+        # Every device has all tokens, and gives what its own experts make of them.
+        count = len(job.cfg.sparse_layers) * 2 * row * _others(n)
+        return [Transfer(_over(job, "experts"), "all-reduce experts' outputs", count, False)]
+    if moe.capacity_factor is None:
         # [M, D] -> all-gather -> [X M, D], and a reduce-scatter back.
         way, reason = row * (n - 1), "gather and scatter tokens"
     else:

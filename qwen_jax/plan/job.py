@@ -29,8 +29,8 @@ GATHERED_AXES = ("embed", "expert_embed")
 class Job:
     """One way to run: every setting is fixed, and it divides over the slice's devices.
 
-    `config.batch_size` counts sequences over all devices; in decoding they are the cache's slots,
-    of `config.data.sequence_length` positions.
+    `config.batch_size` counts sequences over all devices; in decoding they are the slots of all
+    replicas' engines, of `config.data.sequence_length` positions.
     """
 
     cfg: schema.Model
@@ -44,10 +44,18 @@ class Job:
         return self.config.data.sequence_length
 
     @property
+    def replicas(self) -> int:
+        """Parts of the mesh that work on sequences of their own; in decoding, engines."""
+        if self.purpose == "decode":
+            mesh = self.layout.mesh
+            return mesh.size // (mesh.shape["tensor"] * mesh.shape["expert"])
+        return self.layout.size("batch")
+
+    @property
     def rows(self) -> int:
         """Sequences that a device works on at one time."""
         parts = self.config.accumulate_steps if self.purpose == "train" else 1
-        return self.config.batch_size // parts // self.layout.size("batch")
+        return self.config.batch_size // parts // self.replicas
 
     @property
     def tokens(self) -> int:
@@ -88,18 +96,16 @@ def make(
     sizes = mesh_lib.resolve(config.mesh, where.num_devices)
     mesh = dataclasses.replace(config.mesh, **sizes)
     check_torus(mesh, where)
-    kind = "decode" if purpose == "decode" else "train"
+    kind = "engine" if purpose == "decode" else "train"
     layout = Layout(_abstract(mesh), rules.rule_set(kind, kv_heads=mesh.kv_heads))
     sharding.check_model(cfg, layout)
-    config = dataclasses.replace(
-        config,
-        mesh=mesh,
-        batch_size=rows * layout.size("batch") * config.accumulate_steps,
-    )
+    config = dataclasses.replace(config, mesh=mesh)
     job = Job(cfg=cfg, config=config, where=where, purpose=purpose, layout=layout)
-    if purpose == "decode" and layout.size("length") > 1:
+    config = dataclasses.replace(config, batch_size=rows * job.replicas * config.accumulate_steps)
+    job = dataclasses.replace(job, config=config)
+    if purpose == "decode" and mesh.context > 1:
         raise ValueError(
-            f"decoding does not spread a sequence: context={layout.size('length')}; use context=1"
+            f"decoding does not spread a sequence: context={mesh.context}; use context=1"
         )
     model.check_length(cfg, job.length)
     _ = job.context_variant  # raises where the length does not divide

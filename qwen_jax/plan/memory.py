@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from configs import schema
 from partitioning import gradients
-from qwen_jax import kv_cache
+from qwen_jax import paged_cache
 from qwen_jax.plan import job as job_lib
 from qwen_jax.plan import layer
 from qwen_jax.plan.job import Job
@@ -142,18 +143,23 @@ def _evaluate(job: Job) -> Memory:
 
 
 def _decode(job: Job) -> Memory:
-    """Weights in the arithmetic's dtype, a cache of whole rows, one token a row."""
+    """Weights in the arithmetic's dtype, pages for every slot of an engine, one token a row."""
     dtype = jnp.dtype(job.config.compute_dtype)
-    cache = kv_cache.num_bytes(job.cfg, num_slots=job.rows, length=job.length, dtype=dtype)
+    cfg, settings = job.cfg, schema.Engine()
+    width = paged_cache.width(cfg, job.where.chip.platform)
+    positions = job.rows * -(-job.length // settings.page_size) * settings.page_size
+    heads = 2 * cfg.num_key_value_heads / job.layout.size("act_kv_heads")
     held = sum(leaf.local_size for leaf in job_lib.parameters(job))
     always = {
         "parameters": dtype.itemsize * held,
-        "cache": cache / job.layout.size("act_kv_heads"),
+        "cache": cfg.num_hidden_layers * positions * heads * width * dtype.itemsize,
+        # Of a slot, for every token: whether the prompt has it (a byte), how often the answer.
+        "batch": job.rows * cfg.vocab_size * 5,
     }
     moments = {
         "token": {
-            # The logits, and their copy in sorted order from which a sampler draws.
-            "logits": 2 * FLOAT32 * job.rows * _vocab(job),
+            # Rows are drawn from whole: the logits gathered, and a copy in float32 with penalties.
+            "logits": 2 * FLOAT32 * job.rows * cfg.vocab_size,
             "working": FLOAT32 * job.rows * job.cfg.hidden_size * _RESIDUAL_ARRAYS,
         }
     }

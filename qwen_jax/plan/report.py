@@ -128,7 +128,7 @@ def _show_best(output: console.Console, best: Candidate, limit: float | None) ->
     _say(
         output,
         f"Recommended: {settings}batch {batch} = {one.rows} row(s) on each of "
-        f"{one.layout.size('batch')} part(s) of the mesh{times}",
+        f"{one.replicas} part(s) of the mesh{times}",
         style="bold",
     )
     used = f"{memory_text(best.memory.total)} a device"

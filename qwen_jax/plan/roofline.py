@@ -85,9 +85,7 @@ def estimate(job: Job) -> Step:
 
 
 def _tokens(job: Job) -> float:
-    rows = (
-        job.config.batch_size if job.purpose == "train" else (job.rows * job.layout.size("batch"))
-    )
+    rows = job.config.batch_size if job.purpose == "train" else (job.rows * job.replicas)
     return float(rows * (1 if job.purpose == "decode" else job.length))
 
 

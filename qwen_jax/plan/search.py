@@ -140,7 +140,7 @@ def _ways(cfg, config, where, purpose, mesh, policy, rows, batch) -> list[Candid
     first = job_lib.make(cfg, config, where, rows=counts[0], purpose=purpose)
     jobs = [_with_rows(first, count, batch) for count in counts if _divides(first, count, batch)]
     if not jobs:
-        shards = first.layout.size("batch")
+        shards = first.replicas
         raise ValueError(
             f"a batch of {batch} rows does not spread over {shards} part(s) of {counts[0]} row(s); "
             f"use a multiple of {shards * counts[0]}, or axes that share rows (context, tensor)"
@@ -156,12 +156,12 @@ def _ways(cfg, config, where, purpose, mesh, policy, rows, batch) -> list[Candid
 
 
 def _divides(job: Job, rows: int, batch: int | None) -> bool:
-    return batch is None or batch % (rows * job.layout.size("batch")) == 0
+    return batch is None or batch % (rows * job.replicas) == 0
 
 
 def _with_rows(job: Job, rows: int, batch: int | None) -> Job:
     """`job` with so many rows a device at one time, and the batch in parts of them."""
-    at_once = rows * job.layout.size("batch")
+    at_once = rows * job.replicas
     batch = batch or at_once
     config = dataclasses.replace(job.config, batch_size=batch, accumulate_steps=batch // at_once)
     return dataclasses.replace(job, config=config)

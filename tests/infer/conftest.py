@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import qwen2_5, schema
-from infer import generate
-from qwen_jax import decode, model, tokenizer_train
+from infer import loading
+from qwen_jax import decode_params, model, tokenizer_train
 
 CFG = dataclasses.replace(
     qwen2_5.tiny(),
@@ -23,14 +23,16 @@ CFG = dataclasses.replace(
 
 
 @pytest.fixture(scope="session")
-def generator() -> generate.Generator:
+def loaded() -> loading.Loaded:
     leaves, tree = jax.tree.flatten(model.shapes(CFG))
     rng = np.random.default_rng(0)
     drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
     words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
-    return generate.Generator(
+    return loading.Loaded(
         cfg=CFG,
-        params=decode.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32, form="stacked"),
+        params=decode_params.prepare(
+            CFG, tree.unflatten(drawn), dtype=jnp.float32, form="unstacked"
+        ),
         tokenizer=words,
         defaults=schema.Sampling(max_tokens=12, temperature=0.0),
         eos_ids=(5, *words.eos_ids),

@@ -5,14 +5,13 @@ import json
 import re
 import zlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import schema
-from infer import batch, constraints, engine, generate, service
-from qwen_jax import decode, model
+from infer import batch, loading
+from infer.service import TextRequest
+from tests.infer import whole_forward
 
 pytestmark = pytest.mark.slow
 
@@ -35,35 +34,8 @@ LINES = [
 
 
 @pytest.fixture(scope="module")
-def made(generator):
-    leaves, tree = jax.tree.flatten(model.shapes(generator.cfg))
-    rng = np.random.default_rng(0)
-    drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
-    params = decode.prepare(
-        generator.cfg, tree.unflatten(drawn), dtype=jnp.float32, form="unstacked"
-    )
-    made = engine.Engine(
-        generator.cfg,
-        params,
-        settings=SETTINGS,
-        eos_ids=generator.eos_ids,
-        dtype=generator.dtype,
-    )
-
-    def compile_constraint(spec):
-        return constraints.compile(
-            spec,
-            tokenizer=generator.tokenizer,
-            vocab_size=generator.cfg.vocab_size,
-            eos_ids=generator.tokenizer.eos_ids,
-        ).start()
-
-    return service.Service(
-        made,
-        tokenizer=generator.tokenizer,
-        defaults=generator.defaults,
-        compile_constraint=compile_constraint,
-    )
+def made(loaded):
+    return loading.serve(loaded, settings=SETTINGS)
 
 
 def run(service, folder, lines):
@@ -75,17 +47,19 @@ def run(service, folder, lines):
     return records
 
 
-def test_answers_are_those_of_generate(made, generator, tmp_path):
+def test_answers_are_those_of_whole_forward_passes(made, loaded, tmp_path):
     for line, record in zip(LINES, run(made, tmp_path, LINES), strict=True):
         own = {k: v for k, v in line.items() if k not in ("prompt", "messages")}
-        settings = dataclasses.replace(generator.defaults, **own)
+        settings = dataclasses.replace(loaded.defaults, **own)
         if "seed" not in own:
             settings = dataclasses.replace(settings, seed=batch_seed(record))
         prompt = line.get("prompt", line.get("messages"))
-        request = generate.prompt_request(generator, prompt, settings=settings)
-        answer = generate.stream(generator, request, write=lambda _: None)
-        assert record["token_ids"] == list(answer.token_ids)
-        assert (record["text"], record["finish_reason"]) == (answer.text, answer.finish_reason)
+        tokens = made.encode(TextRequest(id="", prompt=prompt, sampling=settings))
+        answer = whole_forward.answer(loaded, tokens, settings=settings)
+        assert record["token_ids"] == answer
+        stopped = answer[-1] in loaded.eos_ids
+        text = loaded.tokenizer.decode(answer[: len(answer) - stopped], skip_special=True)
+        assert (record["text"], record["finish_reason"]) == (text, "stop" if stopped else "length")
 
 
 def batch_seed(record) -> int:

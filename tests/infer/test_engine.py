@@ -11,7 +11,8 @@ import pytest
 from configs import qwen2_5, schema
 from infer import engine as engine_lib
 from infer.request import Request
-from qwen_jax import decode, model
+from qwen_jax import decode_params, model
+from tests.infer import whole_forward
 
 EOS = 7
 SETTINGS = schema.Engine(
@@ -37,7 +38,7 @@ CFG, PARAMS = _model()
 
 
 def make_engine(**changes) -> engine_lib.Engine:
-    params = decode.prepare(CFG, jax.tree.map(jnp.copy, PARAMS), dtype=jnp.float32)
+    params = decode_params.prepare(CFG, jax.tree.map(jnp.copy, PARAMS), dtype=jnp.float32)
     return engine_lib.Engine(
         CFG,
         params,
@@ -144,9 +145,7 @@ def reference(request: Request) -> list[int]:
     settings, tokens, drawn = request.sampling, list(request.tokens), []
     ends = {*settings.stop_token_ids, *(() if settings.ignore_eos else (EOS,))}
     while len(drawn) < settings.max_tokens and not (drawn and drawn[-1] in ends):
-        row = np.zeros((1, 160), np.int32)
-        row[0, : len(tokens)] = tokens
-        scores = np.array(_logits(PARAMS, row)[0, len(tokens) - 1], np.float64)
+        scores = np.array(whole_forward.logits(CFG, PARAMS, tokens)[-1], np.float64)
         for token, value in settings.logit_bias:
             scores[token] += value
         if len(drawn) < settings.min_tokens:
@@ -160,13 +159,6 @@ def reference(request: Request) -> list[int]:
         drawn.append(int(scores.argmax()))
         tokens.append(drawn[-1])
     return drawn
-
-
-@jax.jit
-def _logits(params, tokens_BT):
-    with jax.default_matmul_precision("highest"):
-        hidden_BTD = model.apply(CFG, params, tokens_BT).hidden_BTD
-        return model.unembed(CFG, params, hidden_BTD)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +188,7 @@ def test_logprobs_of_prompt_and_answer(engine):
     drawn = [token for event in events for token in event.tokens]
     given = [x for event in events for x in event.logprobs or ()]
     (scored,) = [event.prompt_logprobs for event in events if event.prompt_logprobs]
-    row = np.zeros((1, 160), np.int32)
-    row[0, :50], row[0, 50 : 50 + len(drawn)] = prompt, drawn
-    raw = np.asarray(jax.nn.log_softmax(_logits(PARAMS, row)[0]))
+    raw = np.asarray(jax.nn.log_softmax(whole_forward.logits(CFG, PARAMS, [*prompt, *drawn])))
     assert [x.token for x in scored] == list(prompt[1:]) and [x.token for x in given] == drawn
     for position, one in enumerate([*scored, *given]):
         assert one.raw == pytest.approx(raw[position, one.token], abs=1e-4)

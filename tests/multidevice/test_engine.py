@@ -11,7 +11,7 @@ from configs import qwen2_moe, schema
 from infer import engine as engine_lib
 from infer.request import Request
 from partitioning import mesh, rules, sharding
-from qwen_jax import decode, model
+from qwen_jax import decode_params, model
 from tests.multidevice import cases
 
 DENSE = dataclasses.replace(cases.MODEL, num_hidden_layers=2, vocab_size=256)
@@ -56,8 +56,8 @@ def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
             mesh.make(config, devices=devices), rules.rule_set("engine", kv_heads=config.kv_heads)
         )
         params = jax.device_put(params, sharding.shardings(model.axes(cfg), layout))
-    form = decode.best_form(layout)
-    params = decode.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
+    form = decode_params.best_form(layout)
+    params = decode_params.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
     settings = dataclasses.replace(SETTINGS, **changes)
     engine = engine_lib.Engine(
         cfg, params, settings=settings, eos_ids=(5,), dtype=jnp.float32, layout=layout

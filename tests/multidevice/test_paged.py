@@ -29,7 +29,7 @@ def _layout(text: str) -> sharding.Layout:
     """On as many devices as the mesh's axes say."""
     config = mesh.parse(text)
     made = mesh.make(config, devices=jax.devices()[: config.tensor * config.data])
-    return sharding.Layout(made, rules.rule_set("decode", kv_heads=config.kv_heads))
+    return sharding.Layout(made, rules.rule_set("engine", kv_heads=config.kv_heads))
 
 
 def _inputs(N: int, K: int, storage: str = "plain"):

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 from configs import qwen2_5, qwen2_moe, schema
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
-from qwen_jax import checkpoint, decode, generation, model
+from qwen_jax import checkpoint, decode_params, model
 from qwen_jax.quant import array, command, tree
+from tests import answers
 
 DENSE = dataclasses.replace(
     qwen2_5.tiny(), vocab_size=256, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
@@ -36,22 +37,15 @@ def drawn(cfg: schema.Model) -> dict:
 
 
 def tokens(cfg: schema.Model, params: dict, layout: sharding.Layout | None) -> list[list[int]]:
-    greedy = schema.Sampling(temperature=0.0, max_tokens=6)
-    requests = [generation.request(cfg, range(3, 3 + n), settings=greedy) for n in (4, 11)]
-    found = [[] for _ in requests]
-    with jax.default_matmul_precision("highest"):
-        for piece in generation.generate(
-            cfg, params, requests, eos_ids=(), dtype=jnp.float32, num_steps=4, layout=layout
-        ):
-            found[piece.row] += piece.tokens
-    return found
+    engine = answers.engine(cfg, params, layout=layout)
+    return answers.greedy(engine, [range(3, 3 + n) for n in (4, 11)], max_tokens=6)
 
 
 @pytest.mark.parametrize(
     ("cfg", "mesh", "settings"),
     [
-        (DENSE, "data=2,fsdp=1,tensor=4", tree.Settings(weights="int4", group_size=32)),
-        pytest.param(SPARSE, "fsdp=2,expert=2,tensor=2", tree.Settings(), marks=pytest.mark.slow),
+        (DENSE, "fsdp=1,tensor=4", tree.Settings(weights="int4", group_size=32)),
+        pytest.param(SPARSE, "fsdp=1,expert=2,tensor=2", tree.Settings(), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
@@ -59,7 +53,8 @@ def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
         cfg, tree.quantise(cfg, drawn(cfg), settings), tmp_path / "c", assets=None, source={}
     )
     config = mesh_lib.parse(mesh)
-    layout = sharding.Layout(mesh_lib.make(config), rules.rule_set("decode"))
+    devices = jax.devices()[: config.expert * config.tensor]
+    layout = sharding.Layout(mesh_lib.make(config, devices=devices), rules.rule_set("engine"))
     placed = sharding.shardings(model.axes(cfg), layout)
     sharded = checkpoint.load_params(tmp_path / "c", shardings=placed)
     o = sharded["layers"]["attention"]["o"]["kernel"]
@@ -67,13 +62,12 @@ def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
     over = "tensor" if o.num_groups > 1 else None
     assert o.scales.sharding.spec == PartitionSpec(None, over, None)
     whole = checkpoint.load_params(tmp_path / "c")
-    form = decode.best_form(layout, params=sharded)
+    form = decode_params.best_form(layout, params=sharded)
     assert form == "fused"
-    sharded = decode.prepare(cfg, sharded, dtype=jnp.float32, form=form, layout=layout)
-    qkv = sharded["layers"][0]["attention"]["qkv"]["kernel"]
-    assert qkv.values.sharding.spec == PartitionSpec(None, "tensor", None, None)
-    whole = decode.prepare(cfg, whole, dtype=jnp.float32, form="stacked")
     assert tokens(cfg, sharded, layout) == tokens(cfg, whole, None)
+    fused = decode_params.prepare(cfg, sharded, dtype=jnp.float32, form=form, layout=layout)
+    qkv = fused["layers"][0]["attention"]["qkv"]["kernel"]
+    assert qkv.values.sharding.spec == PartitionSpec(None, "tensor", None, None)
 
 
 def test_a_cut_group_is_refused(tmp_path):
@@ -82,7 +76,7 @@ def test_a_cut_group_is_refused(tmp_path):
         DENSE, tree.quantise(DENSE, drawn(DENSE), settings), tmp_path / "c", assets=None, source={}
     )
     layout = sharding.Layout(
-        mesh_lib.make(mesh_lib.parse("data=2,fsdp=1,tensor=4")), rules.rule_set("decode")
+        mesh_lib.make(mesh_lib.parse("data=2,fsdp=1,tensor=4")), rules.rule_set("engine")
     )
     placed = sharding.shardings(model.axes(DENSE), layout)
     with pytest.raises(ValueError, match=r"attention.o.kernel: mesh axis tensor=4 would cut"):

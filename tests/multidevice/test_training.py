@@ -155,8 +155,8 @@ def test_bfloat16_moves_as_bfloat16():
 
 
 def test_decoding_gathers_no_weights():
-    """Rules `decode`: whole weights on each data-parallel device, so only tensor's all-reduces."""
-    layout = sharding.Layout(cases.layout("fsdp=4,tensor=2").mesh, rules.DECODE)
+    """Rules `engine`: weights whole but for tensor's part, so only its all-reduces."""
+    layout = sharding.Layout(cases.layout("fsdp=4,tensor=2").mesh, rules.ENGINE)
 
     def logits(params, tokens_BT):
         with jax.named_scope("model"):

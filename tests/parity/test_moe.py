@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 
-from qwen_jax import decode, kv_cache, model, module, moe, rope, stack
+from qwen_jax import model, module, moe, rope, stack
 from qwen_jax.attention import api
+from tests import answers
 from tests.parity import moe_oracle, oracle
 from train.losses import language_model
 
@@ -135,7 +136,7 @@ def test_balance_loss_is_transformers_load_balancing_loss(padded):
     assert float(jnp.sum(got.load_LE)) == mask_BT.sum() * 3 * 3  # layers, choices
 
 
-def test_greedy_tokens_over_the_cache(shape):
+def test_greedy_tokens_of_an_engine(shape):
     prompts = shape.tokens_BT[:, :PROMPT]
     with torch.no_grad():
         want = shape.theirs.generate(
@@ -146,7 +147,8 @@ def test_greedy_tokens_over_the_cache(shape):
             output_router_logits=False,
         ).numpy()
     assert len(np.unique(want[:, PROMPT:])) > 8, "the oracle says too little to be a test"
-    np.testing.assert_array_equal(_greedy(shape.cfg, shape.params, prompts), want[:, PROMPT:])
+    engine = answers.engine(shape.cfg, shape.params)
+    assert answers.greedy(engine, prompts, max_tokens=NEW) == want[:, PROMPT:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -178,21 +180,3 @@ def _residual_stream(cfg, params, tokens_BT):
     for layer in stack.in_order(cfg, params, module.unstack)[:-1]:
         stream.append(run(layer, stream[-1]))
     return stream
-
-
-def _greedy(cfg, params, prompts):
-    """Prefill, then one step a token, over stacked parameters."""
-
-    @jax.jit
-    def start(params, tokens_BT):
-        cache = kv_cache.create(cfg, num_slots=B, length=PROMPT + NEW, dtype=jnp.float32)
-        lengths_B = jnp.full(B, PROMPT, jnp.int32)
-        return decode.prefill(cfg, params, tokens_BT, lengths_B, cache)
-
-    step = jax.jit(functools.partial(decode.decode_step, cfg))
-    logits_BV, cache = start(params, jnp.asarray(prompts))
-    tokens = [jnp.argmax(logits_BV, axis=-1)]
-    for _ in range(NEW - 1):
-        logits_BV, cache = step(params, tokens[-1].astype(jnp.int32), cache)
-        tokens.append(jnp.argmax(logits_BV, axis=-1))
-    return np.stack(tokens, axis=1)

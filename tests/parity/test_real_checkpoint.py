@@ -18,9 +18,9 @@ import torch
 import transformers
 
 from configs import huggingface, schema
-from qwen_jax import chat, generation, model, tokenizer
+from qwen_jax import chat, model, tokenizer
 from qwen_jax.convert import loader
-from tests import real_checkpoint
+from tests import answers, real_checkpoint
 from train.losses import language_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes of one core for the oracle
@@ -127,8 +127,7 @@ def test_greedy_answers_are_the_same_text(folder, theirs, cfg, params):
     """20 prompts in one batch here, each alone there; texts by each side's own tokenizer."""
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ours = tokenizer.load(folder)
-    greedy = schema.Sampling(temperature=0.0, max_tokens=NEW)
-    requests, want = [], []
+    prompts, want = [], []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         ids = chat.encode(messages, tokenizer=ours, add_generation_prompt=True, mask="none")
@@ -136,7 +135,7 @@ def test_greedy_answers_are_the_same_text(folder, theirs, cfg, params):
             messages, add_generation_prompt=True, return_dict=False
         )
         assert list(ids.token_ids) == list(their_ids)
-        requests.append(generation.request(cfg, ids.token_ids, settings=greedy))
+        prompts.append(ids.token_ids)
         with torch.no_grad():
             out = theirs.generate(
                 torch.tensor([their_ids]),
@@ -145,11 +144,8 @@ def test_greedy_answers_are_the_same_text(folder, theirs, cfg, params):
                 do_sample=False,
             )
         want.append(out[0, len(their_ids) :].tolist())
-    got: list[list[int]] = [[] for _ in requests]
-    for piece in generation.generate(
-        cfg, params, requests, eos_ids=cfg.eos_token_ids, dtype=jnp.float32
-    ):
-        got[piece.row] += piece.tokens
+    engine = answers.engine(cfg, params, num_slots=8, max_length=256, eos_ids=cfg.eos_token_ids)
+    got = answers.greedy(engine, prompts, max_tokens=NEW)
     assert len(want) == 20 and len({tuple(w) for w in want}) == 20
     for question, mine, their in zip(QUESTIONS, got, want, strict=True):
         assert mine == their, question

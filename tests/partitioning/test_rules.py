@@ -38,8 +38,8 @@ def test_an_axis_without_a_rule_is_on_every_device():
 
 def test_rule_sets_are_values():
     assert rules.rule_set("train") == rules.TRAIN
-    assert hash(rules.rule_set("decode")) == hash(rules.DECODE)
-    assert rules.TRAIN != rules.DECODE
+    assert hash(rules.rule_set("engine")) == hash(rules.ENGINE)
+    assert rules.TRAIN != rules.ENGINE
 
 
 def test_replicated_kv_heads_change_nothing_else():
@@ -52,13 +52,13 @@ def test_replicated_kv_heads_change_nothing_else():
     assert "replicated" in replicated.name
 
 
-def test_decoding_shards_no_weight_over_data_axes():
-    of_batch = set(rules.DECODE.mesh_axes("batch"))
-    for logical in ("vocab", "embed", "norm", "heads", "kv_heads", "ffn"):
-        assert not of_batch & set(rules.DECODE.mesh_axes(logical))
+def test_an_engine_spreads_no_rows_and_no_weight_over_data_axes():
+    for logical in rules.LOGICAL_AXES:
+        assert set(rules.ENGINE.mesh_axes(logical)) <= {"tensor", "expert"}
+    assert rules.ENGINE.mesh_axes("batch") == ()
 
 
-@pytest.mark.parametrize("chosen", [rules.TRAIN, rules.DECODE], ids=lambda r: r.name)
+@pytest.mark.parametrize("chosen", [rules.TRAIN, rules.ENGINE], ids=lambda r: r.name)
 def test_outer_batch_is_the_batch_without_the_axes_of_embed(chosen):
     batch, outer = chosen.mesh_axes("batch"), chosen.mesh_axes("outer_batch")
     assert outer == tuple(axis for axis in batch if axis not in chosen.mesh_axes("embed"))

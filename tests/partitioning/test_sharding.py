@@ -57,7 +57,7 @@ def test_two_dimensions_on_one_mesh_axis_are_both_named():
 
 
 def test_layouts_are_values_that_retrace():
-    one, other = _layout("fsdp=4"), _layout("fsdp=4", "decode")
+    one, other = _layout("fsdp=4"), _layout("fsdp=4", "engine")
     assert one == _layout("fsdp=4") and hash(one) == hash(_layout("fsdp=4"))
     assert one != other
 
@@ -152,7 +152,7 @@ def test_golden_tables(preset):
     cfg = qwen2_5.preset(preset)
     lines = []
     for text in TABLES[preset]:
-        for purpose in ("train", "decode"):
+        for purpose in ("train", "engine"):
             layout = _layout(text, purpose)
             sharding.check_model(cfg, layout)
             lines += [f"# {preset}, {text}, rules {purpose}", *_table(cfg, layout), ""]

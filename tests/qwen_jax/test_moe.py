@@ -1,4 +1,4 @@
-"""Experts against a plain loop over them; capacity, losses, bias, padding, and decoding."""
+"""Experts against a plain loop over them; capacity, losses, bias, and padding."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from configs import schema
 from partitioning import expert_parallel
-from qwen_jax import decode, kv_cache, model, moe
+from qwen_jax import model, moe
 
 MOE = schema.MoE(
     num_experts=6,
@@ -215,33 +215,6 @@ def test_the_bias_moves_against_the_load():
     params = {"layers": {"moe": {"router": {"bias": jnp.zeros((1, 4)), "kernel": None}}}}
     moved = moe.with_updated_bias(params, load_LE, rate=0.5)
     np.testing.assert_array_equal(moved["layers"]["moe"]["router"]["bias"], [[-0.5, 0.5, 0.5, 0.5]])
-
-
-@pytest.mark.parametrize(
-    "form", ["stacked", "fused", pytest.param("unstacked", marks=pytest.mark.slow)]
-)
-def test_prefill_and_decoding_are_the_full_forward(form):
-    cfg = dataclasses.replace(changed(decoder_sparse_step=2), num_hidden_layers=5)
-    params = model.init(cfg, jax.random.key(3))
-    tokens_BT = np.random.default_rng(3).integers(1, 64, (B, T))
-    hidden_BTD = model.apply(cfg, params, tokens_BT).hidden_BTD
-    want_BTV = np.asarray(model.unembed(cfg, params, hidden_BTD))
-    params = decode.prepare(cfg, params, dtype=jnp.float32, form=form)
-    cache = kv_cache.create(
-        cfg, num_slots=B, length=T, dtype=jnp.float32, stacked=form == "stacked"
-    )
-    prefill, step = (jax.jit(f, static_argnums=0) for f in (decode.prefill, decode.decode_step))
-    logits_BV, cache = prefill(cfg, params, tokens_BT[:, :5], np.array([5, 5]), cache)
-    np.testing.assert_allclose(logits_BV, want_BTV[:, 4], rtol=0, atol=2e-5)
-    for t in range(5, 9):
-        logits_BV, cache = step(cfg, params, tokens_BT[:, t], cache)
-        np.testing.assert_allclose(logits_BV, want_BTV[:, t], rtol=0, atol=2e-5)
-
-
-def test_prepared_parameters_keep_the_router_in_float32():
-    params = decode.prepare(CFG, model.init(CFG, jax.random.key(0)), dtype=jnp.bfloat16)
-    assert params["layers"][0]["moe"]["router"]["kernel"].dtype == jnp.float32
-    assert params["layers"][0]["moe"]["experts"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("policy", ["dots", "save:expert_gate,expert_up"])

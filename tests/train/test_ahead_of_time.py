@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import topologies
+from configs import schema, topologies
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import ahead_of_time as bundles
-from qwen_jax import decode, kv_cache, model, sampling
+from qwen_jax import decode_params, model, paged_decode, paged_state
 from qwen_jax.plan import job
 from train import ahead_of_time
 
@@ -137,24 +137,41 @@ def test_kept_decoding_draws_the_same_tokens(helpers, tmp_path):
     bundles.save(tmp_path / "bundle", compiled, key)
     advance = bundles.load(tmp_path / "bundle", lowered, key)["advance"]
 
-    params = model.init(cfg, jax.random.key(0))
+    dtype = jax.numpy.dtype(made.config.compute_dtype)
+    params = decode_params.prepare(
+        cfg, model.init(cfg, jax.random.key(0)), dtype=dtype, layout=layout
+    )
+    width = -(-made.length // 64)
 
-    def start() -> decode.State:
-        cache = kv_cache.create(
-            cfg, num_slots=2, length=made.length, dtype=np.float32, layout=layout
-        )
-        tokens, zeros = jax.numpy.array([5, 9], np.int32), jax.numpy.zeros(2, np.int32)
-        return decode.State(cache, tokens, zeros, jax.numpy.full(2, 99), None, None)
+    def start() -> paged_state.State:
+        state = paged_state.empty(
+            cfg, num_slots=2, width=width, num_pages=2 * width, page_size=64, dtype=dtype,
+            layout=layout,
+        )  # fmt: skip
+        here = jax.NamedSharding(layout.mesh, jax.P())
+        table_BM = jax.numpy.arange(2 * width, dtype=np.int32).reshape(2, width)
+        changed = {
+            "table_BM": table_BM,
+            "tokens_B": jax.numpy.array([5, 9], np.int32),
+            "remaining_B": jax.numpy.array([99, 3], np.int32),
+        }
+        slots = dataclasses.replace(state.slots, **jax.device_put(changed, here))
+        return paged_state.State(state.pages, slots)
 
-    settings = jax.tree.map(jax.numpy.asarray, sampling.settings([], num_rows=2))
-    eos_E = jax.numpy.zeros(1, np.int32)
-    _, ours = advance(params, start(), settings, eos_E=eos_E)
-    _, theirs = decode.advance(
-        cfg, params, start(), settings, how="greedy", eos_E=eos_E,
-        num_steps=ahead_of_time.DISPATCH, layout=layout,
+    slots_R = jax.numpy.arange(2, dtype=np.int32)
+    mask_RW = jax.numpy.full((2, -(-cfg.vocab_size // 32)), 2**32 - 1, np.uint32)
+    eos_E = jax.numpy.full(len(cfg.eos_token_ids), -1, np.int32)
+    here = jax.NamedSharding(layout.mesh, jax.P())
+    slots_R, mask_RW, eos_E = jax.device_put((slots_R, mask_RW, eos_E), here)
+    _, ours = advance(params, start(), slots_R, mask_RW, eos_E=eos_E)
+    steps = schema.Engine().decode_steps
+    _, theirs = paged_decode.advance(
+        cfg, params, start(), slots_R, mask_RW, how="greedy", eos_E=eos_E, num_steps=steps,
+        layout=layout,
     )  # fmt: skip
-    np.testing.assert_array_equal(ours, theirs)
-    assert ours.shape == (2, ahead_of_time.DISPATCH)
+    np.testing.assert_array_equal(ours.tokens_B, theirs.tokens_B)
+    assert ours.tokens_B.shape == (steps, 2)
+    assert (np.asarray(ours.tokens_B) != paged_decode.PAD).sum(axis=0).tolist() == [steps, 3]
 
 
 def test_what_is_not_here_cannot_be_compiled_for():

@@ -43,11 +43,11 @@ filter_list:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, generator):
+def model_folder(tmp_path_factory, loaded):
     """A tiny random model as transformers saves it, with a tokenizer and a chat template."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    cfg, path = generator.cfg, tmp_path_factory.mktemp("model")
+    cfg, path = loaded.cfg, tmp_path_factory.mktemp("model")
     config = transformers.Qwen2Config(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.hidden_size,
@@ -66,7 +66,7 @@ def model_folder(tmp_path_factory, generator):
     )
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    generator.tokenizer.save(path)
+    loaded.tokenizer.save(path)
     return path
 
 

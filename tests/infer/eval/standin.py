@@ -1,28 +1,26 @@
-"""Stands in for the batch engine: whole forward passes and the batched loop, slow and plain."""
+"""Stands in for the batch engine: whole forward passes, slow and plain."""
 
-import functools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from configs import schema
-from infer import generate
 from infer.eval.backend import Pair, Prompt, Score
 from infer.eval.service_backend import ServiceBackend
+from infer.loading import Loaded
 from infer.request import Event, Request, TokenLogprobs
 from infer.service import Service
-from qwen_jax import generation, model
+from qwen_jax import model
 from qwen_jax.tokenizer import Tokenizer
+from tests.infer import whole_forward
 
 
 class Engine:
     """All that is waiting is answered by one step."""
 
-    def __init__(self, generator: generate.Generator) -> None:
-        self._generator = generator
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
         self._waiting: dict[str, Request] = {}
         self.num_scored = self.most_open = 0
 
@@ -31,7 +29,7 @@ class Engine:
         return not self._waiting
 
     def submit(self, request: Request) -> None:
-        model.check_length(self._generator.cfg, len(request.tokens) + request.sampling.max_tokens)
+        model.check_length(self._loaded.cfg, len(request.tokens) + request.sampling.max_tokens)
         self._waiting[request.id] = request
         self.most_open = max(self.most_open, len(self._waiting))
 
@@ -45,22 +43,17 @@ class Engine:
         requests, self._waiting = list(self._waiting.values()), {}
         drawing = [r for r in requests if r.sampling.max_tokens]
         events = [self._score(r) for r in requests if not r.sampling.max_tokens]
-        return [*reversed(events), *self._draw(drawing)]
+        return [*reversed(events), *map(self._draw, drawing)]
 
-    def _draw(self, requests: list[Request]) -> list[Event]:
-        if not requests:
-            return []
-        made = [
-            generation.request(self._generator.cfg, r.tokens, settings=r.sampling) for r in requests
-        ]
-        return [
-            Event(id=requests[p.row].id, tokens=p.tokens, finish_reason=p.finish_reason)
-            for p in generate.run(self._generator, made)
-        ]
+    def _draw(self, request: Request) -> Event:
+        settings = request.sampling
+        tokens = whole_forward.answer(self._loaded, request.tokens, settings=settings)
+        reason = "length" if len(tokens) == settings.max_tokens else "stop"
+        return Event(id=request.id, tokens=tuple(tokens), finish_reason=reason)
 
     def _score(self, request: Request) -> Event:
         self.num_scored += 1
-        rows = logprobs(self._generator, request.tokens)
+        rows = logprobs(self._loaded, request.tokens)
         found = []
         for row, token in zip(rows, request.tokens[1:], strict=False):
             best = np.argsort(-row, kind="stable")[: request.sampling.prompt_logprobs]
@@ -69,23 +62,15 @@ class Engine:
         return Event(id=request.id, tokens=(), prompt_logprobs=tuple(found), finish_reason="length")
 
 
-def logprobs(generator: generate.Generator, tokens: Sequence[int]) -> np.ndarray:
-    """[T, V]: of what follows each token. Few lengths are compiled."""
-    padded = np.zeros((1, max(32, 1 << (len(tokens) - 1).bit_length())), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return np.asarray(_logprobs(generator.cfg, generator.params, padded))[0, : len(tokens)]
+def logprobs(loaded: Loaded, tokens: Sequence[int]) -> np.ndarray:
+    """[T, V]: of what follows each token."""
+    rows = whole_forward.logits(loaded.cfg, loaded.params, tokens)
+    return np.asarray(jax.nn.log_softmax(rows, axis=-1))
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _logprobs(cfg: schema.Model, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    hidden_BTD = model.apply(cfg, params, tokens_BT, attention="reference").hidden_BTD
-    logits_BTV = model.unembed(cfg, params, hidden_BTD)
-    return jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
-
-
-def backend(generator: generate.Generator, *, num_open: int = 8) -> ServiceBackend:
-    service = Service(Engine(generator), tokenizer=generator.tokenizer, defaults=generator.defaults)
-    limit = model.max_length(generator.cfg)
+def backend(loaded: Loaded, *, num_open: int = 8) -> ServiceBackend:
+    service = Service(Engine(loaded), tokenizer=loaded.tokenizer, defaults=loaded.defaults)
+    limit = model.max_length(loaded.cfg)
     return ServiceBackend(service, max_length=limit, num_open=num_open)
 
 

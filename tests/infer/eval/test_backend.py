@@ -15,15 +15,15 @@ SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
 CONTEXT = tuple(range(40, 60))
 
 
-def test_scores_are_those_of_each_pair_alone(generator):
-    ranked = np.argsort(-standin.logprobs(generator, [*CONTEXT, 70])[-1], kind="stable")
+def test_scores_are_those_of_each_pair_alone(loaded):
+    ranked = np.argsort(-standin.logprobs(loaded, [*CONTEXT, 70])[-1], kind="stable")
     pairs = [
         *[Pair(CONTEXT, (70, int(last))) for last in ranked[:30]],
         Pair(CONTEXT, (71, 3)),
         *[Pair(CONTEXT[:5], tuple(range(90, 110)))] * 2,
         Pair((9,), (8,)),
     ]
-    backend = standin.backend(generator, num_open=3)
+    backend = standin.backend(loaded, num_open=3)
     engine = backend._service.engine
     got = dict(backend.loglikelihood(iter(pairs)))
     # One reading for the 20 likeliest last tokens, one for each of the other 10, 3 for the rest.
@@ -35,15 +35,15 @@ def test_scores_are_those_of_each_pair_alone(generator):
         assert alone.is_greedy == got[index].is_greedy
 
 
-def test_a_score_is_the_sum_of_logprobs_of_the_continuation(generator):
+def test_a_score_is_the_sum_of_logprobs_of_the_continuation(loaded):
     pair = Pair(CONTEXT, (70, 101, 7))
-    [(_, score)] = standin.backend(generator).loglikelihood([pair])
-    rows = standin.logprobs(generator, [*CONTEXT, 70, 101, 7])
+    [(_, score)] = standin.backend(loaded).loglikelihood([pair])
+    rows = standin.logprobs(loaded, [*CONTEXT, 70, 101, 7])
     want = sum(rows[len(CONTEXT) - 1 + i, token] for i, token in enumerate((70, 101, 7)))
     assert score.logprob == pytest.approx(float(want), abs=1e-4)
     greedy = int(np.argmax(rows[len(CONTEXT) - 1]))
     pairs = [Pair(CONTEXT, (greedy,)), Pair(CONTEXT, ((greedy + 1) % 200,))]
-    assert [s.is_greedy for _, s in standin.backend(generator).loglikelihood(pairs)] == [1, 0]
+    assert [s.is_greedy for _, s in standin.backend(loaded).loglikelihood(pairs)] == [1, 0]
 
 
 def fake(words, text: str, *, num_open: int = 8) -> ServiceBackend:
@@ -57,7 +57,7 @@ def fake(words, text: str, *, num_open: int = 8) -> ServiceBackend:
     return ServiceBackend(service, max_length=engine.max_length, num_open=num_open)
 
 
-def test_questions_are_taken_as_there_is_room(generator):
+def test_questions_are_taken_as_there_is_room(loaded):
     taken = []
 
     def prompts():
@@ -65,19 +65,19 @@ def test_questions_are_taken_as_there_is_room(generator):
             taken.append(i)
             yield Prompt((40 + i,), SETTINGS)
 
-    answers = fake(generator.tokenizer, "an answer", num_open=2).generate(prompts())
+    answers = fake(loaded.tokenizer, "an answer", num_open=2).generate(prompts())
     first = next(answers)
     assert first == (first[0], "an answer") and len(taken) == 2
     assert sorted((first, *answers)) == [(i, "an answer") for i in range(7)]
 
 
-def test_a_stop_string_ends_an_answer(generator):
-    backend = fake(generator.tokenizer, "one, two, three")
+def test_a_stop_string_ends_an_answer(loaded):
+    backend = fake(loaded.tokenizer, "one, two, three")
     asked = [Prompt((40,), SETTINGS, (", t",)), Prompt((41,), SETTINGS), Prompt((42,), SETTINGS)]
     want = {0: "one", 1: "one, two, three", 2: "one, two, three"}
     assert dict(backend.generate(asked)) == want
 
 
-def test_the_prefix_is_bos_then_eos(generator):
-    words = generator.tokenizer
+def test_the_prefix_is_bos_then_eos(loaded):
+    words = loaded.tokenizer
     assert backend_lib.prefix_id(words) == words.eos_ids[0]

@@ -24,8 +24,8 @@ def records(folder, name: str) -> list[dict]:
     ]
 
 
-def test_choices_are_compared(generator, tmp_path):
-    backend = standin.backend(generator, num_open=2)
+def test_choices_are_compared(loaded, tmp_path):
+    backend = standin.backend(loaded, num_open=2)
     task = mmlu.load(data.mmlu_zip(tmp_path / "mmlu.zip"), num_shots=0)
     result = evaluate(backend, task, tmp_path)
     head, *kept = records(tmp_path, "mmlu")
@@ -34,7 +34,7 @@ def test_choices_are_compared(generator, tmp_path):
     right = 0
     for record in kept:
         [item] = [item for item in task.items if item.id == record["id"]]
-        pairs = prompts.pairs(item, task, tokenizer=generator.tokenizer, prefix=backend.prefix_id)
+        pairs = prompts.pairs(item, task, tokenizer=loaded.tokenizer, prefix=backend.prefix_id)
         alone = [score.logprob for _, score in sorted(backend.loglikelihood(pairs))]
         assert [a[0] for a in record["answers"]] == pytest.approx(alone, abs=1e-5)
         want = float(alone.index(max(alone)) == item.record["gold"])
@@ -50,8 +50,8 @@ def test_choices_are_compared(generator, tmp_path):
     assert summary["subject"] == SUBJECT
 
 
-def test_answers_are_written_and_judged(generator, tmp_path):
-    backend = standin.backend(generator)
+def test_answers_are_written_and_judged(loaded, tmp_path):
+    backend = standin.backend(loaded)
     task = gsm8k.load(data.gsm8k(tmp_path), num_shots=0, max_tokens=16)
     result = evaluate(backend, task, tmp_path)
     _, *kept = records(tmp_path, "gsm8k")
@@ -59,7 +59,7 @@ def test_answers_are_written_and_judged(generator, tmp_path):
     want = dict(
         backend.generate(
             Prompt(
-                prompts.context(item, task, tokenizer=generator.tokenizer, prefix=0),
+                prompts.context(item, task, tokenizer=loaded.tokenizer, prefix=0),
                 drawn,
                 task.stop,
             )
@@ -73,15 +73,15 @@ def test_answers_are_written_and_judged(generator, tmp_path):
     assert set(result.metrics) == {"strict", "flexible"} and result.truncated == 0
 
 
-def test_a_restart_asks_what_is_missing(generator, tmp_path):
+def test_a_restart_asks_what_is_missing(loaded, tmp_path):
     task = gsm8k.load(data.gsm8k(tmp_path), num_shots=0, max_tokens=8)
-    whole = evaluate(standin.Fake(generator.tokenizer), task, tmp_path / "whole")
+    whole = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "whole")
     lines = (tmp_path / "whole" / "gsm8k.samples.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     path = tmp_path / "cut" / "gsm8k.samples.jsonl"
     for kept in (b"".join(lines[:2]) + lines[2][:40], b"", lines[0][:9], b"".join(lines)):
         path.write_bytes(kept)
-        backend = standin.Fake(generator.tokenizer)
+        backend = standin.Fake(loaded.tokenizer)
         assert evaluate(backend, task, tmp_path / "cut") == whole
         assert backend.num_asked == 3 - max(0, kept.count(b"\n") - 1)
         assert sorted(path.read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
@@ -96,8 +96,8 @@ def test_a_restart_asks_what_is_missing(generator, tmp_path):
         ({"task": {"style": "chat"}}, "its asked, style differ"),
     ],
 )
-def test_answers_of_other_runs_are_not_mixed_in(generator, tmp_path, changed, message):
-    backend = standin.Fake(generator.tokenizer)
+def test_answers_of_other_runs_are_not_mixed_in(loaded, tmp_path, changed, message):
+    backend = standin.Fake(loaded.tokenizer)
     options = {"num_shots": 0, "limit": 1, "max_tokens": 4}
     evaluate(backend, gsm8k.load(data.gsm8k(tmp_path), **options), tmp_path)
     options |= changed.pop("task", {})
@@ -105,13 +105,13 @@ def test_answers_of_other_runs_are_not_mixed_in(generator, tmp_path, changed, me
         evaluate(backend, gsm8k.load(tmp_path, **options), tmp_path, **changed)
 
 
-def test_several_answers_have_seeds_of_their_own(generator, tmp_path):
+def test_several_answers_have_seeds_of_their_own(loaded, tmp_path):
     path = data.write_lines(tmp_path / "HumanEval.jsonl", data.HUMANEVAL)
     limits = sandbox.Limits(seconds=2.0)
     task = code.load_humaneval(path, limits=limits, num_answers=3, ks=(1, 3), max_tokens=8)
     sampling = schema.Sampling(temperature=1.0)
-    result = evaluate(standin.Fake(generator.tokenizer), task, tmp_path / "a", sampling=sampling)
-    again = evaluate(standin.Fake(generator.tokenizer), task, tmp_path / "b", sampling=sampling)
+    result = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "a", sampling=sampling)
+    again = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "b", sampling=sampling)
     _, *kept = sorted(records(tmp_path / "a", "humaneval"), key=lambda r: r.get("id", ""))
     assert all(len(record["answers"]) == len(record["reasons"]) == 3 for record in kept)
     assert len({text for record in kept for text in record["answers"]}) > 2
@@ -121,8 +121,8 @@ def test_several_answers_have_seeds_of_their_own(generator, tmp_path):
     assert json.loads((tmp_path / "a" / "humaneval.json").read_text())["sandbox"]["network"] == "no"
 
 
-def test_what_does_not_fit_loses_its_beginning_and_is_counted(generator, tmp_path):
-    backend = standin.Fake(generator.tokenizer)
+def test_what_does_not_fit_loses_its_beginning_and_is_counted(loaded, tmp_path):
+    backend = standin.Fake(loaded.tokenizer)
     data.write_lines(
         tmp_path / "test.jsonl",
         [{"question": "a" * n, "answer": "#### 1"} for n in (10, 400)],

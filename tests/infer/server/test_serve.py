@@ -14,7 +14,8 @@ import openai
 import pytest
 
 from configs import schema
-from infer import generate
+from infer import loading
+from tests.infer import whole_forward
 
 ROOT = Path(__file__).parents[3]
 # Few programs to compile.
@@ -45,11 +46,15 @@ def folder(tmp_path_factory, words) -> Path:
 
 def _alone(folder: Path, prompts: list[str]) -> list[str]:
     """Answers of the model without engine, pages and server, one at a time."""
-    loaded = generate.load(folder, dtype="float32")
-    requests = [
-        generate.prompt_request(loaded, prompt, settings=loaded.defaults) for prompt in prompts
-    ]
-    return [generate.stream(loaded, r, write=lambda text: None).text for r in requests]
+    loaded = loading.load_model(folder, dtype="float32")
+    texts = []
+    for prompt in prompts:
+        tokens = whole_forward.answer(
+            loaded, loaded.tokenizer.encode(prompt), settings=loaded.defaults
+        )
+        ended = tokens[-1] in loaded.eos_ids
+        texts.append(loaded.tokenizer.decode(tokens[: len(tokens) - ended], skip_special=True))
+    return texts
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_the_estimate_is_near_the_compiler(model, where, mesh, length, rows, rem
 
 @pytest.mark.parametrize(
     ("where", "mesh", "rows", "purpose", "peak"),
-    [("v5e-16", "fsdp=-1", 2, "eval", 4.295), ("v5e-8", "fsdp=2,tensor=4", 64, "decode", 7.645)],
+    [("v5e-16", "fsdp=-1", 2, "eval", 4.295), ("v5e-8", "fsdp=2,tensor=4", 64, "decode", 7.72)],
 )
 def test_evaluation_and_decoding_are_near_the_compiler(where, mesh, rows, purpose, peak):
     planned = _job("qwen2.5-7b", where, mesh, rows=rows, purpose=purpose)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen2_5, qwen2_moe
-from infer import generate
+from configs import qwen2_5, qwen2_moe, schema
+from infer import generate, loading
 from qwen_jax import checkpoint, model, tokenizer_train
 from qwen_jax.cli import main
 from qwen_jax.convert import exporter, table
@@ -88,14 +88,16 @@ def test_the_command(monkeypatch, capsys, tmp_path, plain, flags, settings):
         assert ours.dtype == theirs.dtype
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
-    loaded = generate.load(out, dtype="float32")
-    request = generate.prompt_request(
-        loaded, "a few", settings=dataclasses.replace(loaded.defaults, temperature=0, max_tokens=6)
-    )
-    tokens = generate.stream(loaded, request, write=lambda _: None).token_ids
-    whole = jnp.asarray([[*request.tokens, *tokens]])
+    engine = schema.Engine(num_slots=1, num_pages=4)
+    asked = {"temperature": 0, "max_tokens": 6}
+    service = loading.load(out, settings=engine, sampling=asked, dtype="float32")
+    prompt = service.tokenizer.encode("a few")
+    tokens = generate.stream(
+        service, "a few", settings=service.defaults, write=lambda _: None
+    ).token_ids
+    whole = jnp.asarray([[*prompt, *tokens]])
     logits_BTV = model.unembed(CFG, want, model.apply(CFG, want, whole).hidden_BTD)
-    start = len(request.tokens) - 1
+    start = len(prompt) - 1
     assert tokens == tuple(np.argmax(logits_BTV[0, start:-1], axis=-1).tolist())
 
 

@@ -1,0 +1,62 @@
+"""Parameters for decoding: their forms, their dtypes, and what is left of the old arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import qwen2_5, qwen2_moe
+from partitioning import mesh, rules, sharding
+from qwen_jax import decode_params, model
+
+SMALL = dataclasses.replace(qwen2_5.tiny(), num_hidden_layers=3)
+# Experts in every second layer: two stacks.
+MIXED = dataclasses.replace(
+    qwen2_moe.tiny(),
+    num_hidden_layers=3,
+    moe=dataclasses.replace(qwen2_moe.tiny().moe, decoder_sparse_step=2, mlp_only_layers=()),
+)
+
+
+def test_prepare_consumes_and_refuses():
+    params = model.init(SMALL, jax.random.key(0))
+    embed, kernel = params["embed"]["weight"], params["layers"]["mlp"]["gate"]["kernel"]
+    result = decode_params.prepare(SMALL, params, dtype=jnp.bfloat16, form="fused")
+    assert kernel.is_deleted() and embed.is_deleted()
+    assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype(jnp.bfloat16)}
+    assert len(result["layers"]) == SMALL.num_hidden_layers
+    again = model.init(SMALL, jax.random.key(0))
+    with pytest.raises(ValueError, match="unknown form 'stacked'; known: unstacked, fused"):
+        decode_params.prepare(SMALL, again, dtype=jnp.float32, form="stacked")
+
+
+def test_routers_stay_in_float32():
+    params = model.init(MIXED, jax.random.key(0))
+    prepared = decode_params.prepare(MIXED, params, dtype=jnp.bfloat16)
+    sparse = prepared["layers"][1]["moe"]
+    assert sparse["router"]["kernel"].dtype == jnp.float32
+    assert sparse["experts"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert "mlp" in prepared["layers"][0] and "mlp" in prepared["layers"][2]
+
+
+@pytest.mark.parametrize("cfg", [SMALL, MIXED], ids=["dense", "experts"])
+@pytest.mark.parametrize("form", ["unstacked", "fused"])
+def test_shapes_are_those_of_what_is_prepared(cfg, form):
+    layout = sharding.Layout(mesh.make(mesh.parse("fsdp=1")), rules.rule_set("engine"))
+    how = {"dtype": jnp.dtype("bfloat16"), "form": form, "layout": layout}
+    made = decode_params.prepare(cfg, model.init(cfg, jax.random.key(0)), **how)
+    told = decode_params.shapes(cfg, **how)
+    assert jax.tree.structure(told) == jax.tree.structure(made)
+    for ours, theirs in zip(jax.tree.leaves(told), jax.tree.leaves(made), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+def test_a_fused_kernel_is_not_made_where_heads_lie_otherwise_than_kv_heads():
+    def layout(text: str) -> sharding.Layout:
+        config = mesh.parse(text)
+        chosen = rules.rule_set("engine", kv_heads=config.kv_heads)
+        return sharding.Layout(mesh.abstract(config), chosen)
+
+    assert decode_params.best_form(layout("tensor=2")) == "fused"
+    assert decode_params.best_form(layout("tensor=4,kv_heads=replicated")) == "unstacked"
