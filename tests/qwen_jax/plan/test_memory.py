@@ -14,10 +14,8 @@ COMPILED = [
     ("qwen2.5-1.5b", "v5e-16", "fsdp=-1", 4096, 2, "minimal", 15.466),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "full", 5.335),
     ("qwen2.5-7b", "v5p-128", "fsdp=-1", 4096, 1, "minimal", 16.648),
-    pytest.param(
-        "qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 12.246,
-        marks=pytest.mark.xfail(strict=True, reason="was 9.061 at an earlier commit"),
-    ),
+    ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 1, "full", 8.993),
+    ("qwen2.5-7b", "v5e-16", "fsdp=4,tensor=4", 4096, 4, "full", 12.246),
     ("qwen2.5-7b", "v6e-64", "fsdp=-1", 32768, 1, "full", 17.315),
     ("qwen2.5-7b", "v5p-128", "fsdp=16,context=4", 32768, 1, "full", 7.910),
     ("qwen2.5-14b", "v6e-16", "fsdp=4,context=4", 16384, 1, "save_attention", 24.647),
