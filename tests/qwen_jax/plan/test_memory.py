@@ -1,7 +1,10 @@
 """Estimates against compiled steps, small sums by hand, and what a user reads when nothing fits."""
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks import pods
 from configs import presets, schema, topologies
 from partitioning import mesh as mesh_lib
 from qwen_jax.plan import command, job, memory, search
@@ -29,6 +32,9 @@ COMPILED = [
 ]
 # fmt: on
 
+# Every row of docs/pods.md: models and slices, all with full rematerialisation but for one.
+PODS = pods.read(Path(__file__).parents[3] / "docs" / "pods.jsonl")
+
 
 def _job(model, topology, mesh, *, length=4096, rows=1, remat="full", purpose="train"):
     config = schema.Train(
@@ -43,6 +49,15 @@ def _job(model, topology, mesh, *, length=4096, rows=1, remat="full", purpose="t
 def test_the_estimate_is_near_the_compiler(model, where, mesh, length, rows, remat, peak):
     planned = _job(model, where, mesh, length=length, rows=rows, remat=remat)
     assert memory.estimate(planned).total / 1e9 == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("case", PODS, ids=repr)
+def test_the_estimate_is_near_every_compiled_row_of_the_docs(case):
+    compiled = PODS[case]
+    estimated = memory.estimate(pods.planned(case, compiled["mesh"]))
+    assert estimated.total == pytest.approx(compiled["peak"], rel=0.15)
+    # All of it but the padding of a few vectors.
+    assert estimated.state == pytest.approx(compiled["arguments"], abs=1e4)
 
 
 @pytest.mark.parametrize(
