@@ -29,6 +29,8 @@ COMPILED = [
     ("qwen1.5-moe-a2.7b", "v5e-64", "fsdp=-1", 4096, 1, "minimal", 13.607),
     ("qwen2-57b-a14b", "v6e-256", "fsdp=16,expert=16", 4096, 1, "full", 18.179),
     ("qwen2-57b-a14b", "v5p-128", "fsdp=16,expert=4", 4096, 1, "full", 21.680),
+    ("qwen2.5-3b", "v5e-256", "fsdp=-1", 8192, 2, "save_attention", 11.406),
+    ("qwen2.5-14b", "v5e-64", "fsdp=8,tensor=8", 4096, 2, "minimal", 16.350),
 ]
 # fmt: on
 
