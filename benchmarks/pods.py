@@ -2,6 +2,7 @@
 
     python benchmarks/pods.py --results docs/pods.jsonl             # hours on two cores; goes on
     python benchmarks/pods.py --results docs/pods.jsonl --markdown  # the table of what is there
+    python benchmarks/pods.py --results docs/pods.jsonl --estimate  # today's estimates, in place
 
 Needs libtpu and no TPU. Each row is what `qwen-jax plan ... --compile` of its command compiles as
 `step`: float32 weights and moments, bfloat16 arithmetic, rows packed with segment ids.
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="compilations at one time")
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
+    parser.add_argument("--estimate", action="store_true", help="write the plan's estimates anew")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -86,6 +88,10 @@ def main() -> None:
     done = read(arguments.results)
     if arguments.markdown:
         print(markdown(done))
+        return
+    if arguments.estimate:
+        lines = [line_of(case, result | estimate(case, result)) for case, result in done.items()]
+        arguments.results.write_text("".join(lines), encoding="utf-8")
         return
     waiting = [case for case in cases() if case not in done and arguments.only in repr(case)]
     with concurrent.futures.ThreadPoolExecutor(arguments.at_once) as pool:
@@ -109,10 +115,13 @@ def cases() -> list[Case]:
 def keep(case: Case, results: pathlib.Path) -> str:
     """Compiles in a process of its own, which gives its memory back; adds a line to `results`."""
     result = in_process(case)
-    line = json.dumps({"case": dataclasses.asdict(case), **result})
     with results.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(line_of(case, result))
     return f"{case}: {result.get('failed') or round(result['peak'] / 2**30, 2)}"
+
+
+def line_of(case: Case, result: dict) -> str:
+    return json.dumps({"case": dataclasses.asdict(case), **result}) + "\n"
 
 
 def read(results: pathlib.Path) -> dict[Case, dict]:
@@ -145,6 +154,34 @@ def model_of(name: str, length: int) -> schema.Model:
     )
 
 
+def config_of(case: Case) -> schema.Train:
+    return schema.Train(
+        data=schema.Data(sequence_length=case.length), context_parallel=case.context_parallel
+    )
+
+
+def planned(case: Case, mesh: str):
+    """The job of a case on a mesh, one row a device."""
+    from partitioning import mesh as mesh_lib
+    from qwen_jax.plan import job
+
+    return job.make(
+        model_of(case.model, case.length),
+        dataclasses.replace(config_of(case), remat=case.remat, mesh=mesh_lib.parse(mesh)),
+        topologies.parse(case.where),
+        rows=1,
+    )
+
+
+def estimate(case: Case, result: dict) -> dict:
+    """The plan's estimate as it is today, on the mesh that was compiled."""
+    from qwen_jax.plan import memory
+
+    if "failed" in result:
+        return {}
+    return {"estimate": memory.estimate(planned(case, result["mesh"])).total}
+
+
 def compile_case(case: Case) -> dict:
     """One row a device, compiled: bytes, counts, seconds, and the plan's estimate."""
     from partitioning import mesh as mesh_lib
@@ -154,12 +191,9 @@ def compile_case(case: Case) -> dict:
     from train import step
 
     where = topologies.parse(case.where)
-    config = schema.Train(
-        data=schema.Data(sequence_length=case.length), context_parallel=case.context_parallel
-    )
     found, refused = search.candidates(
         model_of(case.model, case.length),
-        config,
+        config_of(case),
         where,
         rows=1,
         policy=case.remat,

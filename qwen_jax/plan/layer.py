@@ -3,12 +3,12 @@
 import functools
 
 from configs import remat, schema
+from qwen_jax.plan import tiles
 from qwen_jax.plan.job import Job
 
 # What a layer without rematerialisation keeps beyond `minimal`, in arrays [B, T, F]: the five that
 # SiLU's and the product's derivatives keep, counted in a compiled step (1.5B, v5e, scan).
 _ARRAYS_OF_NONE = 5
-LANES = 128
 
 
 def widths(job: Job) -> dict[str, float]:
@@ -20,7 +20,7 @@ def widths(job: Job) -> dict[str, float]:
     cfg, size = job.cfg, job.layout.size
     heads = cfg.num_attention_heads / size("act_heads")
     kv_heads = cfg.num_key_value_heads / size("act_kv_heads")
-    H = padded(job, cfg.head_dim)
+    H = tiles.lanes(job, cfg.head_dim)
     F = mean_ffn(cfg) / size("act_ffn")
     rows = routed_rows(job) * _sparse_share(cfg)
     expert_F = cfg.moe.moe_intermediate_size / size("ffn") if cfg.moe else 0
@@ -52,11 +52,6 @@ def routed_rows(job: Job) -> float:
         return moe.num_experts_per_tok * moe.capacity_factor
     X = job.layout.size("experts")
     return X * min(moe.num_experts_per_tok, moe.num_held // X)
-
-
-def padded(job: Job, size: int) -> int:
-    """`size` as a minor dimension: a TPU pads it to its lanes."""
-    return -(-size // LANES) * LANES if job.where.chip.platform == "tpu" else size
 
 
 @functools.lru_cache(maxsize=256)

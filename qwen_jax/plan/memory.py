@@ -1,16 +1,21 @@
 """Bytes that one device needs, by kind, at the moment of a step when it needs most.
 
-Three moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e):
+Five moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e). At all but
+the last, all kept activations are there.
 
-loss      all kept activations, the gathered output kernel and one chunk of float32 logits; its
-          gradient, whole in float32, or that of all logits. The greatest for short rows.
-backward  all kept activations, the layers' gradients, one layer's gathered weights and its working
-          set; and the place that the output kernel's gradient has left, which the compiler fills
-          with those weights at most. The greatest for long rows, and for experts.
-update    all gradients, and nothing kept.
+gather    the output kernel comes together. Where a device's share of it is no whole tile, the
+          shares lie padded beside it. Greatest over 256 devices, whose shares are narrow.
+loss      the output kernel, one chunk of float32 logits, and the kernel's gradient, whole in
+          float32, or that of all logits. Greatest for short rows.
+backward  the layers' gradients, the output kernel's, which waits, and one layer's weights and
+          arrays. Greatest for long rows, and for experts.
+scatter   the same a little later: fewer arrays, but the gradients of all matrices of the
+          feed-forward network, whole. Greatest for short rows of wide models.
+update    all gradients.
 
-The sum is to be held against `peak_memory_in_bytes` of a compiled program. Its
-`temp_size_in_bytes` is no such sum: it adds up what the loops need one after the other.
+The sum is to be held against `peak_memory_in_bytes` of a compiled program: what is live at its
+worst moment, tiles' padding included. Its `temp_size_in_bytes` is no such sum: it adds up what the
+loops need one after the other.
 """
 
 import math
@@ -22,7 +27,7 @@ from configs import schema
 from partitioning import gradients
 from qwen_jax import paged_cache
 from qwen_jax.plan import job as job_lib
-from qwen_jax.plan import layer
+from qwen_jax.plan import layer, tiles
 from qwen_jax.plan.job import Job
 
 FLOAT32 = 4
@@ -38,14 +43,19 @@ KINDS = {
     "logits": "logits",
     "cache": "key-value cache",
 }
-# Arrays of a layer's working set that live together in its backward pass, each [M, F] or [M, N H]:
-# gate, up, their product and their gradients; q, o and their gradients.
-_FFN_ARRAYS = 5
-_ATTENTION_ARRAYS = 4
+# Of a layer's backward pass at its two moments: arrays [M, F] of the feed-forward network that live
+# together (gate, up, and the gradients of their product and of one of them; then one less), and
+# matrices whose gradients are whole.
+_OF_A_LAYER = {"backward": (4, 2), "scatter": (3, 3)}
+_ATTENTION_ARRAYS = 4  # [M, N H]: q, o and their gradients
 # Of rows sent to experts: gate, up and the gradient of their product, [R, F]; the rows, and what
 # comes back to them by way of gate and of up, [R, D].
 _EXPERT_ARRAYS = 3
-_RESIDUAL_ARRAYS = 4  # [M, D]: the stream, its gradient, and a norm's input and output
+# [M, D], or as wide: the layer's input, attention's output before and after its projection, what is
+# added to the stream, and the gradient; with experts, also what the router read, what the shared
+# expert gives back, and two that wait for the loss.
+_RESIDUAL_ARRAYS = 5
+_MORE_WITH_EXPERTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +86,8 @@ def _train(job: Job) -> Memory:
     itemsize = jnp.dtype(job.config.compute_dtype).itemsize
     moment = jnp.dtype(job.config.optimizer.moment_dtype).itemsize
     leaves = job_lib.parameters(job)
-    held = sum(leaf.local_size for leaf in leaves)
-    stacked = sum(leaf.local_size for leaf in leaves if leaf.stacked)
+    held = sum(tiles.size(job, leaf.local) for leaf in leaves)
+    stacked = [leaf.local for leaf in leaves if leaf.stacked]
     device, host = layer.kept_elements(job)
     layers = job.cfg.num_hidden_layers
     kept = job.tokens * layers * device * itemsize
@@ -87,17 +97,20 @@ def _train(job: Job) -> Memory:
         "parameters": FLOAT32 * held,
         "optimizer": (moment + FLOAT32) * held,
         "batch": job.config.accumulate_steps * _batch(job),
-        "copy": itemsize * stacked + _padded_copies(job, leaves),
+        "copy": _copies(job, leaves, like_the_embedding=3),
     }
-    way = _loss_way(job)
-    kernel_gradient = FLOAT32 * job.cfg.hidden_size * _vocab(job)
-    if way.piece is not None:
-        kernel_gradient = itemsize * job.tokens * _vocab(job)
     kernel = itemsize * job.cfg.hidden_size * _vocab(job)
-    stack_gradients = itemsize * stacked
+    kernel_gradient, left_of_it = _kernel_gradient(job)
+    gradients_of_layers = itemsize * sum(tiles.stacked(job, shape) for shape in stacked)
     residual = job.tokens * job.cfg.hidden_size * itemsize
-    weights = _layer_weights(job, leaves) * itemsize
+    others = held - sum(tiles.size(job, shape) for shape in stacked)
     moments = {
+        "gather": {
+            "kept": kept,
+            "gradients": accumulated + kernel_gradient,
+            "weights": kernel + _arriving_kernel(job) * itemsize,
+            "working": 4 * residual,
+        },
         "loss": {
             "kept": kept,
             "gradients": accumulated + kernel_gradient,
@@ -105,14 +118,17 @@ def _train(job: Job) -> Memory:
             "logits": _logits(job),
             "working": 3 * residual,
         },
-        "backward": {
-            "kept": kept,
-            "gradients": accumulated + stack_gradients + max(0, kernel_gradient - weights),
-            "weights": weights,
-            "working": _working(job) * itemsize + in_flight,
+        **{
+            name: {
+                "kept": kept,
+                "gradients": accumulated + gradients_of_layers + left_of_it,
+                "weights": _layer_weights(job, leaves, gradients=number) * itemsize,
+                "working": _working(job, ffn_arrays=arrays) * itemsize + in_flight,
+            }
+            for name, (arrays, number) in _OF_A_LAYER.items()
         },
         "update": {
-            "gradients": accumulated + stack_gradients + 2 * (held - stacked) * FLOAT32,
+            "gradients": accumulated + gradients_of_layers + 2 * others * FLOAT32,
         },
     }
     return _at_the_peak(always, moments, host=job.tokens * layers * host * itemsize)
@@ -121,17 +137,16 @@ def _train(job: Job) -> Memory:
 def _evaluate(job: Job) -> Memory:
     itemsize = jnp.dtype(job.config.compute_dtype).itemsize
     leaves = job_lib.parameters(job)
-    stacked = sum(leaf.local_size for leaf in leaves if leaf.stacked)
     always = {
-        "parameters": FLOAT32 * sum(leaf.local_size for leaf in leaves),
+        "parameters": FLOAT32 * sum(tiles.size(job, leaf.local) for leaf in leaves),
         "batch": _batch(job),
     }
     moments = {
         "layers": {
             # Without a backward pass nothing needs it after the last layer.
-            "copy": itemsize * stacked + _padded_copies(job, leaves),
-            "weights": _layer_weights(job, leaves) * itemsize,
-            "working": _working(job) * itemsize / 2,  # no gradients beside
+            "copy": _copies(job, leaves, like_the_embedding=1),
+            "weights": _layer_weights(job, leaves, gradients=0) * itemsize,
+            "working": _working(job, ffn_arrays=4) * itemsize / 2,  # no gradients beside
         },
         "loss": {
             "weights": itemsize * job.cfg.hidden_size * _vocab(job),
@@ -199,45 +214,93 @@ def _loss_way(job: Job) -> gradients.Way:
     )
 
 
-def _padded_copies(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
-    """What a TPU's tiles add where `embed` is a minor dimension of less than 128 lanes.
+def _copies(job: Job, leaves: tuple[job_lib.Leaf, ...], *, like_the_embedding: int) -> float:
+    """The layers in the arithmetic's dtype, and what is laid out anew beside its original.
 
-    The embedding is copied into rows that a lookup can read; with tied embeddings, so are its
-    moments, whose gradient arrives that way.
+    The embedding is copied into rows that a lookup can read, and its moments into what its gradient
+    arrives in. That adds up where a device's part of a row is no multiple of 128 lanes.
     """
-    if job.where.chip.platform != "tpu":
-        return 0.0
-    added = 0.0
+    itemsize = jnp.dtype(job.config.compute_dtype).itemsize
+    copies = itemsize * sum(tiles.size(job, leaf.local) for leaf in leaves if leaf.stacked)
     for leaf in leaves:
-        if leaf.axes[-1] != "embed" or leaf.local[-1] % layer.LANES == 0:
-            continue
-        rows, width = math.prod(leaf.local[:-1]), leaf.local[-1]
-        if leaf.stacked:
-            added += rows * (layer.padded(job, width) - width) * 2
-        else:
-            copies = 3 if job.cfg.tie_word_embeddings else 1
-            added += copies * rows * layer.padded(job, width) * FLOAT32
-    return added
+        rows, width = leaf.local[0], leaf.local[-1]
+        if not leaf.stacked and leaf.axes[-1] == "embed" and tiles.lanes(job, width) != width:
+            copies += like_the_embedding * rows * tiles.lanes(job, width) * FLOAT32
+    return copies
 
 
-def _layer_weights(job: Job, leaves: tuple[job_lib.Leaf, ...]) -> float:
-    """Elements of gathered weights at one time: the two largest matrices of a layer.
+def _kernel_gradient(job: Job) -> tuple[float, float]:
+    """Bytes of the output kernel's gradient at the loss, and of what is left in the backward pass.
 
-    One is at work while the next arrives, or while its gradient, as large, leaves.
+    The compiler puts what is still to be done with it after the layers' backward pass: the product
+    in pieces, for which the logits' gradient waits, or the scatter of the whole. Before it come, of
+    a whole one, the first step of the scatter where the kernel is tied; and all, or that first
+    step, where a context axis puts loops of transfers into the layers.
     """
-    sizes = [leaf.gathered_size / leaf.shape[0] for leaf in leaves if leaf.stacked]
+    whole = FLOAT32 * job.cfg.hidden_size * _vocab(job)
+    apart = job.layout.size("length") > 1
+    if _loss_way(job).piece is None:
+        early = apart or job.cfg.tie_word_embeddings
+        return whole, whole / (_first_step(job) if early else 1)
+    slopes = jnp.dtype(job.config.compute_dtype).itemsize * job.tokens * _vocab(job)
+    return slopes, whole / job.layout.size("embed") if apart else slopes
+
+
+def _first_step(job: Job) -> int:
+    """Devices over which gradients are scattered first: all sides of the torus but the longest."""
+    sides = job_lib.sides(job.config.mesh, job.where)
+    for axis in job.layout.mesh_axes("embed"):
+        if axis in sides:
+            return math.prod(sides[axis]) // (max(sides[axis]) if len(sides[axis]) > 1 else 1)
+    return 1
+
+
+def _arriving_kernel(job: Job) -> float:
+    """Elements of the output kernel as devices' shares, each padded, before they are put together.
+
+    Where they are whole tiles they arrive in place.
+    """
+    devices = job.layout.size("embed")
+    share = -(-job.cfg.hidden_size // devices)
+    if devices == 1 or tiles.is_whole(job, share):
+        return 0.0
+    return devices * tiles.size(job, (share, _vocab(job)))
+
+
+def _layer_weights(job: Job, leaves: tuple[job_lib.Leaf, ...], *, gradients: int) -> float:
+    """Elements of a layer's two largest matrices, gathered, and of `gradients` matrices' gradients.
+
+    One matrix is at work while the next arrives. Gradients are whole until they are scattered;
+    experts' come last, when the rows that their products took are gone. Shares that are no whole
+    tiles arrive with the layer, of which there is one, in the place of sublanes: twice the bytes.
+    """
+    matrices = [leaf for leaf in leaves if leaf.stacked]
+    matrices.sort(key=lambda leaf: leaf.gathered_size / leaf.shape[0])
+    sizes = [leaf.gathered_size / leaf.shape[0] for leaf in matrices]
     if job.layout.size("embed") == 1:
-        return max(sizes)
-    return sum(sorted(sizes)[-2:])
+        return sizes[-1]
+    arriving = [
+        size * (1 if _arrives_whole(job, leaf) else 2)
+        for size, leaf in zip(sizes, matrices, strict=True)
+    ]
+    waiting = gradients if job.cfg.moe is None else 0
+    return sum(arriving[-2:]) + sum(sizes[len(sizes) - waiting :])
 
 
-def _working(job: Job) -> float:
+def _arrives_whole(job: Job, leaf: job_lib.Leaf) -> bool:
+    if leaf.gathered_over is None:
+        return True
+    return tiles.is_whole(job, leaf.local[leaf.axes.index(leaf.gathered_over)])
+
+
+def _working(job: Job, *, ffn_arrays: int) -> float:
     """Elements of one layer's forward and backward pass, of whichever part takes most."""
     cfg, size = job.cfg, job.layout.size
-    feed_forward = _FFN_ARRAYS * _widest_ffn(job) / size("act_ffn")
-    heads = cfg.num_attention_heads / size("act_heads") * layer.padded(job, cfg.head_dim)
+    feed_forward = ffn_arrays * _widest_ffn(job) / size("act_ffn")
+    heads = cfg.num_attention_heads / size("act_heads") * tiles.lanes(job, cfg.head_dim)
     part = job.tokens * max(feed_forward, _ATTENTION_ARRAYS * heads)
-    return max(part, _routed(job)) + job.tokens * _RESIDUAL_ARRAYS * cfg.hidden_size
+    residual_arrays = _RESIDUAL_ARRAYS + (_MORE_WITH_EXPERTS if cfg.moe else 0)
+    return max(part, _routed(job)) + job.tokens * residual_arrays * cfg.hidden_size
 
 
 def _widest_ffn(job: Job) -> float:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import presets, schema, topologies
-from qwen_jax.plan import job, memory, search
+from qwen_jax.plan import job, memory, search, tiles
 
 
 def _find(model, topology, *, length=4096, **held):
@@ -84,7 +84,7 @@ def test_a_batch_is_split_and_its_sums_take_memory():
             batch_size=64 // split.job.config.accumulate_steps,
         ),
     )
-    held = sum(leaf.local_size for leaf in job.parameters(once))
+    held = sum(tiles.size(once, leaf.local) for leaf in job.parameters(once))
     more = split.memory.kinds["gradients"] - memory.estimate(once).kinds["gradients"]
     assert more == pytest.approx(4 * held)  # float32
     _, refused = _find("qwen2.5-7b", "v5p-128", batch=2)
