@@ -3,7 +3,8 @@
     python benchmarks/engine.py                   # on a GPU: 7B and 0.5B, random bfloat16 weights
     python benchmarks/engine.py --tiny            # rehearsal on a CPU
     python benchmarks/engine.py --only 7b         # models whose name holds this
-    python benchmarks/engine.py --mesh tensor=2   # on two GPUs
+    python benchmarks/engine.py --mesh fsdp=1,tensor=2   # on two GPUs
+    python benchmarks/engine.py --weights bf16,int8,int4 --requests 1   # quantised, one request
 
 Prompts are random tokens, so none shares its beginning; answers run to their full length (no eos).
 Each row is one run of the engine after its warm-up: all requests are submitted at once, the clock
@@ -19,17 +20,18 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import decode as decode_benchmark
 import jax
 import jax.numpy as jnp
 import numpy as np
+import train_step
 
 from configs import qwen2_5, schema
 from infer import engine as engine_lib
 from infer.request import Request
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
-from qwen_jax import decode, model
+from qwen_jax import decode_params, model
+from qwen_jax.quant import tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", default="", help="models whose name holds this")
     parser.add_argument("--mesh", default="", help="for example tensor=2")
+    parser.add_argument("--weights", default="bf16", help="some of bf16, int8, int4, fp8")
+    parser.add_argument("--requests", type=int, default=0, help="only cases of so many at once")
     parser.add_argument("--steps", type=int, default=16, help="tokens a dispatch draws")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; no case begins later")
     arguments = parser.parse_args()
@@ -60,17 +64,18 @@ def main() -> None:
     devices = jax.devices()
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}", flush=True)
     if not arguments.tiny:
-        copied, _, product = decode_benchmark.ceilings(False)
+        product, copied = train_step.ceilings(tiny=False)
         print(f"copy {copied / 1e9:.0f} GB/s, product {product / 1e12:.0f} TFLOP/s", flush=True)
     print("| model | requests | in, out | s | first token s | output tokens/s | decode ms a step |")
     for name in ("tiny",) if arguments.tiny else ("0.5b", "7b"):
-        if arguments.only in name:
-            run_model(name, arguments, until=began + arguments.budget)
+        for weights in arguments.weights.split(",") if arguments.only in name else ():
+            run_model(name, weights, arguments, until=began + arguments.budget)
 
 
-def run_model(name: str, arguments: argparse.Namespace, *, until: float) -> None:
+def run_model(name: str, weights: str, arguments: argparse.Namespace, *, until: float) -> None:
     cfg = qwen2_5.tiny() if name == "tiny" else qwen2_5.base(name)
     cases = TINY if arguments.tiny else CASES
+    cases = [case for case in cases if arguments.requests in (0, case.requests)]
     settings = schema.Engine(
         num_slots=max(case.requests for case in cases),
         max_length=max(case.prompt + case.answer for case in cases),
@@ -80,19 +85,29 @@ def run_model(name: str, arguments: argparse.Namespace, *, until: float) -> None
         decode_steps=arguments.steps,
         prefill_rounds=64,
     )
-    engine = make(cfg, settings, mesh=arguments.mesh)
+    engine = make(cfg, settings, weights=weights, mesh=arguments.mesh)
     for case in cases:
         if time.monotonic() > until:
             print("# out of time")
             return
         try:
             drive(engine, cfg, case, seed=1)  # compiles what it needs
-            print(f"| {name} {arguments.mesh} | {drive(engine, cfg, case, seed=2)}", flush=True)
+            row = drive(engine, cfg, case, seed=2)
+            print(f"| {name} {weights} {arguments.mesh} | {row}", flush=True)
         except Exception as error:  # the other cases may still run
             print(f"| {name} | {case} failed: {type(error).__name__}: {error}"[:2000], flush=True)
 
 
-def make(cfg: schema.Model, settings: schema.Engine, *, mesh: str) -> engine_lib.Engine:
+FORMATS = {
+    "int8": tree.Settings(),
+    "int4": tree.Settings(weights="int4", group_size=128),
+    "fp8": tree.Settings(weights="fp8"),
+}
+
+
+def make(
+    cfg: schema.Model, settings: schema.Engine, *, weights: str, mesh: str
+) -> engine_lib.Engine:
     dtype, layout, placed = jnp.dtype(jnp.bfloat16), None, None
     if mesh:
         layout = sharding.Layout(mesh_lib.make(mesh_lib.parse(mesh)), rules.rule_set("engine"))
@@ -101,9 +116,11 @@ def make(cfg: schema.Model, settings: schema.Engine, *, mesh: str) -> engine_lib
         lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, key)),
         out_shardings=placed,
     )
-    params = decode.prepare(
-        cfg, init(jax.random.key(0)), dtype=dtype, form=decode.best_form(layout), layout=layout
-    )
+    params = init(jax.random.key(0))
+    if weights != "bf16":
+        params = tree.quantise(cfg, params, FORMATS[weights])
+    form = decode_params.best_form(layout, params=params)
+    params = decode_params.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
     return engine_lib.Engine(cfg, params, settings=settings, eos_ids=(), dtype=dtype, layout=layout)
 
 

@@ -7,8 +7,8 @@
 Every line of decoding is one query a row, over as many layers' keys and values as are more than a
 GPU's cache holds, in one program. GB/s count keys and values read once, and are held against a
 large copy, read and write counted. `ours` is `qwen_jax/attention/paged_gpu.py`, as it is set, then
-with one setting changed at a time, the best kept; `contiguous` is `attention/cached.py` over keys
-in one piece, `jax` the kernel that JAX ships for GPUs. Numbers are checked before they are timed.
+with one setting changed at a time, the best kept; `jax` is the kernel that JAX ships for GPUs.
+Numbers are checked before they are timed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import paged_cache
-from qwen_jax.attention import cached, paged_gpu, paged_reference
+from qwen_jax.attention import paged_gpu, paged_reference
 
 PAGE_SIZE = 64
 PARTS = ("chunks", "grid", "int8", "steps", "few", "others")
@@ -185,7 +185,6 @@ def measure(
     if "few" in parts:
         few_queries(case, table, inputs, interpret=interpret)
     if "others" in parts:
-        contiguous(case, table, inputs)
         shipped(case, table, inputs, interpret=interpret)
 
 
@@ -297,19 +296,6 @@ def check(case: Case, function: Callable, inputs: Inputs) -> None:
         print(f"{case.name}: the check failed: {type(error).__name__} {str(error)[:2000]}")
         return
     print(f"{case.name} {case.rows}x{case.keys}: off by {off:.5f} of the largest value", flush=True)
-
-
-def contiguous(case: Case, table: Table, inputs: Inputs) -> None:
-    """`attention/cached.py` over [B, K, S, H] arrays of the same size."""
-    S = inputs.table_BM.shape[1] * PAGE_SIZE
-    shape = (case.rows, case.K, S, case.H)
-    keys = jax.random.split(jax.random.key(2), 2)
-    sides = [tuple(draw(key, shape) for key in keys)] * 2
-
-    def way(q_BNH, sides):
-        return cached.attention(q_BNH, *sides, lengths_B=inputs.lengths_B)
-
-    table.line(case, "contiguous", way, inputs.q_BNH, sides)
 
 
 def shipped(case: Case, table: Table, inputs: Inputs, *, interpret: bool) -> None:

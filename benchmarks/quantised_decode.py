@@ -1,8 +1,8 @@
-"""Quantised weights on one GPU: decoding steps, products by matrix and way, and blocks to choose.
+"""Quantised weights on one GPU: products by matrix and way, and blocks to choose.
 
-    python benchmarks/quantised_decode.py                      # all three parts, under ten minutes
-    python benchmarks/quantised_decode.py --parts steps,tune   # some of: steps, matrices, tune
-    python benchmarks/quantised_decode.py --tiny               # rehearsal on a CPU
+    python benchmarks/quantised_decode.py                # both parts, under ten minutes
+    python benchmarks/quantised_decode.py --parts tune   # some of: matrices, tune
+    python benchmarks/quantised_decode.py --tiny         # rehearsal on a CPU
 
 Weights are random. GB/s are of the bytes as stored, scales included; the ratio is to the same
 product in bfloat16, and `off` the largest difference from the dequantised product over its largest
@@ -10,7 +10,6 @@ value. Each product is timed over several matrices in one program; small ones ma
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -23,11 +22,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from configs import qwen2_5, schema
-from qwen_jax import decode, model, sampling
-from qwen_jax.quant import array, kernels, product, tree
+from qwen_jax.quant import array, kernels, product
 
 # name: (inputs, outputs, whether it is an embedding [outputs, inputs])
 MATRICES = {
@@ -203,103 +199,10 @@ def _kernel(x, w, *, blocks):
     return kernels.multiply(x[0], w, blocks=blocks)[None]
 
 
-def step_seconds(cfg: schema.Model, params: dict, *, batch: int, tiny: bool) -> float:
-    """Of one greedy decoding step with 128 tokens in the cache."""
-    steps, prompt = (4, 16) if tiny else (64, 128)
-    greedy = [schema.Sampling(temperature=0.0)] * batch
-    common = {"how": "greedy", "eos_E": jnp.zeros((0,), jnp.int32)}
-    settings = jax.device_put(sampling.settings(greedy, num_rows=batch))
-    state, _ = decode.start(
-        cfg,
-        params,
-        np.ones((batch, prompt), np.int32),
-        np.full(batch, prompt, np.int32),
-        np.full(batch, 10**6, np.int32),
-        settings,
-        length=prompt + 5 * steps,
-        dtype=jnp.dtype(jnp.bfloat16),
-        **common,
-    )
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        state, tokens = decode.advance(
-            cfg, params, state, settings, num_steps=steps, stop="dispatch", **common
-        )
-        jax.block_until_ready(tokens)
-        times.append((time.perf_counter() - begin) / steps)
-    return statistics.median(times[1:])
-
-
-def random_params(cfg: schema.Model) -> dict:
-    leaves, structure = jax.tree.flatten(model.shapes(cfg, dtype=jnp.bfloat16))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return structure.unflatten(
-        [draw(key, leaf.shape, 0.02) for key, leaf in zip(keys, leaves, strict=True)]
-    )
-
-
-@contextlib.contextmanager
-def forced(way: str | None):
-    """Every product of at most `MOST_ROWS` rows goes this way."""
-    original = product.choose
-    if way is not None:
-        product.choose = lambda q, *, rows, **rest: (
-            way if rows <= product.MOST_ROWS else original(q, rows=rows, **rest)
-        )
-    jax.clear_caches()
-    try:
-        yield
-    finally:
-        product.choose = original
-        jax.clear_caches()
-
-
-def steps_part(args, late) -> None:
-    """Whole decoding steps, weights in every format: the figure that counts."""
-    batches = (1, 2) if args.tiny else (1, 8, 64)
-    group = 32 if args.tiny else 128
-    ways = [
-        ("bf16", None, None),
-        ("int8", tree.Settings(), None),
-        ("int4 g128", tree.Settings(weights="int4", group_size=group), None),
-        ("fp8", tree.Settings(weights="fp8"), None),
-        ("int8 xla", tree.Settings(), "xla"),
-    ]
-    for size in ("tiny",) if args.tiny else ("0.5b", "7b"):
-        cfg = qwen2_5.tiny() if args.tiny else qwen2_5.instruct(size)
-        plain: dict[int, float] = {}
-        for name, settings, way in ways:
-            if late():
-                return
-            try:
-                params = random_params(cfg)
-                if settings is not None:
-                    params = tree.quantise(cfg, params, settings)
-                params = decode.prepare(cfg, params, dtype=jnp.bfloat16)
-                held = {k: v for k, v in params.items() if cfg.tie_word_embeddings or k != "embed"}
-                nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
-                with forced(way):
-                    for batch in batches:
-                        took = step_seconds(cfg, params, batch=batch, tiny=args.tiny)
-                        if settings is None:
-                            plain[batch] = took
-                        ratio = plain.get(batch, float("nan")) / took
-                        print(
-                            f"{size:5} {name:10} batch {batch:3} {1e3 * took:8.3f} ms "
-                            f"{batch / took:8.0f} tokens/s {nbytes / took / 1e9:6.0f} GB/s "
-                            f"{ratio:5.2f}x",
-                            flush=True,
-                        )
-            except Exception as error:
-                print(f"{size:5} {name:10} failed: {str(error).splitlines()[0][:140]}", flush=True)
-            params = None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--parts", default="steps,matrices,tune", help="which, in this order")
+    parser.add_argument("--parts", default="matrices,tune", help="which, in this order")
     parser.add_argument("--budget", type=float, default=560, help="seconds after which to stop")
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -314,8 +217,6 @@ def main() -> None:
     sizes = TINY if args.tiny else MATRICES
     for part in args.parts.split(","):
         print(f"-- {part}, {time.perf_counter() - begin:.0f} s", flush=True)
-        if part == "steps":
-            steps_part(args, late)
         for name, size in sizes.items() if part == "matrices" else ():
             if late():
                 return
