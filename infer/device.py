@@ -9,7 +9,7 @@ import numpy as np
 from configs import schema
 from infer import scheduler
 from partitioning.sharding import Layout
-from qwen_jax import generation, paged_decode, paged_state, sampling
+from qwen_jax import generation, paged_decode, paged_pass, paged_state, sampling
 
 
 class Device:
@@ -23,7 +23,7 @@ class Device:
         settings: schema.Engine,
         eos_ids: Sequence[int],
         dtype: jnp.dtype,
-        attention: paged_decode.Attention | None,
+        attention: paged_pass.Attention | None,
         layout: Layout | None,
     ):
         """`settings` have their num_pages and max_length."""

@@ -19,7 +19,7 @@ from configs import schema
 from infer import device, memory, page_table, results, scheduler, speculation
 from infer.request import Event, FinishReason, Request, TokenLogprobs
 from partitioning.sharding import Layout
-from qwen_jax import generation, model, paged_decode, paged_state, sampling
+from qwen_jax import generation, model, paged_pass, paged_state, sampling
 from qwen_jax.logprobs import Logprobs
 
 
@@ -72,7 +72,7 @@ class Engine:
         settings: schema.Engine,
         eos_ids: Sequence[int],
         dtype: jnp.dtype,
-        attention: paged_decode.Attention | None = None,
+        attention: paged_pass.Attention | None = None,
         layout: Layout | None = None,
     ):
         """`params` have their layers apart, in a form of `decode.prepare`.
@@ -185,7 +185,7 @@ class Engine:
             "running": len(self._in_slot),
             "free_pages": self._pages.free_pages,
             "cached_pages": self._pages.cached_pages,
-            "compilations": paged_decode.compilations.total(),
+            "compilations": paged_pass.compilations.total(),
             **{name: self._counts[name] for name in _COUNTED},
         }
 
@@ -307,7 +307,7 @@ class Engine:
                     events.append(self._end(live, (), "length"))
                     continue
             column = tokens_SR[:, row]
-            drawn = tuple(int(token) for token in column if token != paged_decode.PAD)
+            drawn = tuple(int(token) for token in column if token != paged_pass.PAD)
             if flight.guesses is not None:
                 live.dispatched = len(live.answer) + len(drawn)
                 self._counts["accepted_tokens"] += max(0, len(drawn) - 1)
