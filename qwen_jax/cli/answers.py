@@ -11,6 +11,7 @@ from qwen_jax.cli.apps import Dtype, Flat, Positional, app
 
 if TYPE_CHECKING:
     from infer import generate as generate_lib
+    from infer.service import Service
 
 _ENGINE = schema.Engine()
 
@@ -25,6 +26,14 @@ class Loaded:
     """Of the weights held and of the arithmetic."""
     mesh: str = ""
     """Axis sizes for several devices, for example tensor=4; by default one device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Loaded):
+    """The same behind an engine."""
+
+    draft: str = ""
+    """A smaller model of the same tokenizer that guesses, for --engine.speculation draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,7 @@ def batch(
     input: Positional[str],
     output: Positional[str],
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     engine: schema.Engine = _ENGINE,
     share: str = "0/1",
@@ -118,18 +127,11 @@ def batch(
         model_name: More names that lines may call the model by; the first is written into answers.
     """
     from infer import batch as batch_lib
-    from infer import batch_progress, loading
-    from partitioning import mesh as mesh_lib
+    from infer import batch_progress
     from qwen_jax import tool_calls
 
     mine = batch_lib.Share.parse(share)
-    service = loading.load(
-        loaded.model,
-        settings=engine,
-        sampling={name: value for name, value in vars(sampling).items() if value is not None},
-        dtype=loaded.dtype,
-        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
-    )
+    service = load_service(loaded, sampling, engine)
     with batch_progress.bar() as report:
         summary = batch_lib.run(
             service,
@@ -145,6 +147,7 @@ def batch(
     print(
         f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
         f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
+        f"{_guesses(service.engine.stats())}"
     )
     return summary.exit_code
 
@@ -162,6 +165,27 @@ def merge(input: Positional[str], output: Positional[str], *, shares: int) -> in
 
     print(batch_lib.merge(input, output, count=shares))
     return 0
+
+
+def load_service(loaded: Served, sampling: Sampling, engine: schema.Engine) -> "Service":
+    """The model behind an engine of these settings, with its draft where one is named."""
+    from infer import loading
+    from partitioning import mesh as mesh_lib
+
+    return loading.load(
+        loaded.model,
+        settings=engine,
+        sampling={name: value for name, value in vars(sampling).items() if value is not None},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+        draft=loaded.draft or None,
+    )
+
+
+def _guesses(stats: dict[str, float]) -> str:
+    """How many guesses came true, where any were made."""
+    guessed, accepted = stats["guessed_tokens"], stats["accepted_tokens"]
+    return f", {accepted} of {guessed} guessed tokens were right" if guessed else ""
 
 
 def _generator(
