@@ -72,7 +72,8 @@ def prefill(
     rows = Rows(
         table_BM=chunks.table_RM,
         lengths_B=ended,
-        tokens_B=jnp.zeros_like(ended),
+        before_B=jnp.zeros_like(ended),
+        tokens_B=jnp.take_along_axis(chunks.tokens_RT, at_R[:, None], axis=1)[:, 0],
         generated_B=jnp.zeros_like(ended),
         remaining_B=jnp.where(chunks.last_R, chunks.max_tokens_R, 0),
         settings=chunks.settings,

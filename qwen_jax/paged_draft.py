@@ -82,14 +82,18 @@ def propose(
     they draw alike, so that guesses come true at a temperature too. A token that ends the answer
     is no guess: nothing comes after it that could be checked in the same pass.
 
-    Needs the draft's pages to hold all that the target's do. Afterwards they hold the guesses too,
-    the last of them included, so that this is so again however many of them come true.
+    Needs the draft's pages to hold all that the target's do, but for the last token of them, which
+    is read anew: where all guesses of the round before came true, the last was not read.
     """
     R = slots_R.shape[0]
     paged_pass.compilations[f"propose rows={R} guesses={num_guesses} {how}"] += 1
     rows, _ = paged_state.take(slots, slots_R, how)
     untold = dataclasses.replace(rows.settings, logprobs_B=jnp.zeros(R, bool))
     rows = dataclasses.replace(rows, settings=untold)
+
+    def drawn(logits_RV: jax.Array, rows: Rows) -> tuple[Rows, jax.Array]:
+        rows, _ = paged_pass.draw(_over(logits_RV, vocab_size), rows, None, how=how, eos_E=eos_E)
+        return rows, jnp.where(rows.remaining_B > 0, rows.tokens_B, paged_pass.PAD)
 
     def step(carry: tuple[paged_cache.Pages, Rows], _):
         pages, rows = carry
@@ -98,13 +102,36 @@ def propose(
             logits_RV, pages, rows = paged_pass.step(
                 cfg, params, pages, known, attention=attention, layout=layout
             )
-        logits_RV = _over(logits_RV, vocab_size)
-        rows, _ = paged_pass.draw(logits_RV, rows, None, how=how, eos_E=eos_E)
-        return (pages, rows), jnp.where(rows.remaining_B > 0, rows.tokens_B, paged_pass.PAD)
+        rows, guess_R = drawn(logits_RV, rows)
+        return (pages, rows), guess_R
 
-    # One step more than guesses: it reads the last guess. What it draws is not used.
-    (pages, _), guesses_TR = jax.lax.scan(step, (pages, rows), length=num_guesses + 1)
-    return pages, sharding.constrain(guesses_TR[:-1].T, (None, None), layout)
+    with paged_pass.precision(pages.dtype):
+        logits_RV, pages, rows = _read_two(
+            cfg, params, pages, rows, attention=attention, layout=layout
+        )
+    rows, first_R = drawn(logits_RV, rows)
+    (pages, _), others_TR = jax.lax.scan(step, (pages, rows), length=num_guesses - 1)
+    guesses_RT = jnp.concatenate([first_R[None], others_TR]).T
+    return pages, sharding.constrain(guesses_RT, (None, None), layout)
+
+
+def _read_two(cfg, params, pages, rows: Rows, *, attention, layout):
+    """`paged_pass.step` of a row's last two tokens, the first of which may be there already."""
+    active_R = rows.remaining_B > 0
+    x_R2D, pages = paged_pass.chunk(
+        cfg,
+        params,
+        pages,
+        _known(jnp.stack([rows.before_B, rows.tokens_B], axis=1), cfg),
+        table_RM=rows.table_BM,
+        starts_R=jnp.maximum(rows.lengths_B - 1, 0),
+        lengths_R=jnp.where(active_R, 2, 0),
+        past="pages",
+        attention=attention,
+        layout=layout,
+    )
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    return paged_pass.logits(cfg, params, x_R2D[:, 1:], layout=layout), pages, rows
 
 
 def _known(tokens: jax.Array, cfg: schema.Model) -> jax.Array:

@@ -143,6 +143,7 @@ def draw(
     ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
     rows = dataclasses.replace(
         rows,
+        before_B=jnp.where(active_R, rows.tokens_B, rows.before_B),
         tokens_B=jnp.where(active_R, drawn.tokens_B, 0),
         generated_B=rows.generated_B + active_R,
         remaining_B=jnp.where(ended_R | ~active_R, 0, rows.remaining_B - 1),
