@@ -20,8 +20,9 @@ import transformers
 
 from configs import schema
 from infer import engine as engine_lib
-from infer import generate
+from infer import loading
 from infer.request import Request
+from qwen_jax import chat
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
     arguments = parser.parse_args()
-    loaded = generate.load(arguments.model, dtype="float32")
+    loaded = loading.load_model(arguments.model, dtype="float32")
     sampling = schema.Sampling(temperature=0.0, max_tokens=arguments.max_tokens)
     requests = [
         Request(id=str(index), tokens=tokens, sampling=sampling)
@@ -55,21 +56,23 @@ def main() -> int:
     return 0 if same == len(requests) else 1
 
 
-def read(path: pathlib.Path, loaded: generate.Generator, count: int) -> list[tuple[int, ...]]:
+def read(path: pathlib.Path, loaded: loading.Loaded, count: int) -> list[tuple[int, ...]]:
     """The first prompts of the file, as conversations of one turn."""
     prompts = []
     with path.open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             turn = {"role": "user", "content": record.get("question") or record["prompt"]}
-            request = generate.prompt_request(loaded, [turn], settings=loaded.defaults)
-            prompts.append(request.tokens)
+            encoded = chat.encode(
+                [turn], tokenizer=loaded.tokenizer, add_generation_prompt=True, mask="none"
+            )
+            prompts.append(tuple(encoded.token_ids))
             if len(prompts) == count:
                 return prompts
     return prompts
 
 
-def answer(loaded: generate.Generator, requests: list[Request], *, slots: int) -> dict:
+def answer(loaded: loading.Loaded, requests: list[Request], *, slots: int) -> dict:
     longest = max(len(r.tokens) + r.sampling.max_tokens for r in requests)
     settings = schema.Engine(
         num_slots=slots, max_length=longest, prefill_chunk=256, prefill_tokens=1024, buckets="one"

@@ -336,7 +336,8 @@ class Engine:
     prefill_tokens: int = 8192  # most tokens of all prompts that are read at one time
     decode_steps: int = 8  # tokens a request draws before the host looks
     prefill_rounds: int = 1  # prefill_tokens that those who decode may wait for, so many times
-    speculation: Literal["off", "prompt_lookup"] = "off"  # guesses of tokens, checked in one pass
+    # Guesses of tokens, checked in one pass: copied from the text so far, or a smaller model's.
+    speculation: Literal["off", "prompt_lookup", "draft"] = "off"
     guesses: int = 4  # tokens guessed at one time
     speculation_rows: int = 8  # most requests that decode at one time for which guessing may pay
     prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
@@ -370,8 +371,8 @@ class Engine:
             f"kv_cache={self.kv_cache!r} is unknown; known: plain, int8",
         )
         _check(
-            self.speculation in ("off", "prompt_lookup"),
-            f"speculation={self.speculation!r} is unknown; known: off, prompt_lookup",
+            self.speculation in ("off", "prompt_lookup", "draft"),
+            f"speculation={self.speculation!r} is unknown; known: off, prompt_lookup, draft",
         )
         _check(self.prefix_cache in ("on", "off"), f"prefix_cache={self.prefix_cache!r}: on or off")
         _check(

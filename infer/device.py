@@ -1,5 +1,6 @@
 """The device's side of an engine: its programs with their state, and padding to their shapes."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import schema
+from infer import draft as draft_lib
 from infer import scheduler
 from partitioning.sharding import Layout
-from qwen_jax import model, paged_decode, paged_state, sampling
+from qwen_jax import model, paged_decode, paged_pass, paged_state, sampling
 
 _LEAST = 16  # tokens of the smallest bucket of prompts to embed
 
@@ -25,8 +27,9 @@ class Device:
         settings: schema.Engine,
         eos_ids: Sequence[int],
         dtype: jnp.dtype,
-        attention: paged_decode.Attention | None,
+        attention: paged_pass.Attention | None,
         layout: Layout | None,
+        draft: draft_lib.Draft | None,
     ):
         """`settings` have their num_pages and max_length."""
         self._cfg, self._params, self._settings = cfg, params, settings
@@ -50,46 +53,60 @@ class Device:
             layout=layout,
         )
 
-    def prefill(self, chunks: paged_state.Chunks, **how) -> tuple:
-        """`paged_decode.prefill` on the state -> what was drawn, and scores or None."""
-        self._state, drawn, scored = paged_decode.prefill(
-            self._cfg, self._params, self._state, chunks, **how, **self._common
+        self._draft = draft and draft_lib.DraftDevice(
+            draft,
+            settings=settings,
+            vocab_size=cfg.vocab_size,
+            eos_ids=eos_ids,
+            dtype=dtype,
+            attention=attention,
         )
+
+    def prefill(
+        self, work: scheduler.Prefill, masks: Sequence[np.ndarray | None], *, score: str
+    ) -> tuple:
+        """`paged_decode.prefill` on the state -> what was drawn, and scores or None."""
+        past = "none" if work.fresh else "pages"
+        return self._prefill(self._chunks(work, masks), past=past, score=score)
+
+    def _prefill(self, chunks: paged_state.Chunks, *, past: str, score: str) -> tuple:
+        self._state, drawn, scored = paged_decode.prefill(
+            self._cfg, self._params, self._state, chunks, how="full", past=past, score=score,
+            **self._common,
+        )  # fmt: skip
+        if self._draft is not None:
+            self._draft.read(chunks, past=past)
         return drawn, scored
 
     def advance(
         self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **how
     ) -> sampling.Drawn:
         """`paged_decode.advance` on the state, for these slots in a bucket of `rows`."""
-        slots_R = np.full(rows, self._settings.num_slots, np.int32)
-        slots_R[: len(slots)] = slots
-        mask_RW = self.masks(masks, rows=rows)
+        slots_R, mask_RW = self._padded(slots, rows), self._masks(masks, rows=rows)
         self._state, drawn = paged_decode.advance(
             self._cfg, self._params, self._state, slots_R, mask_RW, **how, **self._common
         )
         return drawn
 
     def verify(
-        self, slots: Sequence[int], guesses: Sequence[Sequence[int]], *, rows: int, **how
+        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, how: sampling.How
     ) -> sampling.Drawn:
-        """`paged_decode.verify` on the state, for these slots in a bucket of `rows`."""
-        slots_R = np.full(rows, self._settings.num_slots, np.int32)
-        slots_R[: len(slots)] = slots
-        guesses_RT = np.full((rows, self._settings.guesses), -1, np.int32)
-        for row, some in enumerate(guesses):
-            guesses_RT[row, : len(some)] = some
-        mask_RW = self.masks((), rows=rows)
+        """`paged_decode.verify` on the state, for these slots in a bucket of R rows."""
+        R = guesses_RT.shape[0]
+        slots_R, mask_RW = self._padded(slots, R), self._masks((), rows=R)
         self._state, drawn = paged_decode.verify(
-            self._cfg,
-            self._params,
-            self._state,
-            slots_R,
-            guesses_RT,
-            mask_RW,
-            **how,
+            self._cfg, self._params, self._state, slots_R, guesses_RT, mask_RW, how=how,
             **self._common,
-        )
+        )  # fmt: skip
         return drawn
+
+    def propose(self, slots: Sequence[int], *, rows: int, how: sampling.How) -> jax.Array:
+        """The draft's guesses for these slots in a bucket of `rows`, on the device."""
+        return self._draft.propose(self._state.slots, self._padded(slots, rows), how=how)
+
+    def read_draft(self, work: scheduler.Prefill) -> None:
+        """Has the draft alone read these chunks, which have others before them in their pages."""
+        self._draft.read(self._chunks(work, ()), past="pages")
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         """The final hidden state of the last token, of length 1: [D] in float32."""
@@ -107,7 +124,13 @@ class Device:
         )
         return np.asarray(hidden_1D[0])
 
-    def masks(self, masks: Sequence[np.ndarray | None], *, rows: int) -> np.ndarray | jax.Array:
+    def _padded(self, slots: Sequence[int], rows: int) -> np.ndarray:
+        """[rows] with slots that do not exist after these."""
+        slots_R = np.full(rows, self._settings.num_slots, np.int32)
+        slots_R[: len(slots)] = slots
+        return slots_R
+
+    def _masks(self, masks: Sequence[np.ndarray | None], *, rows: int) -> np.ndarray | jax.Array:
         """Words of allowed tokens [rows, W]; None, and rows beyond: all are allowed."""
         if rows not in self._allowed:
             self._allowed[rows] = jnp.full((rows, self._words), 2**32 - 1, jnp.uint32)
@@ -119,9 +142,12 @@ class Device:
                 mask_RW[row] = mask
         return mask_RW
 
-    def blank(self, *, rows: int, length: int) -> dict[str, np.ndarray]:
-        """Fields of `paged_state.Chunks` for rows of padding, but `settings` and `mask_RW`."""
-        return {
+    def _chunks(
+        self, work: scheduler.Prefill, masks: Sequence[np.ndarray | None]
+    ) -> paged_state.Chunks:
+        """Arrays of the chunks; rows beyond them are padding."""
+        rows, length = work.num_rows, work.length
+        fields = {
             "slots_R": np.full(rows, self._settings.num_slots, np.int32),
             "tokens_RT": np.zeros((rows, length), np.int32),
             "starts_R": np.zeros(rows, np.int32),
@@ -132,8 +158,26 @@ class Device:
             "next_RT": np.zeros((rows, length), np.int32),
             "seen_RW": np.zeros((rows, self._words), np.uint32),
         }
+        for row, chunk in enumerate(work.chunks):
+            prompt, start, count = chunk.request.tokens, chunk.start, len(chunk.tokens)
+            following = prompt[start + 1 : start + count + 1]
+            fields["slots_R"][row] = chunk.slot
+            fields["tokens_RT"][row, :count] = chunk.tokens
+            fields["next_RT"][row, : len(following)] = following
+            fields["starts_R"][row], fields["lengths_R"][row] = start, count
+            fields["table_RM"][row, : len(chunk.pages)] = chunk.pages
+            fields["last_R"][row] = chunk.is_last
+            fields["max_tokens_R"][row] = chunk.request.sampling.max_tokens
+            if chunk.is_last:
+                fields["seen_RW"][row] = self._bits(prompt)
+        requests = [chunk.request.sampling for chunk in work.chunks]
+        return paged_state.Chunks(
+            **fields,
+            settings=sampling.settings(requests, num_rows=rows),
+            mask_RW=self._masks(masks, rows=rows),
+        )
 
-    def bits(self, tokens: Sequence[int]) -> np.ndarray:
+    def _bits(self, tokens: Sequence[int]) -> np.ndarray:
         """Words with the bit of each token set: uint32 [W]."""
         marked = np.zeros(32 * self._words, bool)
         marked[list(tokens)] = True
@@ -146,8 +190,7 @@ class Device:
             for past in ("none", "pages"):
                 for score in ("no", "prompt"):
                     text = f"prompts {rows} x {length}, past {past}, scores {score}"
-                    how = {"how": "full", "past": past, "score": score}
-                    yield text, lambda shape=(rows, length), how=how: self._dry(*shape, **how)
+                    yield text, functools.partial(self._dry, rows, length, past=past, score=score)
         steps = self._settings.decode_steps
         drawing = {"greedy": ("greedy", steps), "sampled": ("full", steps)}
         if steps > 1:
@@ -163,17 +206,19 @@ class Device:
         bucket = next(rows for rows in shapes.decode if rows >= most)
         for rows in (rows for rows in shapes.decode if rows <= bucket):
             for how in ("greedy", "full"):
-                call = {"how": how, "rows": rows}
                 text = f"{self._settings.guesses} guesses of {rows}, {how}"
-                yield text, lambda call=call: self._wait(self.verify((), (), **call))
+                yield text, functools.partial(self._dry_round, rows, how)
 
-    def _dry(self, rows: int, length: int, **how) -> None:
-        chunks = paged_state.Chunks(
-            **self.blank(rows=rows, length=length),
-            settings=sampling.settings([], num_rows=rows),
-            mask_RW=self.masks((), rows=rows),
-        )
-        self._wait(self.prefill(chunks, **how))
+    def _dry(self, rows: int, length: int, *, past: str, score: str) -> None:
+        padding = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
+        self._wait(self._prefill(self._chunks(padding, ()), past=past, score=score))
+
+    def _dry_round(self, rows: int, how: sampling.How) -> None:
+        if self._draft is None:
+            guesses_RT = np.full((rows, self._settings.guesses), paged_pass.PAD, np.int32)
+        else:
+            guesses_RT = self.propose((), rows=rows, how=how)
+        self._wait(self.verify((), guesses_RT, how=how))
 
     def _wait(self, results) -> None:
         jax.block_until_ready(results)

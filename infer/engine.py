@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,48 +17,24 @@ import numpy as np
 
 from configs import schema
 from infer import checks, device, memory, page_table, results, scheduler, speculation
-from infer.request import Event, FinishReason, Request, TokenLogprobs
+from infer import draft as draft_lib
+from infer.live import Live
+from infer.request import Event, FinishReason, Request
 from partitioning.sharding import Layout
-from qwen_jax import model, paged_decode, paged_state, sampling
+from qwen_jax import model, paged_pass, sampling
 from qwen_jax.logprobs import Logprobs
-
-
-@dataclass
-class _Live:
-    """A request on its way."""
-
-    request: Request
-    how: sampling.How
-    ends: frozenset[int]  # tokens that end its answer
-    slot: int = -1
-    dispatched: int = 0  # tokens that dispatches so far may have drawn
-    answer: list[int] = field(default_factory=list)  # tokens read
-    num_cached: int = 0
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finished: bool = False
-    lookup: speculation.PromptLookup | None = None
-
-    def guess(self, count: int) -> tuple[int, ...]:
-        """What may come next, of at most so many tokens."""
-        if self.lookup is None:
-            self.lookup = speculation.PromptLookup((*self.request.tokens, *self.answer))
-        return self.lookup.propose(count)
-
-    @property
-    def budget(self) -> int:
-        """Tokens that no dispatch has been asked for yet."""
-        return self.request.sampling.max_tokens - self.dispatched
 
 
 @dataclass(frozen=True)
 class _Flight:
     """A dispatch whose results have not been read: its rows' requests, without padding."""
 
-    rows: tuple[_Live, ...]
+    rows: tuple[Live, ...]
     drawn: sampling.Drawn  # leaves [R, ...] or [steps, R, ...]
+    num_steps: int = 1  # tokens that it may have drawn of each
     scored: Logprobs | None = None
     chunks: tuple[scheduler.Chunk, ...] = ()
-    guesses: Sequence[tuple[int, ...]] | None = None  # that it checks, of each row
+    guesses_RT: np.ndarray | jax.Array | None = None  # that it checks
 
 
 class Engine:
@@ -72,14 +48,17 @@ class Engine:
         settings: schema.Engine,
         eos_ids: Sequence[int],
         dtype: jnp.dtype,
-        attention: paged_decode.Attention | None = None,
+        attention: paged_pass.Attention | None = None,
         layout: Layout | None = None,
+        draft: draft_lib.Draft | None = None,
     ):
         """`params` have their layers apart, in a form of `decode_params.prepare`.
 
-        Raises `ValueError` for stacked parameters, a mesh that spreads the batch, and memory in
-        which not even one request fits.
+        `draft` guesses where settings say so; its tokens mean what the model's do. Raises
+        `ValueError` for stacked parameters, a mesh that spreads the batch, memory in which not even
+        one request fits, and a draft that is missing, not asked for, or does not read as far.
         """
+        draft_lib.check_asked(settings, given="none" if draft is None else "draft")
         if not isinstance(params["layers"], tuple):
             raise ValueError("an engine's layers lie apart: prepare them as 'fused' or 'unstacked'")
         if layout is not None:
@@ -91,9 +70,11 @@ class Engine:
                 f"it, or extend the context with rope_scaling"
             )
         dtype = jnp.dtype(dtype)
-        num_pages = settings.num_pages or memory.num_pages(
-            cfg, params, settings=settings, dtype=dtype, layout=layout
-        )
+        models = [(cfg, params, layout)]
+        if draft is not None:
+            draft_lib.check(draft, max_length=settings.max_length or reach, layout=layout)
+            models.append((draft.cfg, draft.params, draft.layout))
+        num_pages = settings.num_pages or memory.num_pages(models, settings=settings, dtype=dtype)
         fits = min(reach, num_pages * settings.page_size)
         self.settings = dataclasses.replace(
             settings, max_length=settings.max_length or fits, num_pages=num_pages
@@ -107,15 +88,17 @@ class Engine:
             dtype=dtype,
             attention=attention,
             layout=layout,
+            draft=draft,
         )
+        self._guesser = _guesser(self.settings, self._device)
         self._pages = page_table.PageTable(
             num_pages,
             page_size=settings.page_size,
             granularity=scheduler.granularity(self.settings),
         )
         self._scheduler = scheduler.Scheduler(self.settings, self._pages)
-        self._live: dict[str, _Live] = {}
-        self._in_slot: dict[int, _Live] = {}
+        self._live: dict[str, Live] = {}
+        self._in_slot: dict[int, Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._events: list[Event] = []  # of what ended without a dispatch
         self._counts = collections.Counter()
@@ -141,7 +124,7 @@ class Engine:
                 f"for a request: shorten the prompt, lower max_tokens, or raise max_length"
             )
         how = "full" if request.constraint else sampling.how(request.sampling)
-        self._live[request.id] = _Live(request, how, self._ends(request.sampling))
+        self._live[request.id] = Live(request, how, self._ends(request.sampling))
         self._scheduler.add(request)
 
     def cancel(self, id: str) -> None:
@@ -185,7 +168,7 @@ class Engine:
             "running": len(self._in_slot),
             "free_pages": self._pages.free_pages,
             "cached_pages": self._pages.cached_pages,
-            "compilations": paged_decode.compilations.total(),
+            "compilations": paged_pass.compilations.total(),
             **{name: self._counts[name] for name in _COUNTED},
         }
 
@@ -214,80 +197,62 @@ class Engine:
         for chunk in work.chunks:
             live = self._live[chunk.request.id]
             if live.slot < 0:
-                live.slot, live.num_cached = chunk.slot, chunk.num_cached
+                live.slot, live.pages, live.num_cached = chunk.slot, chunk.pages, chunk.num_cached
                 self._in_slot[chunk.slot] = live
                 self._counts["cached_tokens"] += chunk.num_cached
             self._counts["prompt_tokens"] += len(chunk.tokens)
             if chunk.request.sampling.prompt_logprobs is not None:
                 score = "prompt"
             rows.append(live)
-        past = "none" if work.fresh else "pages"
-        drawn, scored = self._device.prefill(
-            self._chunks(work, rows), how="full", past=past, score=score
-        )
-        self._flights.append(_Flight(tuple(rows), drawn, scored, work.chunks))
+        drawn, scored = self._device.prefill(work, _masks(rows), score=score)
+        self._flights.append(_Flight(tuple(rows), drawn, scored=scored, chunks=work.chunks))
         for chunk, live in zip(work.chunks, rows, strict=True):
             if chunk.is_last:
                 self._scheduler.started(chunk.slot)
                 live.dispatched = 1
 
     def _decode(self, work: scheduler.Decode) -> list[Event]:
-        """Events of what had to be read first: grammars and guesses go by the token before."""
+        """Events of what had to be read first: grammars, and some guesses, go by the token before.
+
+        Whether to guess goes by the scheduler's number of rows, for which programs are compiled.
+        """
         events: list[Event] = []
         rows = self._decoding(work)
         constrained = any(live.request.constraint for live in rows)
-        guessing = (
-            self.settings.speculation != "off"
-            and not constrained
-            and len(rows) <= self.settings.speculation_rows
-        )
-        if constrained or guessing:
+        guesser = self._guesser
+        if constrained or len(work.slots) > self.settings.speculation_rows:
+            guesser = None
+        if constrained or (guesser is not None and guesser.must_see(rows)):
             while self._flights:
                 events += self._read(self._flights.popleft())
             rows = self._decoding(work)
-        if not rows:
-            return events
-        slots, how = [live.slot for live in rows], _joint(rows)
-        if guessing and any(guesses := [live.guess(self.settings.guesses) for live in rows]):
-            drawn = self._device.verify(slots, guesses, rows=work.num_rows, how=how)
-            num_steps = self.settings.guesses + 1
-            self._counts["guessed_tokens"] += sum(map(len, guesses))
-        else:
-            num_steps = 1 if constrained else self.settings.decode_steps
-            drawn = self._device.advance(
-                slots, _masks(rows), rows=work.num_rows, how=how, num_steps=num_steps
-            )
-            guesses = None
-        for live in rows:
-            live.dispatched += num_steps
-        self._flights.append(_Flight(tuple(rows), drawn, guesses=guesses))
+        if rows:
+            self._flights.append(self._draw(rows, guesser, num_rows=work.num_rows))
         return events
 
-    def _decoding(self, work: scheduler.Decode) -> list[_Live]:
+    def _draw(
+        self, rows: Sequence[Live], guesser: speculation.Guesser | None, *, num_rows: int
+    ) -> _Flight:
+        """Dispatches a check of guesses where there are some, and plain steps otherwise."""
+        slots, masks, how = [live.slot for live in rows], _masks(rows), _joint(rows)
+        guesses_RT = guesser and guesser.guess(rows, num_rows=num_rows, how=how)
+        if guesses_RT is not None:
+            num_steps = self.settings.guesses + 1
+            drawn = self._device.verify(slots, guesses_RT, how=how)
+        else:
+            free = all(mask is None for mask in masks)  # a mask serves one step
+            num_steps = self.settings.decode_steps if free else 1
+            drawn = self._device.advance(slots, masks, rows=num_rows, how=how, num_steps=num_steps)
+            if self._guesser is not None:
+                self._guesser.passed(rows)
+        for live in rows:
+            live.dispatched += num_steps
+        return _Flight(tuple(rows), drawn, num_steps, guesses_RT=guesses_RT)
+
+    def _decoding(self, work: scheduler.Decode) -> list[Live]:
         """Those that still run, and have tokens left that no dispatch was asked for."""
         rows = [self._in_slot[slot] for slot in work.slots if slot in self._in_slot]
         return [live for live in rows if live.budget > 0]
-
-    def _chunks(self, work: scheduler.Prefill, rows: Sequence[_Live]) -> paged_state.Chunks:
-        fields = self._device.blank(rows=work.num_rows, length=work.length)
-        for row, chunk in enumerate(work.chunks):
-            prompt, start, count = chunk.request.tokens, chunk.start, len(chunk.tokens)
-            following = prompt[start + 1 : start + count + 1]
-            fields["slots_R"][row] = chunk.slot
-            fields["tokens_RT"][row, :count] = chunk.tokens
-            fields["next_RT"][row, : len(following)] = following
-            fields["starts_R"][row], fields["lengths_R"][row] = start, count
-            fields["table_RM"][row, : len(chunk.pages)] = chunk.pages
-            fields["last_R"][row] = chunk.is_last
-            fields["max_tokens_R"][row] = chunk.request.sampling.max_tokens
-            if chunk.is_last:
-                fields["seen_RW"][row] = self._device.bits(prompt)
-        requests = [chunk.request.sampling for chunk in work.chunks]
-        return paged_state.Chunks(
-            **fields,
-            settings=sampling.settings(requests, num_rows=work.num_rows),
-            mask_RW=self._device.masks(_masks(rows), rows=work.num_rows),
-        )
 
     # -- results
 
@@ -295,6 +260,7 @@ class Engine:
         tokens = np.asarray(flight.drawn.tokens_B)
         tokens_SR = tokens if tokens.ndim == 2 else tokens[None]
         logprobs = results.host(flight.drawn.logprobs, [live.request for live in flight.rows])
+        guesses_RT = None if flight.guesses_RT is None else np.asarray(flight.guesses_RT)
         events = []
         for row, live in enumerate(flight.rows):
             if live.finished:
@@ -307,20 +273,19 @@ class Engine:
                     events.append(self._end(live, (), "length"))
                     continue
             column = tokens_SR[:, row]
-            drawn = tuple(int(token) for token in column if token != paged_decode.PAD)
-            if flight.guesses is not None:
-                live.dispatched = len(live.answer) + len(drawn)
+            drawn = tuple(int(token) for token in column if token != paged_pass.PAD)
+            live.dispatched -= flight.num_steps - len(drawn)
+            if guesses_RT is not None:
+                self._counts["guessed_tokens"] += int(np.sum(guesses_RT[row] >= 0))
                 self._counts["accepted_tokens"] += max(0, len(drawn) - 1)
             if drawn:
                 events.append(self._event(live, drawn, logprobs, row))
         return events
 
-    def _event(self, live: _Live, drawn: tuple[int, ...], logprobs, row: int) -> Event:
+    def _event(self, live: Live, drawn: tuple[int, ...], logprobs, row: int) -> Event:
         settings = live.request.sampling
         first = not live.answer
         live.answer += drawn
-        if live.lookup is not None:
-            live.lookup.extend(drawn)
         self._counts["generated_tokens"] += len(drawn)
         if live.request.constraint is not None:
             for token in drawn:
@@ -342,9 +307,7 @@ class Engine:
         eos = () if settings.ignore_eos else self._eos
         return frozenset((*settings.stop_token_ids, *eos))
 
-    def _end(
-        self, live: _Live, tokens, reason: FinishReason, *, logprobs=None, first=True
-    ) -> Event:
+    def _end(self, live: Live, tokens, reason: FinishReason, *, logprobs=None, first=True) -> Event:
         live.finished = True
         del self._live[live.request.id]
         if live.slot >= 0:
@@ -354,7 +317,7 @@ class Engine:
         self._counts[f"finished_{reason}"] += 1
         return self._made(live, tokens, reason, logprobs=logprobs, first=first)
 
-    def _made(self, live: _Live, tokens, reason, *, logprobs, first: bool) -> Event:
+    def _made(self, live: Live, tokens, reason, *, logprobs, first: bool) -> Event:
         asked = live.request.sampling.prompt_logprobs is not None and first
         return Event(
             id=live.request.id,
@@ -365,7 +328,7 @@ class Engine:
             num_cached=live.num_cached,
         )
 
-    def _keep_scores(self, flight: _Flight, row: int, live: _Live) -> None:
+    def _keep_scores(self, flight: _Flight, row: int, live: Live) -> None:
         count = live.request.sampling.prompt_logprobs
         if count is None:
             return
@@ -386,13 +349,22 @@ def _check_mesh(layout: Layout) -> None:
         )
 
 
-def _masks(rows: Sequence[_Live]) -> list[np.ndarray | None]:
+def _guesser(settings: schema.Engine, on: device.Device) -> speculation.Guesser | None:
+    """The way to guess that the settings name."""
+    if settings.speculation == "off":
+        return None
+    if settings.speculation == "draft":
+        return speculation.Drafts(settings, on)
+    return speculation.Lookups(settings)
+
+
+def _masks(rows: Sequence[Live]) -> list[np.ndarray | None]:
     """What each row's grammar allows next."""
     constraints = [live.request.constraint for live in rows]
     return [None if grammar is None else grammar.mask() for grammar in constraints]
 
 
-def _joint(rows: Sequence[_Live]) -> sampling.How:
+def _joint(rows: Sequence[Live]) -> sampling.How:
     """What serves all of them."""
     return "full" if any(r.how != "greedy" for r in rows) else "greedy"
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from configs import huggingface, schema
 from infer import constraints
+from infer import draft as draft_lib
 from infer import engine as engine_lib
 from infer.constraints_spec import ConstraintSpec
 from infer.request import Constraint
@@ -42,10 +44,13 @@ def load(
     sampling: Mapping[str, Any],
     dtype: str = "bfloat16",
     mesh: schema.Mesh | None = None,
+    draft: str | Path | None = None,
 ) -> Service:
-    """The model at `path` behind an engine: `load_model`, then `serve`."""
+    """The model at `path` behind an engine, with the smaller one at `draft` to guess for it."""
+    draft_lib.check_asked(settings, given="none" if draft is None else "draft")
     loaded = load_model(path, dtype=dtype, mesh=mesh)
-    return serve(loaded, settings=settings, sampling=sampling)
+    guesser = None if draft is None else _draft(draft, path, loaded)
+    return serve(loaded, settings=settings, sampling=sampling, draft=guesser)
 
 
 def load_model(
@@ -95,7 +100,11 @@ def load_model(
 
 
 def serve(
-    loaded: Loaded, *, settings: schema.Engine, sampling: Mapping[str, Any] | None = None
+    loaded: Loaded,
+    *,
+    settings: schema.Engine,
+    sampling: Mapping[str, Any] | None = None,
+    draft: draft_lib.Draft | None = None,
 ) -> Service:
     """A text service over an engine of these settings.
 
@@ -109,6 +118,7 @@ def serve(
         eos_ids=loaded.eos_ids,
         dtype=loaded.dtype,
         layout=loaded.layout,
+        draft=draft,
     )
 
     def compile_constraint(spec: ConstraintSpec) -> Constraint:
@@ -127,6 +137,24 @@ def serve(
         bos_id=loaded.cfg.bos_token_id,
         compile_constraint=compile_constraint,
     )
+
+
+def _draft(path: str | Path, model: str | Path, loaded: Loaded) -> draft_lib.Draft:
+    """The model at `path`, to guess for the one at `model`: on a mesh, all of it on every device.
+
+    Raises `ValueError` where their tokenizers differ. Rows of their embeddings may.
+    """
+    found = load_model(path, dtype=str(loaded.dtype))
+    if found.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
+        raise ValueError(
+            f"the draft {path} has another tokenizer than {model}: its tokens would be other text; "
+            f"take a draft of the same family"
+        )
+    if loaded.layout is None:
+        return draft_lib.Draft(found.cfg, found.params)
+    layout = Layout(loaded.layout.mesh, rules_lib.REPLICATED)
+    params = jax.device_put(found.params, jax.NamedSharding(layout.mesh, jax.P()))
+    return draft_lib.Draft(found.cfg, params, layout)
 
 
 def _generation_config(folder: Path) -> schema.Generation:

@@ -1,5 +1,7 @@
 """How many pages of keys and values fit beside the parameters."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -11,34 +13,39 @@ _HOST_BYTES = 2 * 2**30  # for pages, where the device does not tell its size
 
 
 def num_pages(
-    cfg: schema.Model,
-    params: dict,
+    models: Sequence[tuple[schema.Model, dict, Layout | None]],
     *,
     settings: schema.Engine,
     dtype: jnp.dtype,
-    layout: Layout | None,
 ) -> int:
     """As many as `memory_fraction` of a device holds; no more than all slots could ever use.
 
-    Raises `ValueError` where not even one request of max_length fits; one that is not set may be
-    what fits.
+    `models` are the one that answers, with its parameters and layout, and one that guesses, if
+    there is one: each has its own pages, equally many. Raises `ValueError` where not even one
+    request of max_length fits; one that is not set may be what fits.
     """
-    length = settings.max_length or model.max_length(cfg)
+    length = settings.max_length or model.max_length(models[0][0])
     width = -(-length // settings.page_size)
-    page = paged_cache.num_bytes(
-        cfg,
-        num_pages=1,
-        page_size=settings.page_size,
-        dtype=dtype,
-        storage=settings.kv_cache,
-        layout=layout,
+    page = sum(
+        paged_cache.num_bytes(
+            cfg,
+            num_pages=1,
+            page_size=settings.page_size,
+            dtype=dtype,
+            storage=settings.kv_cache,
+            layout=layout,
+        )
+        for cfg, _, layout in models
     )
+    layout = models[0][2]
     device = jax.local_devices()[0] if layout is None else layout.mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        held = sum(_bytes_on(x, device) for x in jax.tree.leaves(params))
+        held = sum(_bytes_on(x, device) for _, params, _ in models for x in jax.tree.leaves(params))
         limit = int(settings.memory_fraction * stats["bytes_limit"])
-        left = limit - held - working_bytes(cfg, settings=settings, dtype=dtype)
+        # They run one after the other.
+        working = max(working_bytes(cfg, settings=settings, dtype=dtype) for cfg, _, _ in models)
+        left = limit - held - working
     else:
         limit, left = _HOST_BYTES, _HOST_BYTES
     count = min(left // page, settings.num_slots * width)

@@ -1,51 +1,121 @@
-"""Guesses of what a request draws next, copied from what it has already read or written. No jax.
+"""Where guesses of the next tokens come from, which the model then checks in one pass. No jax.
 
-Answers repeat their prompts (quotations, code to be edited, names): where the last tokens occurred
-before, what followed them then is a guess of what follows now, which the model checks in one pass
-(prompt lookup decoding, Saxena 2023; as in transformers and vLLM). No second model is needed.
+Guesses are rows of tokens, -1 where there is none. They never change an answer: see
+`paged_decode.verify`. An engine asks for them where few enough requests decode at one time, and
+none of them is bound by a grammar.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from configs import schema
+from infer import scheduler
+from infer.live import Live
+from infer.prompt_lookup import PromptLookup
 
 
-class PromptLookup:
-    """Continues one request's tokens as they went on after the same n-gram before.
+class Guesser(Protocol):
+    """A way to guess."""
 
-    Of n = `longest` down to `shortest`, the first whose last n-gram occurred earlier is taken, at
-    its latest place. An index is kept as tokens come: a guess takes the same time after any number.
+    def must_see(self, rows: Sequence[Live]) -> bool:
+        """Whether it needs the tokens of all dispatches to guess for these."""
+        ...
+
+    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> Any:
+        """Tokens [num_rows, guesses], here or on the device; None where no row has any."""
+        ...
+
+    def passed(self, rows: Sequence[Live]) -> None:
+        """These draw tokens now that nobody guessed."""
+        ...
+
+
+class Lookups:
+    """Guesses copied from what the request has read or written already (`prompt_lookup.py`)."""
+
+    def __init__(self, settings: schema.Engine) -> None:
+        self._count = settings.guesses
+
+    def must_see(self, rows: Sequence[Live]) -> bool:
+        return True
+
+    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> np.ndarray | None:
+        guesses_RT = np.full((num_rows, self._count), -1, np.int32)
+        for row, live in enumerate(rows):
+            if live.lookup is None:
+                live.lookup = PromptLookup(live.request.tokens)
+            known = len(live.lookup) - len(live.request.tokens)
+            live.lookup.extend(live.answer[known:])
+            some = live.lookup.propose(self._count)
+            guesses_RT[row, : len(some)] = some
+        return guesses_RT if np.any(guesses_RT >= 0) else None
+
+    def passed(self, rows: Sequence[Live]) -> None:
+        """They are in the answer when it is read."""
+
+
+class DraftSide(Protocol):
+    """What is used of `infer.device.Device`."""
+
+    def read_draft(self, work: scheduler.Prefill) -> None: ...
+    def propose(self, slots: Sequence[int], *, rows: int, how: str) -> Any: ...
+
+
+class Drafts:
+    """Guesses of a draft model, which reads prompts and guesses with the model, on its device.
+
+    Between rounds nothing comes to the host. Tokens that were drawn without the draft, because too
+    many requests ran or a grammar did, it reads when it is asked again.
     """
 
-    def __init__(self, tokens: Iterable[int] = (), *, longest: int = 3, shortest: int = 1) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(
-                f"shortest={shortest} and longest={longest} must be whole numbers from 1 on, in "
-                "this order"
-            )
-        self._sizes = range(longest, shortest - 1, -1)
-        self._tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> position of what follows it
-        self.extend(tokens)
+    def __init__(self, settings: schema.Engine, device: DraftSide) -> None:
+        self._settings, self._device = settings, device
+        self._shapes = scheduler.shapes(settings).prefill
 
-    def __len__(self) -> int:
-        return len(self._tokens)
+    def must_see(self, rows: Sequence[Live]) -> bool:
+        return any(live.drafted is not None for live in rows)
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Takes in tokens that were read or drawn."""
-        for token in tokens:
-            end = len(self._tokens)
-            for size in self._sizes:
-                if size <= end:
-                    self._follows[tuple(self._tokens[end - size :])] = end
-            self._tokens.append(token)
+    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> Any:
+        for work in self._missed(rows):
+            self._device.read_draft(work)
+        return self._device.propose([live.slot for live in rows], rows=num_rows, how=how)
 
-    def propose(self, num_tokens: int) -> tuple[int, ...]:
-        """So many tokens that may come next; none where even the shortest n-gram is new.
+    def passed(self, rows: Sequence[Live]) -> None:
+        for live in rows:
+            if live.drafted is None:
+                # It may have read what dispatches under way have drawn: reading again is right.
+                live.drafted = len(live.request.tokens) + max(0, len(live.answer) - 1)
 
-        Where the earlier place is so near that the guess runs into the end, it goes on with itself.
-        """
-        for size in self._sizes:
-            last = tuple(self._tokens[-size:])
-            if len(last) == size and (start := self._follows.get(last)) is not None:
-                period = len(self._tokens) - start
-                return tuple(self._tokens[start + i % period] for i in range(num_tokens))
-        return ()
+    def _missed(self, rows: Sequence[Live]) -> Iterator[scheduler.Prefill]:
+        """Chunks of all that the draft has not read but for the last token, which it reads next."""
+        behind = {live: live.tokens[:-1] for live in rows if live.drafted is not None}
+        while behind:
+            longest = max(len(tokens) - live.drafted for live, tokens in behind.items())
+            length, num_rows = self._shape(min(longest, self._settings.prefill_chunk), len(behind))
+            chunks = []
+            for live, tokens in list(behind.items())[:num_rows]:
+                piece = tokens[live.drafted : live.drafted + length]
+                chunks.append(
+                    scheduler.Chunk(
+                        slot=live.slot,
+                        request=live.request,
+                        pages=live.pages,
+                        start=live.drafted,
+                        tokens=piece,
+                        is_last=False,
+                        num_cached=0,
+                    )
+                )
+                live.drafted += len(piece)
+                if live.drafted == len(tokens):
+                    live.drafted = None
+                    del behind[live]
+            yield scheduler.Prefill(chunks=tuple(chunks), num_rows=num_rows, length=length)
+
+    def _shape(self, length: int, num_rows: int) -> tuple[int, int]:
+        """The shortest prefill of this length, with rows for so many or as many as there are."""
+        least = min(size for _, size in self._shapes if size >= length)
+        rows = [rows for rows, size in self._shapes if size == least]
+        return least, min((n for n in rows if n >= num_rows), default=max(rows))

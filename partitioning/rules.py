@@ -105,6 +105,9 @@ ENGINE = Rules(
     tuple(pair for pair in TRAIN.table if not pair[0].endswith(("embed", "batch", "length"))),
 )
 
+# Every device holds all: for a model so small that what it would wait for others costs more.
+REPLICATED = Rules("replicated", ())
+
 
 def replicate_kv_heads(rules: Rules) -> Rules:
     """`rules` with key-value heads on every device, for a tensor axis larger than their number."""

@@ -19,13 +19,14 @@ NOWHERE = jnp.iinfo(jnp.int32).max  # a slot that does not exist
 class Rows:
     """What the device knows of requests, one a row.
 
-    lengths_B tokens are in the cache; tokens_B was drawn and is not there yet. remaining_B tokens
-    may still be drawn: 0 where the row has ended. seen_BV marks the prompt's tokens, counts_BV
-    counts the answer's.
+    lengths_B tokens are in the cache, before_B being the last of them; tokens_B was drawn and is
+    not there yet. remaining_B tokens may still be drawn: 0 where the row has ended. seen_BV marks
+    the prompt's tokens, counts_BV counts the answer's.
     """
 
     table_BM: jax.Array  # int32: pages in order of position
     lengths_B: jax.Array  # int32
+    before_B: jax.Array  # int32
     tokens_B: jax.Array  # int32
     generated_B: jax.Array  # int32
     remaining_B: jax.Array  # int32
@@ -34,8 +35,7 @@ class Rows:
     counts_BV: jax.Array  # int32
 
 
-_ROWS = ["table_BM", "lengths_B", "tokens_B", "generated_B", "remaining_B", "settings"]
-jax.tree_util.register_dataclass(Rows, [*_ROWS, "seen_BV", "counts_BV"], [])
+jax.tree_util.register_dataclass(Rows, [field.name for field in dataclasses.fields(Rows)], [])
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def empty(
     slots = Rows(
         table_BM=zeros(width),
         lengths_B=zeros(),
+        before_B=zeros(),
         tokens_B=zeros(),
         generated_B=zeros(),
         remaining_B=zeros(),

@@ -28,6 +28,8 @@ _COUNTERS = {
     "generated_tokens": "Tokens drawn, also for answers that were cancelled",
     "prompt_tokens": "Prompt tokens read, without those that the prefix cache held",
     "cached_tokens": "Prompt tokens that the prefix cache held",
+    "guessed_tokens": "Tokens guessed by speculation, and checked",
+    "accepted_tokens": "Those of them that came true",
 }
 _GAUGES = {
     "waiting": "Answers that wait for a place in the engine",

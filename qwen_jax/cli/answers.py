@@ -17,8 +17,8 @@ _ALONE = schema.Engine(num_slots=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Which model, and how it is held."""
+class Served:
+    """Which model, how it is held, and what guesses for it."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
@@ -26,6 +26,8 @@ class Loaded:
     """Of the weights held and of the arithmetic."""
     mesh: str = ""
     """Axis sizes for several devices, for example tensor=4; by default one device."""
+    draft: str = ""
+    """A smaller model of the same tokenizer that guesses, for --engine.speculation draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,14 @@ class Sampling:
 def generate(
     prompt: Positional[str],
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     engine: schema.Engine = _ALONE,
 ) -> int:
     """Continue one prompt, printing text as it comes."""
     from infer import generate as generate_lib
 
-    service = _service(loaded, sampling, engine)
+    service = load_service(loaded, sampling, engine)
     generate_lib.stream(service, prompt, settings=service.defaults, write=_write)
     _write("\n")
     return 0
@@ -68,7 +70,7 @@ def generate(
 @app.command
 def chat(
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     system: str | None = None,
     engine: schema.Engine = _ALONE,
@@ -80,7 +82,7 @@ def chat(
     """
     from infer import generate as generate_lib
 
-    service = _service(loaded, sampling, engine)
+    service = load_service(loaded, sampling, engine)
 
     def read() -> str | None:
         try:
@@ -97,7 +99,7 @@ def batch(
     input: Positional[str],
     output: Positional[str],
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     engine: schema.Engine = _ENGINE,
     share: str = "0/1",
@@ -124,7 +126,7 @@ def batch(
     from qwen_jax import tool_calls
 
     mine = batch_lib.Share.parse(share)
-    service = _service(loaded, sampling, engine)
+    service = load_service(loaded, sampling, engine)
     with batch_progress.bar() as report:
         summary = batch_lib.run(
             service,
@@ -140,6 +142,7 @@ def batch(
     print(
         f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
         f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
+        f"{_guesses(service.engine.stats())}"
     )
     return summary.exit_code
 
@@ -159,7 +162,8 @@ def merge(input: Positional[str], output: Positional[str], *, shares: int) -> in
     return 0
 
 
-def _service(loaded: Loaded, sampling: Sampling, engine: schema.Engine) -> "Service":
+def load_service(loaded: Served, sampling: Sampling, engine: schema.Engine) -> "Service":
+    """The model behind an engine of these settings, with its draft where one is named."""
     from infer import loading
     from partitioning import mesh as mesh_lib
 
@@ -169,7 +173,14 @@ def _service(loaded: Loaded, sampling: Sampling, engine: schema.Engine) -> "Serv
         sampling={name: value for name, value in vars(sampling).items() if value is not None},
         dtype=loaded.dtype,
         mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+        draft=loaded.draft or None,
     )
+
+
+def _guesses(stats: dict[str, float]) -> str:
+    """How many guesses came true, where any were made."""
+    guessed, accepted = stats["guessed_tokens"], stats["accepted_tokens"]
+    return f", {accepted} of {guessed} guessed tokens were right" if guessed else ""
 
 
 def _write(text: str) -> None:

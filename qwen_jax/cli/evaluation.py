@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from configs import schema
-from qwen_jax.cli.answers import Loaded
+from qwen_jax.cli.answers import Sampling, Served, load_service
 from qwen_jax.cli.apps import Flat, Positional, app
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _ASKED, _PROGRAMS, _ENGINE = Asked(), Programs(), schema.Engine()
 def evaluate(
     tasks: Positional[tuple[str, ...]],
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     output: str,
     asked: Annotated[Asked, Flat] = _ASKED,
     temperature: float = 0.0,
@@ -102,7 +102,7 @@ def evaluate(
 def lm_eval(
     tasks: Positional[tuple[str, ...]],
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     output: str,
     include_path: str | None = None,
     style: Literal["plain", "chat"] = "plain",
@@ -133,19 +133,11 @@ def lm_eval(
     return 0
 
 
-def _backend(loaded: Loaded, engine: schema.Engine) -> "tuple[ServiceBackend, dict[str, Any]]":
+def _backend(loaded: Served, engine: schema.Engine) -> "tuple[ServiceBackend, dict[str, Any]]":
     """The model behind an engine, and what results call it."""
-    from infer import loading
     from infer.eval.service_backend import ServiceBackend
-    from partitioning import mesh as mesh_lib
 
-    service = loading.load(
-        loaded.model,
-        settings=engine,
-        sampling={},
-        dtype=loaded.dtype,
-        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
-    )
+    service = load_service(loaded, Sampling(), engine)
     settings = service.engine.settings
     backend = ServiceBackend(
         service,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from configs import schema, serving
-from qwen_jax.cli.answers import Loaded, Sampling
+from qwen_jax.cli.answers import Sampling, Served, load_service
 from qwen_jax.cli.apps import Flat, app
 
 log = logging.getLogger("infer.server")
@@ -16,7 +16,7 @@ _SERVER, _SAMPLING, _ENGINE = serving.Serve(), Sampling(), schema.Engine()
 @app.command
 def serve(
     *,
-    loaded: Annotated[Loaded, Flat],
+    loaded: Annotated[Served, Flat],
     server: Annotated[serving.Serve, Flat] = _SERVER,
     sampling: Annotated[Sampling, Flat] = _SAMPLING,
     engine: schema.Engine = _ENGINE,
@@ -28,9 +28,7 @@ def serve(
     Args:
         sampling: What requests get that do not say it themselves.
     """
-    from infer import loading
     from infer import server as server_lib
-    from partitioning import mesh as mesh_lib
 
     if sampling.seed is not None:
         raise ValueError(
@@ -39,13 +37,7 @@ def serve(
         )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("infer").setLevel(logging.INFO)
-    service = loading.load(
-        loaded.model,
-        settings=engine,
-        sampling={name: value for name, value in vars(sampling).items() if value is not None},
-        dtype=loaded.dtype,
-        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
-    )
+    service = load_service(loaded, sampling, engine)
     return server_lib.run(
         service,
         settings=server,

@@ -38,7 +38,7 @@ def _promised(table: PageTable, tokens: range | list[int]) -> int:
 
 
 def test_what_decides_on_the_host_needs_no_jax():
-    modules = "infer.scheduler, infer.page_table, infer.speculation"
+    modules = "infer.scheduler, infer.page_table, infer.prompt_lookup, infer.speculation"
     code = f"import sys, {modules}; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

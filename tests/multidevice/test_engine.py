@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import qwen2_moe, schema
+from infer import draft
 from infer import engine as engine_lib
 from infer.request import Request
 from partitioning import mesh, rules, sharding
@@ -46,6 +47,19 @@ def requests(cfg: schema.Model) -> list[Request]:
     ]
 
 
+def small(layout: sharding.Layout | None) -> draft.Draft:
+    """A model whose three heads no mesh divides, on every device."""
+    cfg = dataclasses.replace(
+        DENSE, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=1
+    )
+    params = jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(1)))
+    params = decode_params.prepare(cfg, params, dtype=jnp.float32)
+    if layout is None:
+        return draft.Draft(cfg, params)
+    own = sharding.Layout(layout.mesh, rules.REPLICATED)
+    return draft.Draft(cfg, jax.device_put(params, jax.NamedSharding(own.mesh, jax.P())), own)
+
+
 def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
     layout = None
     params = jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(0)))
@@ -59,8 +73,15 @@ def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
     form = decode_params.best_form(layout)
     params = decode_params.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
     settings = dataclasses.replace(SETTINGS, **changes)
+    guesser = small(layout) if settings.speculation == "draft" else None
     engine = engine_lib.Engine(
-        cfg, params, settings=settings, eos_ids=(5,), dtype=jnp.float32, layout=layout
+        cfg,
+        params,
+        settings=settings,
+        eos_ids=(5,),
+        dtype=jnp.float32,
+        layout=layout,
+        draft=guesser,
     )
     got: dict[str, list[int]] = {}
     for event in engine.run(requests(cfg)):
@@ -83,6 +104,11 @@ def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
 )
 def test_a_mesh_changes_no_answer(cfg, text):
     assert answers(cfg, text) == answers(cfg, "")
+
+
+def test_a_draft_guesses_on_a_mesh():
+    guessing = answers(DENSE, "fsdp=1,tensor=4", speculation="draft", guesses=3)
+    assert guessing == answers(DENSE, "")
 
 
 def test_a_mesh_of_replicas_is_refused():

@@ -44,6 +44,7 @@ def test_shardings_says_what_one_device_holds(monkeypatch, capsys):
         (("convert", "import", "nowhere", "out", "--max-memory", "lots"), "'lots' is not a size"),
         (("generate", "hi", "--model", "nowhere"), "nowhere"),
         (("batch", "in", "out", "--model", "nowhere", "--share", "2"), "share '2'"),
+        (("batch", "in", "out", "--model", "m", "--draft", "d"), "speculation='draft'"),
         (("merge", "in.jsonl", "out.jsonl", "--shares", "2"), "in.jsonl"),
         (("train", "quickstart", "--output", "x"), "data.paths is empty"),
     ],

@@ -15,7 +15,7 @@ from configs import schema, topologies
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
 from qwen_jax import ahead_of_time as bundles
-from qwen_jax import decode_params, model, paged_decode, paged_state
+from qwen_jax import decode_params, model, paged_decode, paged_pass, paged_state
 from qwen_jax.plan import job
 from train import ahead_of_time
 
@@ -171,7 +171,7 @@ def test_kept_decoding_draws_the_same_tokens(helpers, tmp_path):
     )  # fmt: skip
     np.testing.assert_array_equal(ours.tokens_B, theirs.tokens_B)
     assert ours.tokens_B.shape == (steps, 2)
-    assert (np.asarray(ours.tokens_B) != paged_decode.PAD).sum(axis=0).tolist() == [steps, 3]
+    assert (np.asarray(ours.tokens_B) != paged_pass.PAD).sum(axis=0).tolist() == [steps, 3]
 
 
 def test_what_is_not_here_cannot_be_compiled_for():

@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from infer.speculation import PromptLookup
+from infer.prompt_lookup import PromptLookup
 
 
 def _search(tokens: list[int], num_tokens: int, *, longest: int, shortest: int) -> tuple[int, ...]:

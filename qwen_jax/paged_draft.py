@@ -1,0 +1,146 @@
+"""Device programs of a draft model: a smaller one, whose guesses `paged_decode.verify` checks.
+
+It has pages of its own under the same numbers: a row's table names, in both models' pages, the same
+positions of the same tokens. Slots are the target's alone. What a draft says never changes an
+answer, only how many of its tokens one pass of the target brings.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import paged_cache, paged_pass, paged_state, sampling
+from qwen_jax.paged_state import Rows
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "past", "attention", "layout"),
+    donate_argnames=("pages",),
+)
+def read(
+    cfg: schema.Model,
+    params: dict,
+    pages: paged_cache.Pages,
+    tokens_RT: jax.Array,
+    *,
+    table_RM: jax.Array,
+    starts_R: jax.Array,
+    lengths_R: jax.Array,
+    past: Literal["none", "pages"],
+    attention: paged_pass.Attention | None = None,
+    layout: Layout | None = None,
+) -> paged_cache.Pages:
+    """Reads chunks of prompts or answers into the draft's pages, as `paged_pass.chunk` does."""
+    R, T = tokens_RT.shape
+    paged_pass.compilations[f"draft reads rows={R} tokens={T} past={past}"] += 1
+    with paged_pass.precision(pages.dtype):
+        _, pages = paged_pass.chunk(
+            cfg,
+            params,
+            pages,
+            _known(tokens_RT, cfg),
+            table_RM=table_RM,
+            starts_R=starts_R,
+            lengths_R=lengths_R,
+            past=past,
+            attention=attention,
+            layout=layout,
+        )
+    return pages
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "num_guesses", "vocab_size", "attention", "layout"),
+    donate_argnames=("pages",),
+)
+def propose(
+    cfg: schema.Model,
+    params: dict,
+    pages: paged_cache.Pages,
+    slots: Rows,
+    slots_R: jax.Array,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    num_guesses: int,
+    vocab_size: int,
+    attention: paged_pass.Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[paged_cache.Pages, jax.Array]:
+    """Guesses the next tokens of the slots -> pages, guesses [R, num_guesses], PAD where none.
+
+    They are drawn as the target draws: by the request's own settings, and by its noise of each
+    position over `vocab_size` tokens (the target's). Where both models give a token the same score
+    they draw alike, so that guesses come true at a temperature too. A token that ends the answer
+    is no guess: nothing comes after it that could be checked in the same pass.
+
+    Needs the draft's pages to hold all that the target's do, but for the last token of them, which
+    is read anew: where all guesses of the round before came true, the last was not read.
+    """
+    R = slots_R.shape[0]
+    paged_pass.compilations[f"propose rows={R} guesses={num_guesses} {how}"] += 1
+    rows, _ = paged_state.take(slots, slots_R, how)
+    untold = dataclasses.replace(rows.settings, logprobs_B=jnp.zeros(R, bool))
+    rows = dataclasses.replace(rows, settings=untold)
+
+    def drawn(logits_RV: jax.Array, rows: Rows) -> tuple[Rows, jax.Array]:
+        rows, _ = paged_pass.draw(_over(logits_RV, vocab_size), rows, None, how=how, eos_E=eos_E)
+        return rows, jnp.where(rows.remaining_B > 0, rows.tokens_B, paged_pass.PAD)
+
+    def step(carry: tuple[paged_cache.Pages, Rows], _):
+        pages, rows = carry
+        known = dataclasses.replace(rows, tokens_B=_known(rows.tokens_B, cfg))
+        with paged_pass.precision(pages.dtype):
+            logits_RV, pages, rows = paged_pass.step(
+                cfg, params, pages, known, attention=attention, layout=layout
+            )
+        rows, guess_R = drawn(logits_RV, rows)
+        return (pages, rows), guess_R
+
+    with paged_pass.precision(pages.dtype):
+        logits_RV, pages, rows = _read_two(
+            cfg, params, pages, rows, attention=attention, layout=layout
+        )
+    rows, first_R = drawn(logits_RV, rows)
+    (pages, _), others_TR = jax.lax.scan(step, (pages, rows), length=num_guesses - 1)
+    guesses_RT = jnp.concatenate([first_R[None], others_TR]).T
+    return pages, sharding.constrain(guesses_RT, (None, None), layout)
+
+
+def _read_two(cfg, params, pages, rows: Rows, *, attention, layout):
+    """`paged_pass.step` of a row's last two tokens, the first of which may be there already."""
+    active_R = rows.remaining_B > 0
+    x_R2D, pages = paged_pass.chunk(
+        cfg,
+        params,
+        pages,
+        _known(jnp.stack([rows.before_B, rows.tokens_B], axis=1), cfg),
+        table_RM=rows.table_BM,
+        starts_R=jnp.maximum(rows.lengths_B - 1, 0),
+        lengths_R=jnp.where(active_R, 2, 0),
+        past="pages",
+        attention=attention,
+        layout=layout,
+    )
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    return paged_pass.logits(cfg, params, x_R2D[:, 1:], layout=layout)[:, 0], pages, rows
+
+
+def _known(tokens: jax.Array, cfg: schema.Model) -> jax.Array:
+    """Tokens that the draft has rows for: vocabularies are padded, and not all alike."""
+    return jnp.minimum(tokens, cfg.vocab_size - 1)
+
+
+def _over(logits_RV: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits of the target's tokens: never those that the draft has no rows for."""
+    missing = max(0, vocab_size - logits_RV.shape[1])
+    padding = ((0, 0), (0, missing))
+    return jnp.pad(logits_RV, padding, constant_values=-jnp.inf)[:, :vocab_size]

@@ -1,0 +1,213 @@
+"""One pass of a model over pages of keys and values, and the drawing of tokens from it.
+
+Of these the programs of `paged_decode.py` and `paged_draft.py` are made. Every pass writes the keys
+and values of the tokens that it reads into their rows' pages, and gives the pages back.
+"""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from configs import schema
+from partitioning import sharding
+from partitioning.sharding import Layout
+from qwen_jax import fused, model, paged_cache, rope, sampling
+from qwen_jax.attention import paged
+from qwen_jax.paged_state import Rows
+
+PAD = -1  # in token outputs: the row had ended
+
+# Programs traced so far, by name and shape: a bucket that is used again adds nothing.
+compilations: collections.Counter[str] = collections.Counter()
+
+
+Attention = Literal["reference", "gpu", "tpu"]
+
+
+def chunk(
+    cfg: schema.Model,
+    params: dict,
+    pages: paged_cache.Pages,
+    tokens_RT: jax.Array,
+    *,
+    table_RM: jax.Array,
+    starts_R: jax.Array,
+    lengths_R: jax.Array,
+    past: Literal["none", "pages"],
+    attention: Attention | None,
+    layout: Layout | None,
+) -> tuple[jax.Array, paged_cache.Pages]:
+    """Reads a chunk of every row -> the final norm's output [R, T, D], pages.
+
+    starts_R tokens of each row are in its pages; the first lengths_R of the chunk are written.
+    past: "none" promises that starts_R is 0 everywhere.
+    """
+    T = tokens_RT.shape[1]
+    positions_RT = starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+
+    def attend(index: int):
+        return _attend_chunk(
+            pages.layers[index],
+            table_RM,
+            positions_RT,
+            lengths_R,
+            past=past,
+            attention=attention,
+            layout=layout,
+        )
+
+    dtype = pages.dtype
+    x_RTD, kept = layers(cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout)
+    return x_RTD, paged_cache.constrain(paged_cache.Pages(kept), layout)
+
+
+def step(
+    cfg: schema.Model,
+    params: dict,
+    pages: paged_cache.Pages,
+    rows: Rows,
+    *,
+    attention: Attention | None,
+    layout: Layout | None,
+) -> tuple[jax.Array, paged_cache.Pages, Rows]:
+    """Reads the last token of every row that goes on -> logits [R, V], pages, longer rows."""
+    active_R = rows.remaining_B > 0
+
+    def attend(index: int):
+        return _attend_one(pages.layers[index], rows, active_R, attention=attention, layout=layout)
+
+    tokens_R1, positions_R1 = rows.tokens_B[:, None], rows.lengths_B[:, None]
+    dtype = pages.dtype
+    x_R1D, kept = layers(cfg, params, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout)
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    pages = paged_cache.constrain(paged_cache.Pages(kept), layout)
+    return logits(cfg, params, x_R1D, layout=layout)[:, 0], pages, rows
+
+
+def layers(
+    cfg: schema.Model,
+    params: dict,
+    tokens_RT: jax.Array,
+    positions_RT: jax.Array,
+    attend: Callable,
+    *,
+    dtype: jnp.dtype,
+    layout: Layout | None,
+) -> tuple[jax.Array, tuple]:
+    """The model's layers -> final norm's output, and what `attend(index)` kept of each."""
+    block = fused.block if fused.is_fused(params["layers"][0]) else model.block
+    turn = rope.rotation(cfg, positions_RT)
+    x_RTD = model.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
+    kept = []
+    for index, layer in enumerate(params["layers"]):
+        x_RTD, one, _ = block(cfg, layer)(x_RTD, turn=turn, attend=attend(index), layout=layout)
+        kept.append(one)
+    return model.parts(cfg)["norm"].bind(params["norm"])(x_RTD), tuple(kept)
+
+
+def logits(
+    cfg: schema.Model, params: dict, x_RTD: jax.Array, *, layout: Layout | None
+) -> jax.Array:
+    """[R, T, V], whole on every device: drawing goes by whole rows."""
+    logits_RTV = model.unembed(cfg, params, x_RTD, layout=layout)
+    # In two steps: asked for whole logits at once, XLA gathers the kernel instead.
+    logits_RTV = sharding.constrain(logits_RTV, ("batch", None, "act_vocab"), layout)
+    return sharding.constrain(logits_RTV, ("batch", None, None), layout)
+
+
+def draw(
+    logits_RV: jax.Array,
+    rows: Rows,
+    mask_RW: jax.Array | None,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+) -> tuple[Rows, sampling.Drawn]:
+    """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
+    active_R = rows.remaining_B > 0
+    drawn = sampling.draw(
+        logits_RV,
+        rows.settings,
+        how=how,
+        positions_B=rows.lengths_B,
+        generated_B=rows.generated_B,
+        eos_E=eos_E,
+        seen_BV=rows.seen_BV,
+        counts_BV=rows.counts_BV,
+        mask_BW=mask_RW,
+    )
+    ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
+    rows = dataclasses.replace(
+        rows,
+        before_B=jnp.where(active_R, rows.tokens_B, rows.before_B),
+        tokens_B=jnp.where(active_R, drawn.tokens_B, 0),
+        generated_B=rows.generated_B + active_R,
+        remaining_B=jnp.where(ended_R | ~active_R, 0, rows.remaining_B - 1),
+    )
+    if how != "greedy":
+        index_R = jnp.arange(active_R.shape[0])
+        counts_RV = rows.counts_BV.at[index_R, drawn.tokens_B].add(active_R.astype(jnp.int32))
+        rows = dataclasses.replace(rows, counts_BV=counts_RV)
+    tokens_R = jnp.where(active_R, drawn.tokens_B, PAD)
+    return rows, dataclasses.replace(drawn, tokens_B=tokens_R)
+
+
+def precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Who asks for float32 means it: GPUs and TPUs would otherwise multiply in fewer bits."""
+    if dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention, layout):
+    """Writes a chunk's keys and values into one layer's pages, and attends over all up to it."""
+    valid_RT = jnp.arange(positions_RT.shape[1])[None] < lengths_R[:, None]
+
+    def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+        kept = paged_cache.write(
+            kv_PSCH,
+            k_RTKH,
+            v_RTKH,
+            table_BM=table_RM,
+            positions_BT=positions_RT,
+            valid_BT=valid_RT,
+        )
+        o_RTNH = paged.extend(
+            q_RTNH,
+            k_RTKH,
+            v_RTKH,
+            kept,
+            table_BM=table_RM,
+            starts_B=positions_RT[:, 0],
+            lengths_B=lengths_R,
+            past=past,
+            implementation=attention,
+            layout=layout,
+        )
+        return o_RTNH, kept
+
+    return inner
+
+
+def _attend_one(kv_PSCH, rows: Rows, active_R, *, attention, layout):
+    """Writes one key and value a row into one layer's pages, and attends over all up to it."""
+
+    def inner(q_R1NH: jax.Array, k_R1KH: jax.Array, v_R1KH: jax.Array):
+        o_RNH, kept = paged.append(
+            q_R1NH[:, 0],
+            k_R1KH[:, 0],
+            v_R1KH[:, 0],
+            kv_PSCH,
+            table_BM=rows.table_BM,
+            lengths_B=jnp.where(active_R, rows.lengths_B + 1, 0),
+            implementation=attention,
+            layout=layout,
+        )
+        return o_RNH[:, None], kept
+
+    return inner
