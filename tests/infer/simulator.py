@@ -183,7 +183,7 @@ class Simulation:
         self.reading: dict[str, _Wait] = {}  # of those whose prompts are being read
         self.departures: dict[int, list[str]] = {}
         self.num_arrived = 0
-        self.in_a_row: list[int] = []  # padded tokens of the prefills since the last decode
+        self.in_a_row: list[int] = []  # padded tokens of the prefills without a pause
         self.last: Prefill | Decode | None = None
         shapes = scheduler_lib.shapes(settings)
         self.allowed = {*shapes.prefill, *((rows,) for rows in shapes.decode)}
@@ -198,6 +198,7 @@ class Simulation:
             self._note_admissions()
             if program is None:
                 self._check_idle()
+                self.in_a_row = []  # nobody decodes, so nobody has waited for them
             elif isinstance(program, Prefill):
                 self._prefill(program)
             else:

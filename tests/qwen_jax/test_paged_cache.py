@@ -102,6 +102,6 @@ def test_a_key_is_not_split_from_its_value():
     abstract = jax.sharding.AbstractMesh(
         (1, 1, 1, 1, size), ("data", "fsdp", "expert", "context", "tensor")
     )
-    layout = sharding.Layout(abstract, rules.rule_set("decode"))
+    layout = sharding.Layout(abstract, rules.rule_set("engine"))
     with pytest.raises(ValueError, match=f"not divisible by tensor={size}"):
         paged_cache.create(cfg, num_pages=3, page_size=16, dtype=jnp.float32, layout=layout)
