@@ -20,6 +20,7 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import fused, logprobs, model, paged_cache, paged_state, rope, sampling
 from qwen_jax.attention import api, paged
+from qwen_jax.few_rows import api as few_rows
 from qwen_jax.paged_state import Chunks, Rows, State
 
 PAD = -1  # in token outputs: the row had ended
@@ -103,7 +104,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "num_steps", "attention", "layout"),
+    static_argnames=("cfg", "how", "num_steps", "attention", "layers", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -117,35 +118,68 @@ def advance(
     eos_E: jax.Array,
     num_steps: int,
     attention: Attention | None = None,
+    layers: few_rows.Implementation | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn]:
     """Draws up to `num_steps` tokens for each of the slots -> leaves [num_steps, R], PAD at ends.
 
     Rows whose slot does not exist are padding. A mask serves one step only: give it with one.
+    layers: None takes the kernels for few rows where they run, unless `attention` is named.
     """
     R = slots_R.shape[0]
     compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
     rows, slots = paged_state.take(state.slots, slots_R, how)
-    dtype = state.pages.dtype
-
-    def step(carry: tuple[paged_cache.Pages, Rows], _):
-        pages, rows = carry
-        active_R = rows.remaining_B > 0
-        attend = functools.partial(
-            _attend_one, pages, rows, active_R, attention=attention, layout=layout
-        )
-        tokens_R1, positions_R1 = rows.tokens_B[:, None], rows.lengths_B[:, None]
-        with _precision(dtype):
-            x_R1D, kept = _run(
-                cfg, params, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout
-            )
-            logits_RV = _logits(cfg, params, x_R1D, layout=layout)[:, 0]
-        rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
-        rows, drawn = _draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E, layout=layout)
-        return (paged_cache.constrain(paged_cache.Pages(kept), layout), rows), drawn
-
-    (pages, rows), drawn = jax.lax.scan(step, (state.pages, rows), length=num_steps)
+    if layers is None:
+        layers = "xla"
+        if attention is None:
+            layers = few_rows.choose(cfg, params, state.pages, rows=R, layout=layout)
+    step = {"kernels": _step_of_few, "xla": _step_of_many}[layers]
+    step = functools.partial(
+        step, cfg, params, mask_RW, how=how, eos_E=eos_E, attention=attention, layout=layout
+    )
+    carry = state.pages, rows, few_rows.barriers()
+    (pages, rows, _), drawn = jax.lax.scan(step, carry, length=num_steps)
     return State(pages, paged_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+
+
+Carry = tuple[paged_cache.Pages, Rows, jax.Array]
+
+
+def _step_of_many(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the model's own layers."""
+    pages, rows, barriers = carry
+    active_R = rows.remaining_B > 0
+    attend = functools.partial(
+        _attend_one, pages, rows, active_R, attention=attention, layout=layout
+    )
+    tokens_R1, positions_R1 = rows.tokens_B[:, None], rows.lengths_B[:, None]
+    dtype = pages.dtype
+    with _precision(dtype):
+        x_R1D, kept = _run(cfg, params, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout)
+        logits_RV = _logits(cfg, params, x_R1D, layout=layout)[:, 0]
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    rows, drawn = _draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E, layout=layout)
+    return (paged_cache.constrain(paged_cache.Pages(kept), layout), rows, barriers), drawn
+
+
+def _step_of_few(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the kernels of `qwen_jax/few_rows`."""
+    assert attention in (None, "gpu") and layout is None, (attention, layout)
+    pages, rows, barriers = carry
+    active_R = rows.remaining_B > 0
+    x_RD, pages, barriers = few_rows.run(cfg, params, rows, active_R, pages, barriers)
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    if how == "greedy":
+        drawn = sampling.Drawn(few_rows.likeliest(cfg, params, x_RD), None)
+        rows, drawn = _count(drawn, rows, how=how, eos_E=eos_E)
+    else:
+        logits_RV = few_rows.logits(cfg, params, x_RD)
+        rows, drawn = _draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E, layout=layout)
+    return (pages, rows, barriers), drawn
 
 
 @functools.partial(
@@ -325,7 +359,6 @@ def _logits(cfg, params, x_RTD, *, layout) -> jax.Array:
 
 def _draw(logits_RV, rows: Rows, mask_RW, *, how, eos_E, layout) -> tuple[Rows, sampling.Drawn]:
     """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
-    active_R = rows.remaining_B > 0
     drawn = sampling.draw(
         logits_RV,
         rows.settings,
@@ -337,6 +370,12 @@ def _draw(logits_RV, rows: Rows, mask_RW, *, how, eos_E, layout) -> tuple[Rows, 
         counts_BV=rows.counts_BV,
         mask_BW=mask_RW,
     )
+    return _count(drawn, rows, how=how, eos_E=eos_E)
+
+
+def _count(drawn: sampling.Drawn, rows: Rows, *, how, eos_E) -> tuple[Rows, sampling.Drawn]:
+    """The rows with what was drawn; PAD for those that had ended."""
+    active_R = rows.remaining_B > 0
     ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
     rows = dataclasses.replace(
         rows,
