@@ -21,6 +21,7 @@ import functools
 import pathlib
 import sys
 import time
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -30,10 +31,12 @@ import numpy as np
 
 from configs import qwen2_5, schema
 from infer import engine as engine_lib
-from infer import loading
 from infer.draft import Draft
 from infer.request import Request
 from qwen_jax import decode_params, model
+
+if TYPE_CHECKING:
+    from infer import loading
 
 TEXTS = (
     "The history of the lighthouse begins long before electricity, when keepers",
@@ -53,7 +56,7 @@ class Subject:
 
     cfg: schema.Model
     params: dict
-    loaded: loading.Loaded | None = None
+    loaded: "loading.Loaded | None" = None
 
 
 def main() -> None:
@@ -88,6 +91,8 @@ def main() -> None:
 def subject(name: str, arguments: argparse.Namespace, *, agree: float) -> Subject:
     dtype = jnp.dtype(arguments.dtype)
     if pathlib.Path(name).is_dir():
+        from infer import loading  # needs the extras for structured output
+
         loaded = loading.load_model(name, dtype=arguments.dtype)
         return Subject(loaded.cfg, loaded.params, loaded)
     cfg = qwen2_5.tiny() if name == "tiny" else qwen2_5.base(name)

@@ -15,6 +15,7 @@ from configs import schema
 from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import fused, model, moe, stack
+from qwen_jax.few_rows import api as few_rows
 from qwen_jax.quant import array
 
 Form = Literal["unstacked", "fused"]
@@ -48,8 +49,9 @@ def prepare(
 ) -> dict:
     """Stacked or unstacked parameters, cast and in the form asked for. Deletes their old arrays.
 
-    unstacked: a tuple of layers. fused: that, with q, k, v in one kernel and gate, up in another.
-    Peak memory is the parameters and a copy of the largest leaf.
+    unstacked: a tuple of layers. fused: that, with q, k, v in one kernel and gate, up in another,
+    and output-major where the kernels for few rows can run (`qwen_jax/few_rows`). Peak memory is
+    the parameters and a copy of the largest leaf.
     """
     if form not in ("unstacked", "fused"):
         raise ValueError(f"unknown form {form!r}; known: unstacked, fused")
@@ -65,7 +67,7 @@ def prepare(
     fuse, layers = {}, []
     for name, layer in zip(stack.order(cfg), params["layers"], strict=True):
         if name not in fuse:
-            fuse[name] = _fuse(cfg, name, layer, layout=layout)
+            fuse[name] = _fuse(cfg, name, layer, dtype=dtype, layout=layout)
         layers.append(jax.block_until_ready(fuse[name](layer)))
         _delete(layer)
     return {**params, "layers": tuple(layers)}
@@ -102,11 +104,18 @@ def _without_layers(axes: dict) -> dict:
     return jax.tree.map(lambda axes: axes[1:], axes, is_leaf=sharding.is_axes)
 
 
-def _fuse(cfg: schema.Model, name: str, layer: dict, *, layout: Layout | None) -> Callable:
+def _fuse(
+    cfg: schema.Model, name: str, layer: dict, *, dtype: jnp.dtype, layout: Layout | None
+) -> Callable:
     """The program that fuses layers of this stack, of which `layer` is one."""
     function = functools.partial(fused.fuse, cfg)
     if layout is None:
-        return jax.jit(function)
+        platform = jax.default_backend()
+        reason = few_rows.why_not_model(cfg, dtype=dtype, layout=None, platform=platform)
+        leaves = jax.tree.leaves(layer, is_leaf=array.is_quantised)
+        if reason is not None or any(map(array.is_quantised, leaves)):
+            return jax.jit(function)
+        return jax.jit(lambda layer: fused.output_major(function(layer)))
     axes = _without_layers(fused.parts(cfg)[name].axes())
     placed = array.shardings(sharding.shardings(axes, layout), jax.eval_shape(function, layer))
     return jax.jit(function, out_shardings=placed)

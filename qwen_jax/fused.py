@@ -81,6 +81,44 @@ class Block(model.Block):
         self.mlp = SwiGLU(key, size=cfg.hidden_size, hidden=cfg.intermediate_size, init=init)
 
 
+class OutputMajorAttention(Attention):
+    """`Attention` of such kernels: [K, G + 2, H, D] and [D, N, H]."""
+
+    def __init__(self, key: jax.Array, cfg: schema.Model):
+        init = layers.normal(cfg.initializer_range)
+        D, H = cfg.hidden_size, cfg.head_dim
+        N, K, G = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_query_groups
+        axes = ("kv_heads", None, "head_dim", "embed")
+        self.qkv = layers.OutputMajorLinear(
+            key, shape=(K, G + 2, H, D), axes=axes, init=init, bias_dims=3
+        )
+        axes = ("embed", "heads", "head_dim")
+        self.o = layers.OutputMajorLinear(key, shape=(D, N, H), axes=axes, init=init)
+
+
+class OutputMajorSwiGLU(SwiGLU):
+    """`SwiGLU` of such kernels: [2, F, D] and [D, F]."""
+
+    def __init__(self, key: jax.Array, *, size: int, hidden: int, init: module.Initializer):
+        axes = (None, "ffn", "embed")
+        linear = layers.OutputMajorLinear
+        self.gate_up = linear(key, shape=(2, hidden, size), axes=axes, init=init)
+        axes = ("embed", "ffn")
+        self.down = linear(key, shape=(size, hidden), axes=axes, init=init)
+
+
+class OutputMajorBlock(model.Block):
+    """`Block` of such parts: what few rows read fastest (`qwen_jax/few_rows`), on one device."""
+
+    make_attention = OutputMajorAttention
+
+    def make_feed_forward(self, key: jax.Array, cfg: schema.Model) -> None:
+        init = layers.normal(cfg.initializer_range)
+        self.mlp = OutputMajorSwiGLU(
+            key, size=cfg.hidden_size, hidden=cfg.intermediate_size, init=init
+        )
+
+
 class SparseBlock(model.SparseBlock):
     """`model.SparseBlock` of fused parts."""
 
@@ -98,12 +136,24 @@ def parts(cfg: schema.Model) -> dict[str, module.Part]:
 
 def block(cfg: schema.Model, layer: dict) -> model.Block:
     """The block with these values."""
+    if is_output_major(layer):
+        return _output_major(cfg).bind(layer)
     return parts(cfg)[model.stack_of(cfg, layer)].bind(layer)
+
+
+@functools.lru_cache(maxsize=64)
+def _output_major(cfg: schema.Model) -> module.Part:
+    return module.Part(lambda key: OutputMajorBlock(key, cfg))
 
 
 def is_fused(layer: dict) -> bool:
     """Whether `fuse` made these layer parameters."""
     return "qkv" in layer["attention"]
+
+
+def is_output_major(layer: dict) -> bool:
+    """Whether `output_major` turned their kernels."""
+    return "rows" in layer["attention"]["o"]
 
 
 def fuse(cfg: schema.Model, layer: dict) -> dict:
@@ -131,6 +181,24 @@ def fuse(cfg: schema.Model, layer: dict) -> dict:
     elif "shared" in layer["moe"]:
         joined["moe"] = {**layer["moe"], "shared": _fuse_swiglu(layer["moe"]["shared"])}
     return joined
+
+
+def output_major(layer: dict) -> dict:
+    """A fused dense layer's parameters with every kernel's outputs before its inputs."""
+    attention, mlp = layer["attention"], layer["mlp"]
+    qkv, o = attention["qkv"], attention["o"]["kernel"]
+    gate_up, down = mlp["gate_up"]["kernel"], mlp["down"]["kernel"]
+    return {
+        **layer,
+        "attention": {
+            "qkv": {"rows": jnp.moveaxis(qkv["kernel"], 0, -1), "bias": qkv["bias"]},
+            "o": {"rows": jnp.moveaxis(o, -1, 0)},
+        },
+        "mlp": {
+            "gate_up": {"rows": jnp.moveaxis(gate_up, 0, -1)},
+            "down": {"rows": down.T},
+        },
+    }
 
 
 def can_fuse(part: dict | tuple) -> bool:

@@ -79,6 +79,36 @@ class Linear(nnx.Module):
         return y
 
 
+class OutputMajorLinear(nnx.Module):
+    """`Linear` with the kernel's outputs before its inputs, named `rows`."""
+
+    def __init__(
+        self,
+        key: jax.Array,
+        *,
+        shape: tuple[int, ...],
+        axes: Axes,
+        init: module.Initializer,
+        bias_dims: int = 0,
+    ):
+        """`bias_dims` leading dimensions carry a bias; 0 is a layer without one."""
+        self.rows = module.param(key, shape, axes=axes, init=init)
+        if bias_dims:
+            self.bias = module.param(key, shape[:bias_dims], axes=axes[:bias_dims], init=_zeros)
+        self.has_bias = bias_dims > 0
+
+    def __call__(self, x: jax.Array, einsum: str, *, layout: Layout | None) -> jax.Array:
+        """`einsum` is that of `Linear`, for example `btd,dnh->btnh`."""
+        assert layout is None, "output-major kernels lie on one device"
+        of_x, result = einsum.split(",")[0], einsum.split("->")[1]
+        turned = f"{of_x},{result[2:]}{of_x[2:]}->{result}"
+        y = jnp.einsum(turned, x, self.rows[...].astype(x.dtype))
+        if self.has_bias:
+            bias = self.bias[...].astype(x.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
 class Embed(nnx.Module):
     """Token embeddings [V, D]; the same table projects back where embeddings are tied."""
 

@@ -17,6 +17,7 @@ from configs import schema
 from partitioning.sharding import Layout
 from qwen_jax import logprobs, model, paged_cache, paged_pass, paged_state, sampling
 from qwen_jax.attention import api
+from qwen_jax.few_rows import api as few_rows
 from qwen_jax.paged_state import Chunks, Rows, State
 
 
@@ -88,7 +89,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "num_steps", "attention", "layout"),
+    static_argnames=("cfg", "how", "num_steps", "attention", "layers", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -102,27 +103,63 @@ def advance(
     eos_E: jax.Array,
     num_steps: int,
     attention: paged_pass.Attention | None = None,
+    layers: few_rows.Implementation | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn]:
     """Draws up to `num_steps` tokens for each of the slots -> leaves [num_steps, R], PAD at ends.
 
     Rows whose slot does not exist are padding. A mask serves one step only: give it with one.
+    layers: None takes the kernels for few rows where they run, unless `attention` is named.
     """
     R = slots_R.shape[0]
     paged_pass.compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
     rows, slots = paged_state.take(state.slots, slots_R, how)
 
-    def step(carry: tuple[paged_cache.Pages, Rows], _):
-        pages, rows = carry
-        with paged_pass.precision(pages.dtype):
-            logits_RV, pages, rows = paged_pass.step(
-                cfg, params, pages, rows, attention=attention, layout=layout
-            )
-        rows, drawn = paged_pass.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
-        return (pages, rows), drawn
-
-    (pages, rows), drawn = jax.lax.scan(step, (state.pages, rows), length=num_steps)
+    if layers is None:
+        layers = "xla"
+        if attention is None:
+            layers = few_rows.choose(cfg, params, state.pages, rows=R, layout=layout)
+    step = {"kernels": _step_of_few, "xla": _step_of_many}[layers]
+    step = functools.partial(
+        step, cfg, params, mask_RW, how=how, eos_E=eos_E, attention=attention, layout=layout
+    )
+    carry = state.pages, rows, few_rows.barriers()
+    (pages, rows, _), drawn = jax.lax.scan(step, carry, length=num_steps)
     return State(pages, paged_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+
+
+Carry = tuple[paged_cache.Pages, Rows, jax.Array]
+
+
+def _step_of_many(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the model's own layers."""
+    pages, rows, barriers = carry
+    with paged_pass.precision(pages.dtype):
+        logits_RV, pages, rows = paged_pass.step(
+            cfg, params, pages, rows, attention=attention, layout=layout
+        )
+    rows, drawn = paged_pass.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+    return (pages, rows, barriers), drawn
+
+
+def _step_of_few(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the kernels of `qwen_jax/few_rows`."""
+    assert attention in (None, "gpu") and layout is None, (attention, layout)
+    pages, rows, barriers = carry
+    active_R = rows.remaining_B > 0
+    x_RD, pages, barriers = few_rows.run(cfg, params, rows, active_R, pages, barriers)
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    if how == "greedy":
+        drawn = sampling.Drawn(few_rows.likeliest(cfg, params, x_RD), None)
+        rows, drawn = paged_pass.count(drawn, rows, how=how, eos_E=eos_E)
+    else:
+        logits_RV = few_rows.logits(cfg, params, x_RD)
+        rows, drawn = paged_pass.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+    return (pages, rows, barriers), drawn
 
 
 @functools.partial(

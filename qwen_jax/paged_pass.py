@@ -129,7 +129,6 @@ def draw(
     eos_E: jax.Array,
 ) -> tuple[Rows, sampling.Drawn]:
     """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
-    active_R = rows.remaining_B > 0
     drawn = sampling.draw(
         logits_RV,
         rows.settings,
@@ -141,6 +140,14 @@ def draw(
         counts_BV=rows.counts_BV,
         mask_BW=mask_RW,
     )
+    return count(drawn, rows, how=how, eos_E=eos_E)
+
+
+def count(
+    drawn: sampling.Drawn, rows: Rows, *, how: sampling.How, eos_E: jax.Array
+) -> tuple[Rows, sampling.Drawn]:
+    """The rows with what was drawn; PAD for those that had ended."""
+    active_R = rows.remaining_B > 0
     ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
     rows = dataclasses.replace(
         rows,

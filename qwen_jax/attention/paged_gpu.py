@@ -21,26 +21,10 @@ from jax.experimental.pallas import triton
 
 from partitioning import ring
 from qwen_jax import paged_cache
-from qwen_jax.attention import api, cudnn, reference
+from qwen_jax.attention import api, cudnn, paged_blocks, reference
+from qwen_jax.attention.paged_blocks import ROWS, Tuning
 
-ROWS = 16  # of a product, at least: what a tensor core's instruction takes
 FEW = 64  # rows of a product, at most: a program's registers hold their sums
-LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How the work of decoding is cut; `benchmarks/paged_attention.py` compares them.
-
-    block: keys read at a time. warps, stages: of one program, Triton's. programs: how many are
-    wanted at least, over all rows, heads and splits. min_keys: a shorter split does not pay.
-    """
-
-    block: int = 64
-    warps: int = 4
-    stages: int = 3
-    programs: int = 2048
-    min_keys: int = 256
 
 
 TUNING = Tuning()
@@ -227,13 +211,6 @@ def num_splits(programs: int, keys: int, *, tuning: Tuning) -> int:
     return pl.next_power_of_2(max(1, min(wanted, useful, 128)))
 
 
-def _blocks_of_split(length: jax.Array, *, splits: int, tuning: Tuning) -> tuple:
-    """(blocks of keys that a row has, how many of them a split takes)."""
-    blocks = pl.cdiv(length, tuning.block)
-    least = max(1, tuning.min_keys // tuning.block)
-    return blocks, jnp.maximum(least, pl.cdiv(blocks, splits))
-
-
 def _split(
     q_BTNH, kv_PSCH, rows, new, o_BKXRH, lse_BKXR, *kept, group: int, splits: int, tuning: Tuning
 ):
@@ -242,118 +219,38 @@ def _split(
     A new key and value, the row's last, are not read from its page but written to it (`kept`).
     """
     k, x, b = (pl.program_id(i) for i in range(3))
-    tall, H = o_BKXRH.shape[3:]
+    tall = o_BKXRH.shape[3]
     length = rows.lengths_B[b]
     num_read = length - 1 if new else length
-    blocks, per_split = _blocks_of_split(length, splits=splits, tuning=tuning)
-    first = x * per_split
-    last = jnp.minimum(first + per_split, blocks)
+    part = paged_blocks.split(b, rows.heads_K[k], x, length, splits=splits, tuning=tuning)
 
-    @pl.when(first < blocks)
+    @pl.when(part.first < part.last)
     def _():
-        head = rows.heads_K[k]
         row_R = jnp.arange(tall)
         real_R = row_R < q_BTNH.shape[1] * group
         row_R = jnp.where(real_R, row_R, 0)
         q_RH = q_BTNH[b, row_R // group, k * group + row_R % group, :]
-        # Below what a query sees, and within what there is to read.
-        ends_R = jnp.minimum(rows.firsts_B[b] + row_R // group + 1, num_read)
-        # Products with keys are exponents of two, as the hardware takes them.
-        scale = LOG2_E / math.sqrt(H)
-
-        def block(index, carry):
-            max_R, sum_R, o_RH = carry
-            position_S = index * tuning.block + jnp.arange(tuning.block)
-            (k_SH, k_scale_1S), (v_SH, v_scale_1S) = (
-                _read(kv_PSCH, rows.table_BM, b, index * tuning.block, c, position_S < num_read)
-                for c in (2 * head, 2 * head + 1)
-            )
-            scores_RS = _dot(q_RH, k_SH.astype(q_RH.dtype), transposed=True) * k_scale_1S * scale
-            seen_RS = position_S[None, :] < ends_R[:, None]
-            scores_RS = jnp.where(seen_RS, scores_RS, reference.MASKED)
-            new_R = jnp.maximum(max_R, jnp.max(scores_RS, axis=1))
-            weights_RS = jnp.where(seen_RS, jnp.exp2(scores_RS - new_R[:, None]), 0.0)
-            old_R = jnp.exp2(max_R - new_R)
-            sum_R = sum_R * old_R + jnp.sum(weights_RS, axis=1)
-            part_RH = _dot((weights_RS * v_scale_1S).astype(q_RH.dtype), v_SH.astype(q_RH.dtype))
-            return new_R, sum_R, o_RH * old_R[:, None] + part_RH
-
-        carry = (
-            jnp.full(tall, reference.MASKED, jnp.float32),
-            jnp.zeros(tall, jnp.float32),
-            jnp.zeros((tall, H), jnp.float32),
+        o_RH, lse_R = paged_blocks.over_blocks(
+            q_RH,
+            tuple(side[b, k, :] for side in new),
+            kv_PSCH,
+            kept[0] if new else None,
+            rows.table_BM,
+            part,
+            None,
+            # Below what a query sees, and within what there is to read.
+            ends_R=jnp.minimum(rows.firsts_B[b] + row_R // group + 1, num_read),
+            tuning=tuning,
         )
-        if new:
-            at_end = last == blocks
-            k_H, v_H = (side[b, k, :] for side in new)
-            carry = _first(q_RH, k_H, v_H, carry, at_end=at_end, scale=scale)
-            _write(kept[0], rows.table_BM, b, length - 1, head, k_H, v_H, at_end=at_end)
-        max_R, sum_R, o_RH = jax.lax.fori_loop(first, last, block, carry)
-        # A query may see nothing of the split: then its sums are 0, and its log-sum-exp -inf.
-        o_RH = o_RH / jnp.where(sum_R > 0, sum_R, 1.0)[:, None]
         triton.store(o_BKXRH.at[b, k, x], o_RH, mask=jnp.broadcast_to(real_R[:, None], o_RH.shape))
-        triton.store(lse_BKXR.at[b, k, x], max_R + jnp.log2(sum_R), mask=real_R)
-
-
-def _first(q_RH, k_H, v_H, empty, *, at_end, scale: float) -> tuple:
-    """(maximum, sum, o) of the new key alone, in the split at a row's end; elsewhere `empty`."""
-    wide = [x.astype(jnp.float32) for x in (q_RH, k_H, v_H)]
-    score_R = jnp.sum(wide[0] * wide[1][None, :], axis=1) * scale
-    o_RH = jnp.broadcast_to(wide[2][None, :], q_RH.shape)
-    alone = (score_R, jnp.ones_like(score_R), o_RH)
-    return tuple(jnp.where(at_end, x, y) for x, y in zip(alone, empty, strict=True))
-
-
-def _write(kept_PSCH, table_BM, b, position, head, k_H, v_H, *, at_end) -> None:
-    """The new key and value of one head to their place, by the program at the row's end."""
-    S = kept_PSCH.shape[1]
-
-    @pl.when(at_end)
-    def _():
-        page = table_BM[b, position // S]
-        for channel, x_H in ((2 * head, k_H), (2 * head + 1, v_H)):
-            kept_PSCH[page, position % S, channel, :] = x_H
-
-
-def _read(kv_PSCH, table_BM, b, start, channel, seen_S) -> tuple:
-    """Keys or values [block, H] of one head from position `start`, a multiple of the block.
-
-    And the scales [1, block] of quantised ones, 1 of others. Zeros where nothing is seen: what an
-    earlier owner left on a page may be infinite.
-    """
-    block, (S, H) = seen_S.shape[0], (kv_PSCH.shape[1], kv_PSCH.shape[3])
-
-    def wide(x_S: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x_S[:, None], (block, H))
-
-    if block <= S:
-        of_scales = (table_BM[b, start // S], pl.ds(start % S, block), channel)
-        place = of_scales
-    else:
-        position_S = start + jnp.arange(block)
-        of_scales = (table_BM[b, position_S // S], position_S % S, jnp.full(block, channel))
-        lane_SH = jnp.broadcast_to(jnp.arange(H)[None, :], (block, H))
-        place = (*map(wide, of_scales), lane_SH)
-    quantised = isinstance(kv_PSCH, paged_cache.Quantised)
-    values_PSCH = kv_PSCH.values_PSCH if quantised else kv_PSCH
-    values_SH = triton.load(values_PSCH.at[place], mask=wide(seen_S), other=0)
-    if not quantised:
-        return values_SH, 1.0
-    scales_S = triton.load(kv_PSCH.scales_PSC.at[of_scales], mask=seen_S, other=0.0)
-    return values_SH, scales_S[None, :]
-
-
-def _dot(a, b, *, transposed: bool = False) -> jax.Array:
-    """a b, or a b^T, summed in float32; float32 arguments are not rounded to fewer bits."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return triton.dot(a, b, trans_b=transposed, precision=precision)
+        triton.store(lse_BKXR.at[b, k, x], lse_R, mask=real_R)
 
 
 def _merge(o_BKXRH, lse_BKXR, lengths_B, o_BTNH, *, group: int, splits: int, tuning: Tuning):
     """One program: a query head's splits into one, of those that its row's length reaches."""
     n, t, b = (pl.program_id(i) for i in range(3))
     H = o_BTNH.shape[3]
-    blocks, per_split = _blocks_of_split(lengths_B[b], splits=splits, tuning=tuning)
+    blocks, per_split = paged_blocks.blocks_of_split(lengths_B[b], splits=splits, tuning=tuning)
     written_X = jnp.arange(splits) * per_split < blocks
     place = (b, n // group, slice(None), t * group + n % group)
     lse_X = triton.load(lse_BKXR.at[place], mask=written_X, other=reference.MASKED)

@@ -1,0 +1,344 @@
+"""The kernels for few rows: microseconds a layer and GB/s, by how the work is cut.
+
+    python benchmarks/decode_kernels.py                  # on a GPU: 0.5B at 1 to 8 rows
+    python benchmarks/decode_kernels.py --model 1.5b     # another size
+    python benchmarks/decode_kernels.py --parts check,step,profile
+    python benchmarks/decode_kernels.py --tiny           # rehearsal on a CPU
+
+check: one layer and the output projection against the model's own. layer: all layers in a row, for
+several tunings, and the same by XLA. head: the output projection. step: `paged_decode.advance`,
+whole steps. profile: the kernels of such a step. Bytes are those of the weights.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from configs import qwen2_5, schema
+from qwen_jax import decode_params, fused, model, paged_decode, paged_state, rope, sampling
+from qwen_jax.attention import paged, paged_blocks
+from qwen_jax.few_rows import api, attention, head, layer, parts, phases
+
+PAGE, POSITIONS, LENGTH = 64, 1280, 1152
+
+
+@dataclasses.dataclass
+class Setup:
+    """A model with random weights, and requests of some length."""
+
+    cfg: schema.Model
+    params: dict
+    programs: int
+    interpret: bool
+    repeats: int
+
+    def state(self, R: int) -> paged_state.State:
+        """R slots in the middle of an answer."""
+        M = POSITIONS // PAGE
+        state = paged_state.empty(
+            self.cfg, num_slots=R, width=M, num_pages=R * M, page_size=PAGE, dtype=jnp.bfloat16
+        )
+        slots = dataclasses.replace(
+            state.slots,
+            table_BM=jnp.arange(R * M, dtype=jnp.int32).reshape(R, M),
+            lengths_B=jnp.full(R, LENGTH - 1, jnp.int32),
+            tokens_B=jnp.arange(R, dtype=jnp.int32),
+            remaining_B=jnp.full(R, 10**6, jnp.int32),
+        )
+        return paged_state.State(state.pages, slots)
+
+
+def make(name: str, *, tiny: bool) -> Setup:
+    cfg = qwen2_5.tiny() if tiny else qwen2_5.base(name)
+    init = jax.jit(lambda: jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), model.init(cfg, jax.random.key(0))
+    ))  # fmt: skip
+    params = decode_params.prepare(cfg, init(), dtype=jnp.bfloat16)
+    if not fused.is_output_major(params["layers"][0]):
+        layers = tuple(fused.output_major(one) for one in params["layers"])
+        params = {**params, "layers": layers}
+    programs = 4 if tiny else api.multiprocessors()
+    return Setup(cfg, params, programs, interpret=tiny, repeats=1 if tiny else 20)
+
+
+def seconds(run, setup: Setup) -> float:
+    """A call's, of several in flight, after two to warm up."""
+    for _ in range(2):
+        jax.block_until_ready(run())
+    begin = time.perf_counter()
+    results = [run() for _ in range(setup.repeats)]
+    jax.block_until_ready(results)
+    return (time.perf_counter() - begin) / setup.repeats
+
+
+def plain_layer(cfg, x_RD, values, kv_PSCH, rows, turn):
+    """The layer by `fused.block`."""
+
+    def attend(q_R1NH, k_R1KH, v_R1KH):
+        o_RNH, kept = paged.append(
+            q_R1NH[:, 0], k_R1KH[:, 0], v_R1KH[:, 0], kv_PSCH,
+            table_BM=rows.table_RM, lengths_B=rows.lengths_R,
+        )  # fmt: skip
+        return o_RNH[:, None], kept
+
+    x_R1D, kept, _ = fused.block(cfg, values)(x_RD[:, None], turn=turn, attend=attend, layout=None)
+    return x_R1D[:, 0], kept
+
+
+def shared_of(setup: Setup, state: paged_state.State) -> tuple[parts.Rows, rope.Rotation]:
+    lengths_R = state.slots.lengths_B + 1
+    turn = rope.rotation(setup.cfg, lengths_R[:, None] - 1)
+    rows = parts.Rows(turn.cos_BTh[:, 0], turn.sin_BTh[:, 0], state.slots.table_BM, lengths_R)
+    return rows, turn
+
+
+def tunings(setup: Setup, *, tiny: bool) -> dict[str, parts.Tuning]:
+    base = parts.Tuning(programs=setup.programs, launch="phase" if tiny else "layer")
+    if tiny:
+        return {"base": base}
+    change = functools.partial(dataclasses.replace, base)
+    keys = [(64, 64), (64, 128), (128, 256)]
+    return {
+        "base": base,
+        "8 warps": change(warps=8),
+        **{
+            f"attention {block}, {least}": change(
+                attention=paged_blocks.Tuning(block=block, min_keys=least)
+            )
+            for block, least in keys
+        },
+        "qkv 16": change(qkv=16),
+        "gate_up 16": change(gate_up=16),
+        **{f"without {name}": change() for name in _PHASES},
+        "barriers alone": change(),
+        "five launches": change(launch="phase"),
+    }
+
+
+_PHASES = {
+    "qkv": (phases, "qkv"),
+    "attention": (attention, "attend"),
+    "o": (phases, "o"),
+    "gate_up": (phases, "gate_up"),
+    "down": (phases, "down"),
+}
+
+
+@contextlib.contextmanager
+def without(name: str):
+    """The layer without a phase, or without any: to see what each costs. Its results are wrong."""
+    some = [place for one, place in _PHASES.items() if name in (f"without {one}", "barriers alone")]
+    kept = [getattr(*place) for place in some]
+    jax.clear_caches()
+    for place in some:
+        setattr(*place, lambda *_, **__: (lambda: None, lambda _: None))
+    try:
+        yield
+    finally:
+        for place, function in zip(some, kept, strict=True):
+            setattr(*place, function)
+
+
+def check(setup: Setup, R: int, tuning: parts.Tuning) -> None:
+    """Relative errors of a layer and of the logits, and whether the tokens are the same."""
+    cfg, state = setup.cfg, setup.state(R)
+    rows, turn = shared_of(setup, state)
+    x_RD = jax.random.normal(jax.random.key(3), (R, cfg.hidden_size), jnp.bfloat16)
+    kv = jax.random.normal(jax.random.key(4), state.pages.layers[0].shape, jnp.bfloat16)
+    values = setup.params["layers"][0]
+    want, kept = jax.jit(functools.partial(plain_layer, cfg))(x_RD, values, kv, rows, turn)
+    run = jax.jit(functools.partial(layer.run, cfg, tuning=tuning, interpret=setup.interpret))
+    worst = 0.0
+    for _ in range(3):
+        got, kept_few, barriers = run(x_RD, layer.weights(cfg, values), kv, rows, api.barriers())
+        error = jnp.linalg.norm((got - want).astype(jnp.float32))
+        worst = max(worst, float(error / jnp.linalg.norm((want - x_RD).astype(jnp.float32))))
+    pages = float(jnp.abs(kept_few.astype(jnp.float32) - kept.astype(jnp.float32)).max())
+    scale, table = setup.params["norm"]["scale"], setup.params["embed"]["weight"]
+    options = {"eps": cfg.rms_norm_eps, "interpret": setup.interpret}
+    options["tuning"] = head.Tuning(programs=2 * setup.programs)
+    logits = head.logits(x_RD, scale, table, **options)
+    normed = model.parts(cfg)["norm"].bind(setup.params["norm"])(x_RD)
+    other = model.unembed(cfg, setup.params, normed[:, None])[:, 0]
+    off = float(jnp.linalg.norm(logits - other) / jnp.linalg.norm(other))
+    tokens = head.likeliest(x_RD, scale, table, **options)
+    same = bool((tokens == jnp.argmax(logits, axis=-1)).all())
+    print(
+        f"check {R} rows: layer off by {worst:.5f} of what it adds, pages by {pages:.4f}, logits "
+        f"by {off:.6f}; tokens right: {same}; barriers left {barriers.tolist()}", flush=True
+    )  # fmt: skip
+
+
+def time_layers(setup: Setup, R: int, name: str, tuning: parts.Tuning | None, steps: int) -> None:
+    cfg, state = setup.cfg, setup.state(R)
+    rows, turn = shared_of(setup, state)
+    values = setup.params["layers"]
+
+    def step(values, rows, turn, carry):
+        x_RD, pages, barriers = carry
+        kept = []
+        for one, kv in zip(values, pages, strict=True):
+            if tuning is None:
+                x_RD, kv = plain_layer(cfg, x_RD, one, kv, rows, turn)
+            else:
+                x_RD, kv, barriers = jitted(
+                    cfg, x_RD, layer.weights(cfg, one), kv, rows, barriers,
+                    tuning=tuning, interpret=setup.interpret,
+                )  # fmt: skip
+            kept.append(kv)
+        return x_RD, tuple(kept), barriers
+
+    jitted = jax.jit(layer.run, static_argnames=("cfg", "tuning", "interpret"))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(pages, x_RD, barriers, *others):
+        body = lambda _, carry: step(*others, carry)  # noqa: E731
+        return jax.lax.fori_loop(0, steps, body, (x_RD, pages, barriers))
+
+    pages = [state.pages.layers]
+    x_RD = jnp.ones((R, cfg.hidden_size), jnp.bfloat16)
+
+    def again():
+        y_RD, pages[0], _ = run(pages[0], x_RD, api.barriers(), values, rows, turn)
+        return y_RD
+
+    began = time.perf_counter()
+    try:
+        with without(name):
+            jax.block_until_ready(again())
+        compiled = time.perf_counter() - began
+        each = seconds(again, setup) / steps / len(values)
+    except Exception as error:  # the other ways may still run
+        print(f"layer {R} rows {name:18} failed: {str(error)[:300]}", flush=True)
+        return
+    size = sum(x.nbytes for x in jax.tree.leaves(values)) / len(values)
+    print(
+        f"layer {R} rows {name:18} {each * 1e6:7.2f} us {size / each / 1e9:6.0f} GB/s "
+        f"(compiled in {compiled:.0f} s)",
+        flush=True,
+    )
+
+
+def time_head(setup: Setup, R: int, tuning: head.Tuning | None) -> None:
+    cfg, table = setup.cfg, setup.params["embed"]["weight"]
+    options = {"eps": cfg.rms_norm_eps, "tuning": tuning, "interpret": setup.interpret}
+
+    params = {name: setup.params[name] for name in ("norm", "embed")}
+
+    def tokens(params, x_RD):
+        if tuning is not None:
+            scale, table = params["norm"]["scale"], params["embed"]["weight"]
+            return head.likeliest(x_RD, scale, table, **options)
+        normed = model.parts(cfg)["norm"].bind(params["norm"])(x_RD)
+        return sampling.argmax(model.unembed(cfg, params, normed[:, None])[:, 0])
+
+    def several(params, x_RD):
+        def body(_, token_R):
+            return tokens(params, x_RD + (token_R[:, None] * 1e-6).astype(x_RD.dtype))
+
+        return jax.lax.fori_loop(0, 10, body, jnp.zeros(R, jnp.int32))
+
+    run = jax.jit(several)
+    x_RD = jax.random.normal(jax.random.key(5), (R, cfg.hidden_size), jnp.bfloat16)
+    each = seconds(lambda: run(params, x_RD), setup) / 10
+    name = "XLA" if tuning is None else f"{tuning.programs} x {tuning.warps}, {tuning.outputs}"
+    print(f"head {R} rows {name:18} {each * 1e6:7.1f} us {table.nbytes / each / 1e9:6.0f} GB/s",
+          flush=True)  # fmt: skip
+
+
+def time_step(setup: Setup, R: int, ways: tuple, *, profile: bool) -> None:
+    """Whole steps of the engine's program."""
+    cfg, steps = setup.cfg, 16
+    size = sum(x.nbytes for x in jax.tree.leaves(setup.params))
+    mask_RW = jnp.full((R, -(-cfg.vocab_size // 32)), 2**32 - 1, jnp.uint32)
+    for way in ways:
+        state = [setup.state(R)]
+
+        def again(way=way, state=state):
+            state[0], drawn = paged_decode.advance(
+                cfg, setup.params, state[0], jnp.arange(R), mask_RW, how="greedy",
+                eos_E=jnp.zeros(0, jnp.int32), num_steps=steps, layers=way,
+            )  # fmt: skip
+            return drawn.tokens_B
+
+        each = seconds(again, setup) / steps
+        print(
+            f"step {R} rows {way:8} {each * 1e3:.4f} ms {size / each / 1e9:6.0f} GB/s "
+            f"{R / each:,.0f} tokens/s", flush=True
+        )  # fmt: skip
+        if profile:
+            with tempfile.TemporaryDirectory() as folder:
+                with jax.profiler.trace(folder):
+                    jax.block_until_ready(again())
+                print_kernels(pathlib.Path(folder), steps=steps)
+
+
+def print_kernels(folder: pathlib.Path, *, steps: int, limit: int = 20) -> None:
+    """The kernels of a trace by total time, per step."""
+    (path,) = folder.rglob("*.xplane.pb")
+    times = collections.defaultdict(list)
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                for event in line.events if line.name.startswith("Stream") else ():
+                    times[event.name].append(event.duration_ns / 1e3)
+    busy, count = (sum(f(some) for some in times.values()) / steps for f in (sum, len))
+    print(f"    {count:.0f} kernels a step, busy {busy:.0f} us a step")
+    for name, some in sorted(times.items(), key=lambda kv: -sum(kv[1]))[:limit]:
+        each = sum(some) / len(some)
+        print(f"    {sum(some) / steps:9.1f} us {len(some) / steps:7.1f} x {each:8.2f}  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--model", default="0.5b")
+    parser.add_argument("--parts", default="check,layer,head,step")
+    parser.add_argument("--rows", default="1,8")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds; none begins later")
+    arguments = parser.parse_args()
+    began, parts = time.monotonic(), arguments.parts.split(",")
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+    setup = make(arguments.model, tiny=arguments.tiny)
+    rows = [int(R) for R in arguments.rows.split(",")]
+    table = tunings(setup, tiny=arguments.tiny)
+    work = []
+    for R in rows:
+        if "check" in parts:
+            work.append(functools.partial(check, setup, R, table["base"]))
+        if "step" in parts or "profile" in parts:
+            ways = ("xla",) if arguments.tiny else ("kernels", "xla")
+            work.append(functools.partial(time_step, setup, R, ways, profile="profile" in parts))
+    for R in rows:
+        if "layer" in parts:
+            steps = 1 if arguments.tiny else 8
+            some = table if rows[0] == R else {"base": table["base"]}
+            for name, tuning in {**some, "XLA": None}.items():
+                work.append(functools.partial(time_layers, setup, R, name, tuning, steps))
+        if "head" in parts:
+            cuts = [(2, 16, 8), (4, 16, 8), (4, 8, 4), (8, 8, 4), (2, 32, 8), (3, 16, 8)]
+            for times, outputs, warps in cuts[:1] if rows[0] != R or arguments.tiny else cuts:
+                tuning = head.Tuning(programs=times * setup.programs, outputs=outputs, warps=warps)
+                work.append(functools.partial(time_head, setup, R, tuning))
+            work.append(functools.partial(time_head, setup, R, None))
+    for one in work:
+        if time.monotonic() - began > arguments.budget:
+            print("# out of time")
+            return
+        one()
+
+
+if __name__ == "__main__":
+    main()
