@@ -3,6 +3,7 @@
 import os
 
 import jax
+import pytest
 
 # `test_multidevice.py` sets it, and starts that process; eight devices must be asked for before jax
 # first looks for one.
@@ -14,3 +15,11 @@ collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 
 # A silent broadcast over a missing dimension is a bug more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_executables():
+    """Drops a module's compiled programs: a process may map only 65,530 regions on Linux, and XLA,
+    which maps some for each program, dies of a segmentation fault beyond."""
+    yield
+    jax.clear_caches()

@@ -15,6 +15,7 @@ from infer.eval import task as task_lib
 from infer.eval.backend import Prompt, Score
 from infer.eval.service_backend import ServiceBackend
 from qwen_jax import chat, tokenizer_train
+from tests import real_checkpoint
 from tests.infer.eval import standin
 
 pytest.importorskip("lm_eval")
@@ -164,9 +165,17 @@ def ours(folder) -> harness.LanguageModel:
     return harness.LanguageModel(ServiceBackend(service, max_length=256, num_open=8), name="tiny")
 
 
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    return real_checkpoint.build(tmp_path_factory.mktemp("trained"))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore")  # of the harness and its libraries
-def test_numbers_equal_those_of_the_hf_backend(model_folder, task_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["model_folder", "trained_folder"])
+def test_numbers_equal_those_of_the_hf_backend(request, folder, task_folder, tmp_path, monkeypatch):
+    model_folder = request.getfixturevalue(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     from lm_eval.models.huggingface import HFLM

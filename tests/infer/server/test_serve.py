@@ -15,6 +15,7 @@ import pytest
 
 from configs import schema
 from infer import loading
+from qwen_jax import checkpoint
 from tests.infer import whole_forward
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +47,10 @@ def folder(tmp_path_factory, words) -> Path:
 
 def _alone(folder: Path, prompts: list[str]) -> list[str]:
     """Answers of the model without engine, pages and server, one at a time."""
-    loaded = loading.load_model(folder, dtype="float32")
+    loaded = dataclasses.replace(
+        loading.load_model(folder, dtype="float32"),
+        params=checkpoint.load_params(folder, dtype="float32"),  # not fused
+    )
     texts = []
     for prompt in prompts:
         tokens = whole_forward.answer(

@@ -104,7 +104,7 @@ CASES = [(28, 4, 256, 0, 1), (14, 2, 64, 0, 1), (28, 4, 4, 1024, 1), (28, 4, 64,
 for N, K, B, T, tensor in CASES:
     config = mesh_lib.parse(f"tensor={tensor}")
     mesh = mesh_lib.make(config, devices=topology.devices[:tensor])
-    layout = sharding.Layout(mesh, rules.rule_set("decode"))
+    layout = sharding.Layout(mesh, rules.rule_set("engine"))
     at = lambda *axes: sharding.sharding(axes, layout)
     bf16 = jnp.bfloat16
     shape = functools.partial(jax.ShapeDtypeStruct)
