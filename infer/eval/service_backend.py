@@ -47,7 +47,7 @@ class ServiceBackend:
                         stop=prompt.stop,
                     )
                 )
-            if not texts:
+            if not texts and self._service.idle:  # an answer cut at its stop string leaves later
                 return
             for update in self._service.step():
                 texts[update.id] += update.text

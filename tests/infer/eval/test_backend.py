@@ -76,6 +76,9 @@ def test_a_stop_string_ends_an_answer(loaded):
     asked = [Prompt((40,), SETTINGS, (", t",)), Prompt((41,), SETTINGS), Prompt((42,), SETTINGS)]
     want = {0: "one", 1: "one, two, three", 2: "one, two, three"}
     assert dict(backend.generate(asked)) == want
+    assert backend._service.idle  # the cut answer left the engine too: the next call is alone
+    want = {0: "one"}
+    assert dict(backend.generate(asked[:1])) == want and backend._service.idle
 
 
 def test_the_prefix_is_bos_then_eos(loaded):
