@@ -119,7 +119,7 @@ def make(
     params = init(jax.random.key(0))
     if weights != "bf16":
         params = tree.quantise(cfg, params, FORMATS[weights])
-    form = decode_params.best_form(layout, params=params)
+    form = decode_params.best_form(layout, params=params, num_rows=settings.num_slots)
     params = decode_params.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
     return engine_lib.Engine(cfg, params, settings=settings, eos_ids=(), dtype=dtype, layout=layout)
 

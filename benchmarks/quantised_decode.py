@@ -6,7 +6,8 @@
 
 Weights are random. GB/s are of the bytes as stored, scales included; the ratio is to the same
 product in bfloat16, and `off` the largest difference from the dequantised product over its largest
-value. Each product is timed over several matrices in one program; small ones may stay in the cache.
+value. `words` is the kernel of one row. Each product is timed over several matrices in one program;
+small ones may stay in the cache.
 """
 
 import argparse
@@ -23,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.quant import array, kernels, product
+from qwen_jax.quant import array, kernels, product, row_kernel
 
 # name: (inputs, outputs, whether it is an embedding [outputs, inputs])
 MATRICES = {
@@ -63,6 +64,8 @@ def multiply(x, w, *, way: str, embedding: bool):
     einsum = "btd,vd->btv" if embedding else "btd,dv->btv"
     if way == "plain":
         return jnp.einsum(einsum, x, w)
+    if way == "words":
+        way = "gpu"
     return product.contract(einsum, x, w, layout=None, implementation=way)
 
 
@@ -153,6 +156,10 @@ def matrix_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[J
             for way in ways if label != "fp8" or rows in (1, 64) else []:
                 run = functools.partial(multiply, way=way, embedding=embedding)
                 jobs.append(Job(f"{name} | m{rows} {label} {way}", run, x, ws, reference))
+            if rows == 1:
+                run = functools.partial(multiply, way="words", embedding=embedding)
+                turned = list(map(jax.jit(array.in_words), ws))
+                jobs.append(Job(f"{name} | m1 {label} words", run, x, turned, reference))
     return jobs
 
 
@@ -173,6 +180,12 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
         )
         ws = [quantise(w) for w in plain]
         x = draw(jax.random.key(1), (rows, inputs), 1.0)
+        if rows == 1:
+            turned = list(map(jax.jit(array.in_words), ws))
+            for tuning in ((4, 2), (4, 4), (4, 1), (2, 2), (2, 4), (1, 4), (8, 1), (8, 2)):
+                run = functools.partial(_row, tuning=row_kernel.Tuning(*tuning))
+                job = f"{name} | m1 {label} words{tuning[0]}x{tuning[1]} p1"
+                jobs.append(Job(job, run, x[None], turned))
         tried = {kernels.choose(ws[0], rows=rows): "chosen"}
         for columns, step, warps, stages in (
             (64, 128, 4, 4), (64, 128, 2, 4), (64, 64, 2, 4), (128, 128, 4, 4), (128, 64, 4, 4),
@@ -197,6 +210,10 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
 
 def _kernel(x, w, *, blocks):
     return kernels.multiply(x[0], w, blocks=blocks)[None]
+
+
+def _row(x, w, *, tuning):
+    return row_kernel.multiply(x[0, 0], w, tuning=tuning)[None, None]
 
 
 def main() -> None:

@@ -48,18 +48,25 @@ def load(
 ) -> Service:
     """The model at `path` behind an engine, with the smaller one at `draft` to guess for it."""
     draft_lib.check_asked(settings, given="none" if draft is None else "draft")
-    loaded = load_model(path, dtype=dtype, mesh=mesh)
+    # Guesses are checked several at a time.
+    num_rows = settings.num_slots if settings.speculation == "off" else None
+    loaded = load_model(path, dtype=dtype, mesh=mesh, num_rows=num_rows)
     guesser = None if draft is None else _draft(draft, path, loaded)
     return serve(loaded, settings=settings, sampling=sampling, draft=guesser)
 
 
 def load_model(
-    path: str | Path, *, dtype: str = "bfloat16", mesh: schema.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    mesh: schema.Mesh | None = None,
+    num_rows: int | None = None,
 ) -> Loaded:
     """The model at `path` with its tokenizer, on one device or on a mesh of all.
 
     `path` is a Hugging Face folder, a native checkpoint or a training run's output. `dtype`
-    (`float32`, `bfloat16`) is that of the weights held and of the arithmetic.
+    (`float32`, `bfloat16`) is that of the weights held and of the arithmetic, `num_rows` the most
+    requests that are to decode at one time, None for many.
     Where the mesh does not divide a model's experts, ones that are never chosen are added.
     Raises `ValueError` for what cannot be loaded, and for a mesh that does not divide the model.
     """
@@ -85,7 +92,7 @@ def load_model(
         cfg,
         params,
         dtype=jnp.dtype(dtype),
-        form=decode_params.best_form(layout, params=params),
+        form=decode_params.best_form(layout, params=params, num_rows=num_rows),
         layout=layout,
     )
     return Loaded(

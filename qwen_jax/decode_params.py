@@ -6,7 +6,7 @@ before it uses them; and fewer, longer reads come nearer to what memory can give
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,17 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import fused, model, moe, stack
 from qwen_jax.few_rows import api as few_rows
-from qwen_jax.quant import array
+from qwen_jax.quant import array, row_kernel
 
-Form = Literal["unstacked", "fused"]
+Form = Literal["unstacked", "fused", "words"]
 
 
-def best_form(layout: Layout | None = None, *, params: dict | None = None) -> Form:
+def best_form(
+    layout: Layout | None = None, *, params: dict | None = None, num_rows: int | None = None
+) -> Form:
     """The form that decodes fastest on this platform and mesh, and that these parameters can have.
+
+    num_rows: the most rows that are decoded at one time, None for many.
 
     A TPU's tiles take a matrix's last two dimensions, which a fused kernel has more of: XLA would
     copy all of them at each dispatch. Where query heads are spread over devices and kv heads are
@@ -36,7 +40,8 @@ def best_form(layout: Layout | None = None, *, params: dict | None = None) -> Fo
     stacks = [] if params is None else [params[name] for name in params if "layers" in name]
     if not all(fused.can_fuse(part) for part in stacks):
         return "unstacked"
-    return "fused"
+    one = num_rows == 1 and layout is None and jax.default_backend() == "gpu"
+    return "words" if one and _any_quantised(params) else "fused"
 
 
 def prepare(
@@ -50,11 +55,12 @@ def prepare(
     """Stacked or unstacked parameters, cast and in the form asked for. Deletes their old arrays.
 
     unstacked: a tuple of layers. fused: that, with q, k, v in one kernel and gate, up in another,
-    and output-major where the kernels for few rows can run (`qwen_jax/few_rows`). Peak memory is
-    the parameters and a copy of the largest leaf.
+    and output-major where the kernels for few rows can run (`qwen_jax/few_rows`). words: that, with
+    the quantised matrices that one row can be multiplied with in words (`quant/row_kernel.py`).
+    Peak memory is the parameters and a copy of the largest leaf.
     """
-    if form not in ("unstacked", "fused"):
-        raise ValueError(f"unknown form {form!r}; known: unstacked, fused")
+    if form not in get_args(Form):
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(get_args(Form))}")
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: x if _stays(path, x) else _cast(x, dtype=jnp.dtype(dtype)),
         params,
@@ -70,7 +76,28 @@ def prepare(
             fuse[name] = _fuse(cfg, name, layer, dtype=dtype, layout=layout)
         layers.append(jax.block_until_ready(fuse[name](layer)))
         _delete(layer)
-    return {**params, "layers": tuple(layers)}
+    params = {**params, "layers": tuple(layers)}
+    return _in_words(params, dtype=jnp.dtype(dtype)) if form == "words" else params
+
+
+def _in_words(params: dict, *, dtype: jnp.dtype) -> dict:
+    """Quantised matrices one by one in words. Deletes their old arrays."""
+
+    def turned(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
+        if not array.is_quantised(x) or row_kernel.why_not(x, dtype=dtype) is not None:
+            return x
+        made = jax.block_until_ready(_turn(x))
+        _delete(x)
+        return made
+
+    return jax.tree.map(turned, params, is_leaf=array.is_quantised)
+
+
+_turn = jax.jit(array.in_words)
+
+
+def _any_quantised(params: dict | None) -> bool:
+    return any(map(array.is_quantised, jax.tree.leaves(params, is_leaf=array.is_quantised)))
 
 
 def shapes(cfg: schema.Model, *, dtype: jnp.dtype, form: Form, layout: Layout) -> dict:
@@ -90,7 +117,7 @@ def shapes(cfg: schema.Model, *, dtype: jnp.dtype, form: Form, layout: Layout) -
     for name in stack.order(cfg):
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole[name])
         of_layer = axes[name]
-        if form == "fused":
+        if form == "fused":  # what is described here has no quantised matrices
             layer = jax.eval_shape(functools.partial(fused.fuse, cfg), layer)
             of_layer = fused.parts(cfg)[name].axes()
         layers.append(placed(layer, _without_layers(of_layer)))
@@ -112,8 +139,7 @@ def _fuse(
     if layout is None:
         platform = jax.default_backend()
         reason = few_rows.why_not_model(cfg, dtype=dtype, layout=None, platform=platform)
-        leaves = jax.tree.leaves(layer, is_leaf=array.is_quantised)
-        if reason is not None or any(map(array.is_quantised, leaves)):
+        if reason is not None or _any_quantised(layer):
             return jax.jit(function)
         return jax.jit(lambda layer: fused.output_major(function(layer)))
     axes = _without_layers(fused.parts(cfg)[name].axes())

@@ -8,7 +8,8 @@ them, O outputs (one letter for all their dimensions).
 int8: v in -127..127 (imported: -128..127). int4: v in -7..7 (imported: -8..7), kept as v + 8 in
 half a byte; of each 32 inputs the first 16 are the low halves of 16 bytes and the last the high
 ones, so that neither unpacking nor a device's share of C cuts a byte. fp8: float8_e4m3fn, largest
-value 448.
+value 448. A matrix that few read at a time may be kept otherwise, outputs first and in words of 32
+bits (`in_words`, `words.py`).
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from qwen_jax.quant import words
 
 Format = Literal["int8", "int4", "fp8"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -33,10 +36,11 @@ _DTYPES = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 class QuantArray:
     """A quantised matrix, or a stack of them; a pytree, so that it is scanned, cut and sharded.
 
-    values [..., C, O...]: int8, float8_e4m3fn, or uint8 [..., C / 2, O...] of int4 pairs.
+    values [..., C, O...]: int8, float8_e4m3fn, or uint8 [..., C / 2, O...] of int4 pairs; in words
+        uint32 [O..., C / 4], of int4 C / 8.
     scales [..., S, O...]: floating point. zeros: int8 of the same shape, None where all are 0.
     order [..., C]: int32, the input that each row of the values is for; None where row by row.
-    axis: where C is, counted from the end: -2 in [C, O], -1 in an embedding [O, C].
+    axis: where C is, counted from the end: -2 in [C, O], -1 in an embedding [O, C] and in words.
     merged: of how many dimensions of the plain matrix C is the product.
     """
 
@@ -49,8 +53,16 @@ class QuantArray:
     merged: int = 1
 
     @property
+    def is_words(self) -> bool:
+        """Whether `in_words` made it."""
+        return self.values.dtype == jnp.uint32
+
+    @property
     def num_inputs(self) -> int:
-        return self.values.shape[self.axis] * (2 if self.format == "int4" else 1)
+        per_value = 2 if self.format == "int4" else 1
+        if self.is_words:
+            per_value = 32 // words.bits(self.format)
+        return self.values.shape[self.axis] * per_value
 
     @property
     def num_groups(self) -> int:
@@ -70,8 +82,9 @@ class QuantArray:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """The sizes of the dimensions after C."""
-        return self.values.shape[len(self.values.shape) + self.axis + 1 :]
+        """The sizes of the dimensions after C, or of those before it where it is the last."""
+        place = self.values.ndim + self.axis
+        return self.values.shape[:place] if self.axis == -1 else self.values.shape[place + 1 :]
 
     def children(self) -> dict[str, jax.Array]:
         """The arrays that are there, by name."""
@@ -169,9 +182,24 @@ def unpack(packed: jax.Array, *, axis: int, dtype: jnp.dtype) -> jax.Array:
 
 def whole(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
     """The values v alone, [..., C, O...] as `dtype`, which holds each of them exactly."""
+    if q.is_words:
+        return words.unpack(q.values, q.format).astype(dtype)
     if q.format == "int4":
         return unpack(q.values, axis=q.axis, dtype=dtype)
     return q.values.astype(dtype)
+
+
+def in_words(q: QuantArray) -> QuantArray:
+    """One matrix [C, O...], or [O, C], as words [O..., C / 4 or 8]; scales follow their outputs."""
+    values = whole(q, jnp.int8) if q.format == "int4" else q.values
+    last = lambda x: None if x is None else jnp.moveaxis(x, q.axis, -1)  # noqa: E731
+    return dataclasses.replace(
+        q,
+        values=words.pack(last(values), q.format),
+        scales=last(q.scales),
+        zeros=last(q.zeros),
+        axis=-1,
+    )
 
 
 def stored(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
@@ -190,7 +218,9 @@ def dequantise(q: QuantArray, *, dtype: jnp.dtype) -> jax.Array:
     if q.order is None:
         return w
     back = jnp.argsort(q.order, axis=-1)
-    index = back.reshape(*back.shape, *(1,) * (w.ndim - back.ndim))
+    after = -1 - q.axis
+    between = w.ndim - back.ndim - after
+    index = back.reshape(*back.shape[:-1], *(1,) * between, q.num_inputs, *(1,) * after)
     return jnp.take_along_axis(w, index, axis=q.axis)
 
 
@@ -206,7 +236,8 @@ def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -
     fill = {"mode": "fill", "wrap_negative_indices": False}
     if not is_quantised(table):
         return jnp.asarray(table).at[index].get(fill_value=jnp.nan, **fill).astype(dtype)
-    rows = table.values.at[index].get(fill_value=0, **fill).astype(jnp.float32)
+    rows = dataclasses.replace(table, values=table.values.at[index].get(fill_value=0, **fill))
+    rows = whole(rows, jnp.float32)
     scales = table.scales.at[index].get(fill_value=jnp.nan, **fill).astype(jnp.float32)
     return (rows * scales).astype(dtype)
 
@@ -224,17 +255,21 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
 
 
 def with_outputs(q: QuantArray, outputs: tuple[int, ...]) -> QuantArray:
-    """`q` with the dimensions after C in another shape."""
+    """`q` with the dimensions of its outputs in another shape."""
+    last = q.axis == -1
 
-    def reshaped(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[: x.ndim + q.axis + 1], *outputs)
+    def reshaped(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        kept = x.shape[-1:] if last else x.shape[: x.ndim + q.axis + 1]
+        return x.reshape((*outputs, *kept) if last else (*kept, *outputs))
 
     return dataclasses.replace(
         q,
         values=reshaped(q.values),
         scales=reshaped(q.scales),
-        zeros=None if q.zeros is None else reshaped(q.zeros),
-        axis=-1 - len(outputs),
+        zeros=reshaped(q.zeros),
+        axis=-1 if last else -1 - len(outputs),
     )
 
 

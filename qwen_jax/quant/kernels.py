@@ -44,14 +44,14 @@ class Blocks:
 
 def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     """Why a product cannot run here; None if it can."""
-    outputs = math.prod(q.outputs) if q.axis != -1 else q.values.shape[0]
+    outputs = math.prod(q.outputs)
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
     if rows > _MOST_ROWS:
         return f"it takes at most {_MOST_ROWS} rows, not {rows}"
     if q.axis == -1 and (q.format == "int4" or q.num_groups > 1):
         return "an embedding is int8 or fp8 with a scale a row"
-    if q.values.ndim != len(q.outputs) + 1 + (q.axis == -1):
+    if q.values.ndim != len(q.outputs) + 1:
         return "it takes one matrix, not a stack"
     if outputs % 64 or q.num_inputs % 64 or q.group_size % 32:
         return (

@@ -2,8 +2,9 @@
 
 Three ways, one result up to rounding. xla: values are cast where they are multiplied, scales are
 applied to the product (a scale a channel) or to the values (a scale a group). gpu: a kernel that
-reads values once for a few rows (`kernels.py`). dequantise: the whole matrix first, then an
-ordinary product, the fastest for many rows, where arithmetic and not reading is what takes time.
+reads values once for a few rows (`kernels.py`), or for one (`row_kernel.py`). dequantise: the whole
+matrix first, then an ordinary product, the fastest for many rows, where arithmetic and not reading
+is what takes time.
 """
 
 from typing import Literal
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from partitioning.sharding import Layout
-from qwen_jax.quant import array, kernels
+from qwen_jax.quant import array, kernels, row_kernel
 from qwen_jax.quant.array import QuantArray
 
 Implementation = Literal["xla", "gpu", "dequantise"]
@@ -28,9 +29,18 @@ def choose(q: QuantArray, *, rows: int, dtype: jnp.dtype, layout: Layout | None)
     if rows > MOST_ROWS or jnp.dtype(dtype) == jnp.float32:
         return "dequantise"
     alone = layout is None or layout.mesh.size == 1
-    if platform == "gpu" and alone and kernels.why_not(q, rows=rows, dtype=dtype) is None:
+    if platform == "gpu" and alone and _why_not(q, rows=rows, dtype=dtype) is None:
         return "gpu"
-    return "xla"
+    return "dequantise" if q.is_words else "xla"
+
+
+def _why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
+    """Why no kernel multiplies so many rows; None if one does."""
+    if not q.is_words:
+        return kernels.why_not(q, rows=rows, dtype=dtype)
+    return (
+        f"in words it takes one row, not {rows}" if rows > 1 else row_kernel.why_not(q, dtype=dtype)
+    )
 
 
 def contract(
@@ -64,9 +74,10 @@ def _check(einsum: str, x: jax.Array, q: QuantArray) -> None:
     inputs, result = einsum.split("->")
     of_x, of_kernel = inputs.split(",")
     summed = of_x[2:]
-    before = q.axis != -1
-    letters = summed + result[2:] if before else result[2:] + summed
-    if len(of_x) != x.ndim or of_x[:2] != result[:2] or letters != of_kernel:
+    # Words have their outputs first whatever the kernel had.
+    letters = {summed + result[2:]} if q.axis != -1 or q.is_words else set()
+    letters |= {result[2:] + summed} if q.axis == -1 else set()
+    if len(of_x) != x.ndim or of_x[:2] != result[:2] or of_kernel not in letters:
         raise ValueError(
             f"{einsum!r} does not sum over all of x but batch and length; quantised kernels take "
             f"no other product"
@@ -99,9 +110,8 @@ def _dequantise(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
 
 def _gpu(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
     B, T, C = x_BTC.shape
-    if (reason := kernels.why_not(q, rows=B * T, dtype=x_BTC.dtype)) is not None:
+    if (reason := _why_not(q, rows=B * T, dtype=x_BTC.dtype)) is not None:
         raise ValueError(f"the kernel of quantised products cannot run: {reason}")
-    outputs = q.outputs if q.axis != -1 else q.values.shape[:1]
-    flat = array.with_outputs(q, (-1,)) if q.axis != -1 else q
-    y_MO = kernels.multiply(x_BTC.reshape(B * T, C), flat)
-    return y_MO.reshape(B, T, *outputs)
+    flat, x_MC = array.with_outputs(q, (-1,)), x_BTC.reshape(B * T, C)
+    y = row_kernel.multiply(x_MC[0], flat) if q.is_words else kernels.multiply(x_MC, flat)
+    return y.reshape(B, T, *q.outputs)

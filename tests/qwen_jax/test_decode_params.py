@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import qwen2_5, qwen2_moe
 from partitioning import mesh, rules, sharding
-from qwen_jax import decode_params, model
+from qwen_jax import decode_params, model, stack
+from qwen_jax.quant import array, tree
 
 SMALL = dataclasses.replace(qwen2_5.tiny(), num_hidden_layers=3)
 # Experts in every second layer: two stacks.
@@ -27,7 +29,7 @@ def test_prepare_consumes_and_refuses():
     assert {x.dtype for x in jax.tree.leaves(result)} == {jnp.dtype(jnp.bfloat16)}
     assert len(result["layers"]) == SMALL.num_hidden_layers
     again = model.init(SMALL, jax.random.key(0))
-    with pytest.raises(ValueError, match="unknown form 'stacked'; known: unstacked, fused"):
+    with pytest.raises(ValueError, match="unknown form 'stacked'; known: unstacked, fused, words"):
         decode_params.prepare(SMALL, again, dtype=jnp.float32, form="stacked")
 
 
@@ -38,6 +40,27 @@ def test_routers_stay_in_float32():
     assert sparse["router"]["kernel"].dtype == jnp.float32
     assert sparse["experts"]["up"]["kernel"].dtype == jnp.bfloat16
     assert "mlp" in prepared["layers"][0] and "mlp" in prepared["layers"][2]
+
+
+@pytest.mark.parametrize("cfg", [SMALL, MIXED], ids=["dense", "experts"])
+def test_words_are_the_fused_matrices(cfg):
+    def prepared(form: decode_params.Form) -> dict:
+        params = tree.quantise(cfg, model.init(cfg, jax.random.key(0)), tree.Settings())
+        return decode_params.prepare(cfg, params, dtype=jnp.bfloat16, form=form)
+
+    fused, words = prepared("fused"), prepared("words")
+    compared = 0
+    is_leaf = {"is_leaf": array.is_quantised}
+    for a, b in zip(
+        jax.tree.leaves(fused, **is_leaf), jax.tree.leaves(words, **is_leaf), strict=True
+    ):
+        if array.is_quantised(a) and b.is_words:
+            a, b = (array.dequantise(x, dtype=jnp.float32) for x in (array.in_words(a), b))
+            compared += 1
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+    dense = [name for name in stack.order(cfg) if "dense" in name or cfg.moe is None]
+    assert compared >= 4 * len(dense) + 1
 
 
 @pytest.mark.parametrize("cfg", [SMALL, MIXED], ids=["dense", "experts"])

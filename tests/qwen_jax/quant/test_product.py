@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.quant import array, kernels, product
+from qwen_jax.quant import array, kernels, product, row_kernel
 
 WAYS = [("int8", None), ("int8", 64), ("int4", None), ("int4", 32), ("int4", 128), ("fp8", None)]
 
@@ -24,21 +24,24 @@ def with_zeros(q: array.QuantArray) -> array.QuantArray:
     )
 
 
+@pytest.mark.parametrize("words", [False, True], ids=["bytes", "words"])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(("format", "group"), WAYS)
-def test_implementations_agree(format, group, rows):
+def test_implementations_agree(format, group, rows, words):
     """To bfloat16's half-step where the matrix is rounded to it, else to float32's."""
     x = draw(1, rows, 256).astype(jnp.bfloat16)
     q = array.quantise(draw(256, 2, 32), format=format, group_size=group, axis=-3)
     q = with_zeros(q) if group == 64 or group == 128 else q
+    names = ("xla", "dequantise") if words and rows > 1 else ("xla", "gpu", "dequantise")
+    stored = array.in_words(q) if words else q
 
     @jax.jit
-    def compute(x, q):
+    def compute(x, q, stored):
         x32, w = x.astype(jnp.float32), array.dequantise(q, dtype=jnp.float32)
         options = {"layout": None, "preferred": jnp.float32}
         products = {
-            name: product.contract("btd,dnh->btnh", x, q, implementation=name, **options)
-            for name in ("xla", "gpu", "dequantise")
+            name: product.contract("btd,dnh->btnh", x, stored, implementation=name, **options)
+            for name in names
         }
         want, size = (
             jnp.einsum("btd,dnh->btnh", x, w, precision="highest")
@@ -46,10 +49,36 @@ def test_implementations_agree(format, group, rows):
         )
         return want, size, products
 
-    want, size, products = compute(x, q)
+    want, size, products = compute(x, q, stored)
     for name, got in products.items():
         bound = 1e-6 if name == "gpu" else 2**-8
         assert (np.abs(got - want) <= np.asarray(size) * bound).all(), name
+
+
+@pytest.mark.parametrize(("format", "group"), WAYS)
+def test_words_hold_the_same_values(format, group):
+    q = array.quantise(draw(256, 2, 32), format=format, group_size=group, axis=-3)
+    q = with_zeros(q) if group == 64 or group == 128 else q
+    words = array.in_words(q)
+    assert (words.num_inputs, words.outputs, words.group_size) == (256, (2, 32), q.group_size)
+    assert words.values.nbytes == q.values.nbytes
+    want = np.moveaxis(array.dequantise(q, dtype=jnp.float32), 0, -1)
+    np.testing.assert_array_equal(array.dequantise(words, dtype=jnp.float32), want)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "inputs"), [((4, 4, 1), 1184), ((8, 1, 3), 1184), ((2, 2, 2), 64)]
+)
+def test_a_row_however_it_is_cut(tuning, inputs):
+    """Rounds that do not end with the inputs, and fewer inputs than a warp reads at once."""
+    x, w = draw(inputs).astype(jnp.bfloat16), draw(inputs, 64)
+    for format, group in (("int8", None), ("int4", 32), ("fp8", None)):
+        q = array.in_words(array.quantise(w, format=format, group_size=group))
+        got = row_kernel.multiply(x, q, tuning=row_kernel.Tuning(*tuning))
+        want = np.asarray(array.dequantise(q, dtype=jnp.float32), np.float64) @ np.asarray(
+            x, np.float64
+        )
+        np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max(), rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -97,9 +126,13 @@ def test_the_kernel_lowers_to_triton(format, group, rows):
     q = array.quantise(draw(512, 256), format=format, group_size=group)
     q = with_zeros(q) if format == "int4" else q
     x = jnp.ones((rows, 512), jnp.bfloat16)
-    program = jax.jit(lambda x, q: kernels.multiply(x, q, interpret=False))
-    text = program.trace(x, q).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__gpu$xla.gpu.triton" in text
+    jobs = [(lambda x, q: kernels.multiply(x, q, interpret=False), q)]
+    if rows == 1:
+        words = array.in_words(q)
+        jobs.append((lambda x, q: row_kernel.multiply(x[0], q, interpret=False), words))
+    for multiply, q in jobs:
+        program = jax.jit(multiply).trace(x, q).lower(lowering_platforms=("cuda",))
+        assert "__gpu$xla.gpu.triton" in program.as_text()
 
 
 @pytest.mark.parametrize(
@@ -118,6 +151,7 @@ def test_blocks_of_released_models_divide_them(inputs, outputs):
             format=format,
         )
         assert kernels.why_not(q, rows=1, dtype=jnp.bfloat16) is None
+        assert row_kernel.why_not(q, dtype=jnp.bfloat16) is None
         blocks = kernels.choose(q, rows=1)
         assert inputs % (blocks.inputs * blocks.parts) == 0 and outputs % blocks.outputs == 0
         assert q.group_size % blocks.inputs == 0
