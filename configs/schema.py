@@ -310,6 +310,11 @@ class Sampling:
             len(self.logit_bias) <= MOST_BIASES,
             f"logit_bias has {len(self.logit_bias)} tokens; at most {MOST_BIASES} are taken",
         )
+        for token, bias in self.logit_bias:
+            _check(
+                math.isfinite(bias),
+                f"logit_bias={bias} of token {token} must be finite; -100 keeps a token out",
+            )
         _check(
             len(self.stop_token_ids) <= MOST_STOPS,
             f"stop_token_ids has {len(self.stop_token_ids)} tokens; at most {MOST_STOPS} are taken",

@@ -15,8 +15,6 @@ import uuid
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen_jax import chat_messages
-
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _OUTSIDE = re.compile(r"[\s{}\[\],:0-9+\-.eEtrufalsn]*")  # of strings, in JSON
@@ -169,14 +167,6 @@ def to_openai(call: ToolCall, *, id: str | None = None) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": _dump(call.arguments)},
     }
-
-
-def from_openai(entries: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-    """Calls of a message's `tool_calls`. Raises `ValueError` for malformed ones, by their index."""
-    message = {"role": "assistant", "content": "", "tool_calls": entries}
-    (checked,) = chat_messages.check([message], template="")
-    functions = [call.get("function", call) for call in checked["tool_calls"]]
-    return tuple(ToolCall(f["name"], f["arguments"]) for f in functions)
 
 
 def parameters(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,12 +46,6 @@ def accuracy(logprobs: Sequence[float], *, gold: int) -> float:
     return float(_argmax(logprobs) == gold)
 
 
-def normalised_accuracy(logprobs: Sequence[float], choices: Sequence[str], *, gold: int) -> float:
-    """`accuracy` of log-probabilities per character, so that long choices are not at a loss."""
-    pairs = zip(logprobs, choices, strict=True)
-    return float(_argmax([value / len(choice) for value, choice in pairs]) == gold)
-
-
 def pass_at_k(num_answers: int, num_correct: int, *, k: int) -> float:
     """The chance that k answers drawn from these hold a correct one.
 

@@ -365,6 +365,8 @@ def test_how_is_the_least_that_serves(values, how):
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"max_tokens": 0}, "max_tokens=0"),
+        ({"logit_bias": ((7, float("inf")),)}, "logit_bias=inf of token 7 must be finite"),
+        ({"logit_bias": ((0, 1.0),) * 301}, "logit_bias has 301 tokens; at most 300"),
     ],
     ids=str,
 )

@@ -115,8 +115,9 @@ def test_pieces_are_the_whole(text, cuts):
 def test_what_is_written_is_read(content, made):
     text = tool_calls.write(content, made)
     assert tool_calls.parse(text) == tool_calls.Parsed(content, tuple(made))
-    entries = json.loads(json.dumps([tool_calls.to_openai(call) for call in made]))
-    assert tool_calls.from_openai(entries) == tuple(made)
+    for call in made:
+        function = tool_calls.to_openai(call)["function"]
+        assert ToolCall(function["name"], json.loads(function["arguments"])) == call
 
 
 def test_text_comes_as_soon_as_it_is_certain():
@@ -150,8 +151,6 @@ def test_openai_entries():
     function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
     assert [entry["function"] for entry in entries] == [function, function]
     assert tool_calls.to_openai(OSLO, id="call_1")["id"] == "call_1"
-    with pytest.raises(ValueError, match="tool call 1: arguments are not valid JSON"):
-        tool_calls.from_openai([entries[0], {"function": {"name": "f", "arguments": "{"}}])
 
 
 @pytest.mark.parametrize(
