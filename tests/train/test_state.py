@@ -165,8 +165,8 @@ def test_three_saves_need_less_than_one_more_copy_of_the_state(tmp_path):
         CFG, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=2, head_dim=64,
     )  # fmt: skip
-    # glibc keeps large blocks that were freed once, and they count
-    # as the process's; with a fixed threshold it gives them back, and what is held is measured.
+    # glibc keeps large blocks that were freed once, and they count as the process's; with a fixed
+    # threshold it gives them back, and what is held is measured.
     plain = {**os.environ, "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(
         [sys.executable, "-c", SAVE, json.dumps(schema.to_dict(cfg)), str(tmp_path / "run")],
