@@ -77,6 +77,7 @@ def prepare(
         layers.append(jax.block_until_ready(fuse[name](layer)))
         _delete(layer)
     params = {**params, "layers": tuple(layers)}
+    assert form != "words" or layout is None, "matrices in words lie on one device"
     return _in_words(params, dtype=jnp.dtype(dtype)) if form == "words" else params
 
 

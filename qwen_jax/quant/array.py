@@ -59,10 +59,10 @@ class QuantArray:
 
     @property
     def num_inputs(self) -> int:
-        per_value = 2 if self.format == "int4" else 1
+        per_stored = 2 if self.format == "int4" else 1
         if self.is_words:
-            per_value = 32 // words.bits(self.format)
-        return self.values.shape[self.axis] * per_value
+            per_stored = 32 // words.bits(self.format)
+        return self.values.shape[self.axis] * per_stored
 
     @property
     def num_groups(self) -> int:

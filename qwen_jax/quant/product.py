@@ -38,9 +38,9 @@ def _why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     """Why no kernel multiplies so many rows; None if one does."""
     if not q.is_words:
         return kernels.why_not(q, rows=rows, dtype=dtype)
-    return (
-        f"in words it takes one row, not {rows}" if rows > 1 else row_kernel.why_not(q, dtype=dtype)
-    )
+    if rows > 1:
+        return f"in words it takes one row, not {rows}"
+    return row_kernel.why_not(q, dtype=dtype)
 
 
 def contract(
