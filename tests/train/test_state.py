@@ -159,7 +159,7 @@ print(json.dumps({"state": size, "above": peak - before}))
 """
 
 
-@pytest.mark.slow  # without Orbax's own bound set, they need 1.5 copies
+@pytest.mark.slow
 def test_three_saves_need_less_than_one_more_copy_of_the_state(tmp_path):
     cfg = dataclasses.replace(
         CFG, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
