@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.quant import array, kernels, product, row_kernel
+from qwen_jax.quant import array, kernels, product, words_kernel
 
 # name: (inputs, outputs, whether it is an embedding [outputs, inputs])
 MATRICES = {
@@ -183,7 +183,7 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
         if rows == 1:
             turned = list(map(jax.jit(array.in_words), ws))
             for tuning in ((4, 2), (4, 4), (4, 1), (2, 2), (2, 4), (1, 4), (8, 1), (8, 2)):
-                run = functools.partial(_row, tuning=row_kernel.Tuning(*tuning))
+                run = functools.partial(_row, tuning=words_kernel.Tuning(*tuning))
                 job = f"{name} | m1 {label} words{tuning[0]}x{tuning[1]} p1"
                 jobs.append(Job(job, run, x[None], turned))
         tried = {kernels.choose(ws[0], rows=rows): "chosen"}
@@ -213,7 +213,7 @@ def _kernel(x, w, *, blocks):
 
 
 def _row(x, w, *, tuning):
-    return row_kernel.multiply(x[0, 0], w, tuning=tuning)[None, None]
+    return words_kernel.multiply(x[0], w, tuning=tuning)[None]
 
 
 def main() -> None:

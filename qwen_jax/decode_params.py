@@ -16,7 +16,7 @@ from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax import fused, model, moe, stack
 from qwen_jax.few_rows import api as few_rows
-from qwen_jax.quant import array, row_kernel
+from qwen_jax.quant import array, words_kernel
 
 Form = Literal["unstacked", "fused", "words"]
 
@@ -40,8 +40,9 @@ def best_form(
     stacks = [] if params is None else [params[name] for name in params if "layers" in name]
     if not all(fused.can_fuse(part) for part in stacks):
         return "unstacked"
-    one = num_rows == 1 and layout is None and jax.default_backend() == "gpu"
-    return "words" if one and _any_quantised(params) else "fused"
+    few = num_rows is not None and num_rows <= words_kernel.MOST_ROWS
+    alone = layout is None and jax.default_backend() == "gpu"
+    return "words" if few and alone and _any_quantised(params) else "fused"
 
 
 def prepare(
@@ -56,7 +57,7 @@ def prepare(
 
     unstacked: a tuple of layers. fused: that, with q, k, v in one kernel and gate, up in another,
     and output-major where the kernels for few rows can run (`qwen_jax/few_rows`). words: that, with
-    the quantised matrices that one row can be multiplied with in words (`quant/row_kernel.py`).
+    the quantised matrices that few rows can be multiplied with in words (`quant/words_kernel.py`).
     Peak memory is the parameters and a copy of the largest leaf.
     """
     if form not in get_args(Form):
@@ -85,7 +86,7 @@ def _in_words(params: dict, *, dtype: jnp.dtype) -> dict:
     """Quantised matrices one by one in words. Deletes their old arrays."""
 
     def turned(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
-        if not array.is_quantised(x) or row_kernel.why_not(x, dtype=dtype) is not None:
+        if not array.is_quantised(x) or words_kernel.why_not(x, rows=1, dtype=dtype) is not None:
             return x
         made = jax.block_until_ready(_turn(x))
         _delete(x)

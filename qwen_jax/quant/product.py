@@ -2,7 +2,7 @@
 
 Three ways, one result up to rounding. xla: values are cast where they are multiplied, scales are
 applied to the product (a scale a channel) or to the values (a scale a group). gpu: a kernel that
-reads values once for a few rows (`kernels.py`), or for one (`row_kernel.py`). dequantise: the whole
+reads values once for a few rows (`kernels.py`; in words `words_kernel.py`). dequantise: the whole
 matrix first, then an ordinary product, the fastest for many rows, where arithmetic and not reading
 is what takes time.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from partitioning.sharding import Layout
-from qwen_jax.quant import array, kernels, row_kernel
+from qwen_jax.quant import array, kernels, words_kernel
 from qwen_jax.quant.array import QuantArray
 
 Implementation = Literal["xla", "gpu", "dequantise"]
@@ -38,9 +38,7 @@ def _why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     """Why no kernel multiplies so many rows; None if one does."""
     if not q.is_words:
         return kernels.why_not(q, rows=rows, dtype=dtype)
-    if rows > 1:
-        return f"in words it takes one row, not {rows}"
-    return row_kernel.why_not(q, dtype=dtype)
+    return words_kernel.why_not(q, rows=rows, dtype=dtype)
 
 
 def contract(
@@ -113,5 +111,5 @@ def _gpu(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
     if (reason := _why_not(q, rows=B * T, dtype=x_BTC.dtype)) is not None:
         raise ValueError(f"the kernel of quantised products cannot run: {reason}")
     flat, x_MC = array.with_outputs(q, (-1,)), x_BTC.reshape(B * T, C)
-    y = row_kernel.multiply(x_MC[0], flat) if q.is_words else kernels.multiply(x_MC, flat)
-    return y.reshape(B, T, *q.outputs)
+    multiply = words_kernel.multiply if q.is_words else kernels.multiply
+    return multiply(x_MC, flat).reshape(B, T, *q.outputs)

@@ -1,20 +1,23 @@
-"""Quantised values in words of 32 bits, as a GPU reads them fastest for one row.
+"""Quantised values in words of 32 bits, as a GPU's matrix units take them from its memory.
 
-A word holds 4 values, of int4 8, and 4 words are a piece, what a thread reads at once: 16 values,
-of int4 32. Word e of a piece has its values e, 4 + e, 8 + e and so on, lowest bits first, so that
-the inputs that go with one place of 4 words are neighbours. Whole numbers v are kept as v + 128,
-of int4 as v + 8; fp8 as its bits.
+A warp multiplies 16 lines of a matrix with 8 rows at once (`mma`, PTX ISA, "Matrix Fragments for
+mma.m16n8k16"), and a word holds what one of its 32 threads brings to that: thread 4 g + q values of
+lines g and g + 8. A byte is an input of two int4 outputs, low half first, as v + 8; of int8 one
+output, as v + 128, whose halves count as two lines; of fp8 its bits, where one word has the values
+of both lines. So the words of a `tile` of outputs lie in the order in which its warp reads them.
+
+Letters: C inputs, O outputs.
 """
 
 import jax
 import jax.numpy as jnp
 
-PER_PIECE = 4  # words
-
-# A whole number v is read as 1 + n / 2^bits, n as stored: its bits under the exponent of 1. Of both
-# formats v = 0 is then 1.5, and v is the difference times 2^bits.
-BEGIN = 1.5
-ONE = 0x3F800000
+LANES = 32
+# Halves of a byte are read as bfloat16: the low one n as 128 + n, the high one as 128 + 8 n.
+BEGIN = 128.0
+_ONE = 0x43004300  # BEGIN, twice
+_LOW, _HIGH = 0x000F000F, 0x00780078
+_FP8_SCALE = 0x7B807B80  # 2^120, twice: what the exponents of e4m3 and bfloat16 differ by
 
 
 def bits(format: str) -> int:
@@ -22,55 +25,122 @@ def bits(format: str) -> int:
     return 4 if format == "int4" else 8
 
 
-def per_piece(format: str) -> int:
-    """Values of a piece."""
-    return PER_PIECE * 32 // bits(format)
+def tile(format: str) -> int:
+    """Outputs whose words lie together."""
+    return 8 if format == "int8" else 16
+
+
+def inputs(format: str) -> int:
+    """Inputs of a tile that a warp's words hold: one word a thread."""
+    return 8 if format == "fp8" else 16
+
+
+def why_not(format: str, *, num_outputs: int, num_inputs: int) -> str | None:
+    """Why a matrix cannot be packed; None if it can."""
+    if num_outputs % tile(format) == 0 and num_inputs % inputs(format) == 0:
+        return None
+    return (
+        f"in words {format} has multiples of {tile(format)} outputs and {inputs(format)} inputs, "
+        f"not {num_outputs} and {num_inputs}"
+    )
 
 
 def pack(values: jax.Array, format: str) -> jax.Array:
-    """Values [..., C], whole numbers or float8_e4m3fn -> words [..., C / 4], of int4 C / 8."""
+    """Values [O..., C], whole numbers or float8_e4m3fn -> words [O..., C / 4], of int4 C / 8.
+
+    O and C are multiples of `tile` and `inputs`.
+    """
+    *outputs, C = values.shape
     if format == "fp8":
         stored = jax.lax.bitcast_convert_type(values, jnp.uint8)
     else:
         stored = values.astype(jnp.int32) + (1 << (bits(format) - 1))
-    shape = (*values.shape[:-1], -1, 32 // bits(format), PER_PIECE)
-    pieces = stored.astype(jnp.uint32).reshape(shape)
-    of_place = jnp.arange(0, 32, bits(format), dtype=jnp.uint32)
-    shifts = jax.lax.broadcast_in_dim(of_place, pieces.shape, (pieces.ndim - 2,))
-    return jnp.sum(pieces << shifts, axis=-2, dtype=jnp.uint32).reshape(*values.shape[:-1], -1)
+    stored = stored.astype(jnp.uint32).reshape(-1, tile(format), C)
+    if format == "int4":
+        stored = stored[:, :8] | (stored[:, 8:] << 4)
+    if format == "fp8":
+        # [tiles, line's half, g, steps, q, neighbour] -> the bytes of thread 4 g + q
+        parts = stored.reshape(-1, 2, 8, C // 8, 4, 2).transpose(0, 3, 2, 4, 5, 1)
+    else:
+        # [tiles, g, steps, input's half, q, neighbour]
+        parts = stored.reshape(-1, 8, C // 16, 2, 4, 2).transpose(0, 2, 1, 4, 5, 3)
+    shifts = jnp.asarray([[0, 8], [16, 24]], jnp.uint32)  # of neighbours, and of the halves
+    shifts = jax.lax.broadcast_in_dim(shifts, parts.shape, (parts.ndim - 2, parts.ndim - 1))
+    return jnp.sum(parts << shifts, axis=(-2, -1), dtype=jnp.uint32).reshape(*outputs, -1)
 
 
 def unpack(words: jax.Array, format: str) -> jax.Array:
-    """The inverse of `pack`, exactly, in float32."""
-    pieces = words.reshape(*words.shape[:-1], -1, PER_PIECE)
+    """The inverse of `pack`: whole numbers in int32, fp8 in float32."""
+    outputs = words.shape[:-1]
+    C = words.shape[-1] * 32 // bits(format)
+    threads = words.reshape(-1, C // inputs(format), 8, 4)
+    shifts = jnp.asarray([[0, 8], [16, 24]], jnp.uint32)
+    parts = (threads[..., None, None] >> jnp.broadcast_to(shifts, (*threads.shape, 2, 2))) & 0xFF
     if format == "fp8":
-        found = places(pieces, format)
-    else:
-        found = [(v - BEGIN) * (1 << bits(format)) for v in places(pieces, format)]
-    return jnp.stack(found, axis=-2).reshape(*words.shape[:-1], -1)
+        stored = parts.transpose(0, 5, 2, 1, 3, 4).reshape(-1, 16, C).astype(jnp.uint8)
+        values = jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
+        return values.reshape(*outputs, C)
+    stored = parts.transpose(0, 2, 1, 5, 3, 4).reshape(-1, 8, C)
+    if format == "int4":
+        stored = jnp.concatenate([stored & 0xF, stored >> 4], axis=1)
+    return stored.astype(jnp.int32).reshape(*outputs, C) - (1 << (bits(format) - 1))
 
 
-def places(words: jax.Array, format: str, *, one: jax.Array | int = ONE) -> list[jax.Array]:
-    """For each place of the words, v of fp8 and `BEGIN` + v / 2^bits of the others, in float32.
+def assembly(format: str) -> str:
+    """PTX of one `mma`: {sums} = a word's lines times the rows + {sums}.
 
-    one: `ONE`, of a kernel in a register: an instruction takes but one constant.
+    Operands: $0 to $3 the new sums, $4 the word, then the rows' inputs (one register of fp8, two of
+    the others), then the old sums.
     """
     if format == "fp8":
-        return [_fp8(_shifted(words, -place)) for place in range(0, 32, 8)]
-    width = bits(format)
-    mantissa = jnp.uint32(((1 << width) - 1) << (23 - width))
-    found = [
-        (_shifted(words, 23 - width - place) & mantissa) | jnp.uint32(one)
-        for place in range(0, 32, width)
-    ]
-    return [jax.lax.bitcast_convert_type(v, jnp.float32) for v in found]
+        prepare = (
+            "and.b32 t0, $4, 0x00800080; shl.b32 t0, t0, 8;"
+            "shl.b32 t1, $4, 4; lop3.b32 a0, t1, 0x07F007F0, t0, 0xEA;"
+            "and.b32 t2, $4, 0x80008000;"
+            "shr.u32 t3, $4, 4; lop3.b32 a1, t3, 0x07F007F0, t2, 0xEA;"
+            f"mov.b32 t0, {_FP8_SCALE:#x};"
+            "mul.rn.bf16x2 a0, a0, t0; mul.rn.bf16x2 a1, a1, t0;"
+        )
+        return _block(prepare, "m16n8k8", "{a0, a1}", "{$5}", "{$6, $7, $8, $9}")
+    prepare = "".join(
+        f"shr.u32 t{i}, $4, {shift}; lop3.b32 a{i}, t{i}, {mask:#x}, {_ONE:#x}, 0xEA;"
+        for i, (shift, mask) in enumerate(((0, _LOW), (1, _HIGH), (8, _LOW), (9, _HIGH)))
+    )
+    return _block(prepare, "m16n8k16", "{a0, a1, a2, a3}", "{$5, $6}", "{$7, $8, $9, $10}")
 
 
-def _fp8(words: jax.Array) -> jax.Array:
-    stored = (words & jnp.uint32(0xFF)).astype(jnp.uint8)
-    return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
+# Sums of the rows' inputs, in every line: operands as above, without the word.
+SUMS = (
+    "{ .reg .b32 one; mov.b32 one, 0x3F803F80;"
+    " mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+    " {$0, $1, $2, $3}, {one, one, one, one}, {$4, $5}, {$6, $7, $8, $9}; }"
+)
 
 
-def _shifted(words: jax.Array, left: int) -> jax.Array:
-    """Shifted left, or right where that is negative."""
-    return words << jnp.uint32(left) if left >= 0 else words >> jnp.uint32(-left)
+def _block(prepare: str, shape: str, a: str, b: str, c: str) -> str:
+    product = (
+        f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {a}, {b}, {c};"
+    )
+    return f"{{ .reg .b32 a0, a1, a2, a3, t0, t1, t2, t3; {prepare} {product} }}"
+
+
+def lines(words: jax.Array, format: str) -> jax.Array:
+    """What `assembly` makes of a warp's words [..., 32]: [..., 16 lines, `inputs`] in float32."""
+    w = words.reshape(*words.shape[:-1], 8, 4)
+    if format == "fp8":
+        bytes_ = [(w >> shift) & 0xFF for shift in (0, 8, 16, 24)]
+        values = [
+            jax.lax.bitcast_convert_type(b.astype(jnp.uint8), jnp.float8_e4m3fn).astype(jnp.float32)
+            for b in bytes_
+        ]
+        first, second = (jnp.stack(values[i::2], axis=-1) for i in (0, 1))  # [..., g, q, neighbour]
+        both = jnp.stack([first, second], axis=-4)
+        return both.reshape(*words.shape[:-1], 16, 8)
+    half = lambda shift, unit: BEGIN + ((w >> shift) & 0xF).astype(jnp.float32) * unit  # noqa: E731
+    found = []
+    for line, unit in ((0, 1.0), (4, 8.0)):
+        parts = [
+            jnp.stack([half(line + k, unit), half(line + k + 16, unit)], axis=-1) for k in (0, 8)
+        ]
+        found.append(jnp.stack(parts, axis=-3))  # [..., g, input's half, q, neighbour]
+    return jnp.stack(found, axis=-5).reshape(*words.shape[:-1], 16, 16)

@@ -1,0 +1,214 @@
+"""Up to eight rows times a quantised matrix in words on a GPU: a Pallas kernel, lowered by Triton.
+
+Reading is what takes time. A warp reads its tiles' words as they lie, 128 bytes at a time and a
+round ahead of those that it multiplies; a word becomes matrix units' operands in a few
+instructions (`words.assembly`), so that the warps can ask for memory all the while. One row takes
+as long as eight. Halves of bytes are multiplied as 128 + n; what the 128 adds, a multiple of the
+sum of the row's inputs, is taken off for each group of inputs.
+
+Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from qwen_jax.quant import assembly, words
+from qwen_jax.quant.array import QuantArray
+
+MOST_ROWS = 8
+_LANES = words.LANES
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Warps of a program, which share its inputs; its tiles; and words that each reads at once."""
+
+    warps: int
+    tiles: int
+    words: int = 8
+
+
+def choose(q: QuantArray) -> Tuning:
+    """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md)."""
+    if q.num_groups > 1 and q.num_inputs > 8192:
+        return Tuning(warps=16, tiles=1, words=8)
+    return Tuning(warps=8, tiles=1, words=4)
+
+
+def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
+    """Why so many rows cannot be multiplied with the matrix, once in words; None if they can."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
+    if rows > MOST_ROWS:
+        return f"in words it takes {MOST_ROWS} rows, not {rows}"
+    if (reason := assembly.why_not()) is not None:
+        return reason
+    if q.values.ndim != len(q.outputs) + 1:
+        return "it takes one matrix, not a stack"
+    O, C = math.prod(q.outputs), q.num_inputs  # noqa: E741
+    if q.group_size % words.inputs(q.format):
+        return f"groups of {q.group_size} inputs are no multiple of {words.inputs(q.format)}"
+    return words.why_not(q.format, num_outputs=O, num_inputs=C)
+
+
+def multiply(
+    x_RC: jax.Array, q: QuantArray, *, tuning: Tuning | None = None, interpret: bool | None = None
+) -> jax.Array:
+    """x [R, C] times the matrix of `q`, words [O, ...] -> [R, O] in float32.
+
+    `q.order` must have been applied to x. interpret: None where there is no GPU.
+    """
+    tuning = tuning or choose(q)
+    (R, C), O = x_RC.shape, q.values.shape[0]  # noqa: E741
+    tile, steps = words.tile(q.format), C // words.inputs(q.format)
+    of_group = q.group_size // words.inputs(q.format)
+    if q.num_groups > 1:  # a warp's words of a round are of one group
+        tuning = Tuning(tuning.warps, tuning.tiles, math.gcd(tuning.words, of_group))
+    tiles = math.gcd(tuning.tiles, O // tile)
+    tuning = Tuning(tuning.warps, tiles, tuning.words)
+    pairs_RP = jax.lax.bitcast_convert_type(x_RC.reshape(R, C // 2, 2), jnp.uint32)
+    operands = [pairs_RP, q.values.reshape(-1), q.scales] + ([] if q.zeros is None else [q.zeros])
+    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    compiler = triton.CompilerParams(num_warps=tuning.warps, num_stages=1)
+    kernel = functools.partial(
+        _kernel, format=q.format, steps=steps, of_group=of_group, tuning=tuning, interpret=interpret
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(O // tile // tiles,),
+        out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
+        interpret=interpret,
+        name=f"quantised_{q.format}_words",
+        **({} if interpret else {"compiler_params": compiler}),
+    )(*operands)
+
+
+def _kernel(
+    x_RP, w, s_OS, *refs, format: str, steps: int, of_group: int, tuning: Tuning, interpret: bool
+):
+    z_OS, y_RO = refs if len(refs) == 2 else (None, *refs)
+    R, S = x_RP.shape[0], s_OS.shape[1]
+    W, U = tuning.warps, tuning.words
+    thread = jnp.arange(W * _LANES)
+    lane, warp = thread % _LANES, thread // _LANES
+    line, quarter = lane // 4, lane % 4
+    first = pl.program_id(0) * tuning.tiles
+    halves = (0,) if format == "int8" else (0, 8)  # outputs of a line
+    columns = 1 if R == 1 else 2  # sums of a thread's two columns; with one row all are the same
+    row = jnp.minimum(line, R - 1)
+    per_step = words.inputs(format) // 2
+    rounds = pl.cdiv(steps, W * U)
+    zero = jnp.zeros(W * _LANES, jnp.float32)
+
+    def step_of(i):
+        """A warp's first step of a round."""
+        return (i * W + warp) * U
+
+    def read(i):
+        """Words, scales and zero points of a round; zeros beyond the last."""
+        found = []
+        for t in range(tuning.tiles):
+            at = (first + t) * steps + step_of(i)
+            some = [
+                triton.load(w.at[(at + u) * _LANES + lane], mask=step_of(i) + u < steps, other=0)
+                for u in range(U)
+            ]
+            scales = [of_group_(s_OS, t, half, i) for half in halves] if S > 1 else []
+            zeros = [of_group_(z_OS, t, half, i) for half in halves] if z_OS is not None else []
+            found.append((some, scales, zeros))
+        return found
+
+    def of_group_(ref, t: int, half: int, i):
+        """A tile's scales or zero points for a warp's words of a round."""
+        o = (first + t) * words.tile(format) + line + half
+        s = step_of(i) // of_group if S > 1 else jnp.zeros_like(o)
+        return triton.load(ref.at[o, s], mask=step_of(i) < steps, other=0)
+
+    def inputs(step):
+        """The rows' inputs that go with a word, as pairs."""
+        p = step * per_step + quarter
+        return [
+            triton.load(x_RP.at[row, p + k], mask=step < steps, other=0)
+            for k in range(0, per_step, 4)
+        ]
+
+    def body(i, carry):
+        totals, held = carry
+        ahead = read(i + 1)
+        x = [inputs(step_of(i) + u) for u in range(U)]
+        if format != "fp8":
+            sums_x = [zero] * 4
+            for pairs in x:
+                sums_x = _mma(words.SUMS, pairs, sums_x, interpret=interpret)
+        out = []
+        for (some, scales, zeros), total in zip(held, totals, strict=True):
+            sums = [zero] * 4
+            for word, pairs in zip(some, x, strict=True):
+                sums = _mma_words(word, pairs, sums, format=format, interpret=interpret)
+            new = []
+            for h in range(len(halves)):
+                for c in range(columns):
+                    if format == "int8":
+                        part = sums[c] + 2 * sums[c + 2] - 4 * words.BEGIN * sums_x[c]
+                    elif format == "int4" and h == 0:
+                        part = sums[c] - (words.BEGIN + 8) * sums_x[c]
+                    elif format == "int4":
+                        part = sums[c + 2] / 8 - (words.BEGIN / 8 + 8) * sums_x[c]
+                    else:
+                        part = sums[c + 2 * h]
+                    if zeros:
+                        part = part - zeros[h].astype(jnp.float32) * sums_x[c]
+                    if scales:
+                        part = part * scales[h].astype(jnp.float32)
+                    new.append(total[h * columns + c] + part)
+            out.append(new)
+        return out, ahead
+
+    totals = [[zero] * (len(halves) * columns) for _ in range(tuning.tiles)]
+    totals, _ = jax.lax.fori_loop(0, rounds, body, (totals, read(0)))
+    lane, quarter = jnp.arange(_LANES), jnp.arange(_LANES) % 4
+    for t, total in enumerate(totals):
+        for h, half in enumerate(halves):
+            o = (first + t) * words.tile(format) + lane // 4 + half
+            for c in range(columns):
+                y = jnp.sum(total[h * columns + c].reshape(W, _LANES), axis=0)
+                if S == 1:
+                    y = y * triton.load(s_OS.at[o, jnp.zeros_like(o)]).astype(jnp.float32)
+                row = 2 * quarter + c
+                triton.store(y_RO.at[row, o], y, mask=row < R)
+
+
+def _mma_words(word, pairs, sums, *, format: str, interpret: bool) -> list[jax.Array]:
+    if interpret:
+        return _emulated(words.lines(word.reshape(-1, _LANES), format), pairs, sums)
+    return _assembled(words.assembly(format), [word, *pairs], sums)
+
+
+def _mma(text: str, pairs, sums, *, interpret: bool) -> list[jax.Array]:
+    if interpret:
+        lines = jnp.ones((pairs[0].shape[0] // _LANES, 16, 8 * len(pairs)), jnp.float32)
+        return _emulated(lines, pairs, sums)
+    return _assembled(text, pairs, sums)
+
+
+def _assembled(text: str, integers, sums) -> list[jax.Array]:
+    constraints = ",".join(["=f"] * 4 + ["r"] * len(integers) + ["f"] * 4)
+    return assembly.call(text, [*integers, *sums], constraints=constraints, like=sums)
+
+
+def _emulated(lines_WLK, pairs, sums) -> list[jax.Array]:
+    """What `mma` does: lines [W, 16, K] times each warp's rows, of which threads hold pairs."""
+    halves = []
+    for p in pairs:
+        both = jax.lax.bitcast_convert_type(p, jnp.bfloat16).astype(jnp.float32)
+        halves.append(both.reshape(-1, 8, 4, 2))  # warps, column, quarter, neighbour
+    b_WNK = jnp.stack(halves, axis=2).reshape(halves[0].shape[0], 8, -1)
+    c_WLN = jnp.einsum("wlk,wnk->wln", lines_WLK, b_WNK, precision="highest")
+    c = c_WLN.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+    return [old + new for old, new in zip(sums, c, strict=True)]
