@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from configs import schema
 from infer import constraints
-from infer.constraints_spec import ConstraintSpec, forced_calls
+from infer.constraints_spec import ConstraintSpec, forced_calls, or_calls
 from qwen_jax import sampling, tokenizer, tokenizer_train, tool_calls
 
 ROWS = 416  # the model's, more than the tokenizer has
@@ -171,9 +171,9 @@ def test_random_logits_give_valid_answers(temperature):
     assert all(isinstance(json.loads(text), dict) for text in texts)
 
 
-def _takes(constraint, text: str) -> bool:
+def _takes(constraint, text: str, *, special: tokenizer.Special = "text") -> bool:
     """Whether an answer may be this text, as the tokenizer spells it, and end there."""
-    for token in WORDS.encode(text):
+    for token in WORDS.encode(text, special=special):
         if token not in _allowed(constraint):
             return False
         constraint.accept(token)
@@ -361,6 +361,34 @@ def test_forced_calls_are_valid(temperature, name, count, most):
             jsonschema.validate(call.arguments, tool_calls.parameters(tool))
 
 
+FORMS = [
+    (ConstraintSpec("json_schema", json.dumps(ADDRESS)), '{"street": "a"}', '{"number": 1}'),
+    (ConstraintSpec("json_object"), '{"a": 1}', "[1]"),
+    (ConstraintSpec("regex", "[0-9]+"), "31", "a"),
+    (ConstraintSpec("choice", ("yes", "no")), "no", "maybe"),
+    (ConstraintSpec("grammar", 'start: "a" rest\nrest: /b+/'), "abb", "a"),
+]
+
+
+@pytest.mark.parametrize("count", ["one", "any"])
+@pytest.mark.parametrize(("form", "good", "bad"), FORMS, ids=lambda value: str(value)[:30])
+def test_an_answer_has_a_form_or_is_calls(form, good, bad, count):
+    compiled = _compile(or_calls(form, TOOLS, count=count))
+
+    def takes(text: str) -> bool:
+        return _takes(compiled.start(), text, special="control")
+
+    call = tool_calls.ToolCall("weather", {"city": "Zürich"})
+    wrong = tool_calls.ToolCall("weather", {"days": 2})
+    calls = tool_calls.write("", [call])
+    assert takes(good) and not takes(bad)
+    assert takes(calls) and not takes(tool_calls.write("", [wrong]))
+    assert takes(tool_calls.write("", [call, call])) == (count == "any")
+    assert not takes(tool_calls.write("", [call, wrong]))
+    assert not takes(tool_calls.write(good, [call]))
+    assert not takes(calls + good)
+
+
 def test_calls_are_forced_as_the_template_writes_them():
     compiled = _compile(forced_calls(TOOLS))
     calls = [tool_calls.ToolCall("weather", {"city": "Zürich", "days": 2})] * 2
@@ -377,8 +405,9 @@ def test_tools_that_cannot_be_forced():
     with pytest.raises(ValueError, match="known tools: none"):
         forced_calls([])
     tool = {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}
-    with pytest.raises(ValueError, match=r"parameters of f\.properties\.a: Unimplemented"):
-        _compile(forced_calls([tool]))
+    for spec in (forced_calls([tool]), or_calls(ConstraintSpec("json_object"), [tool])):
+        with pytest.raises(ValueError, match=r"parameters of f\.properties\.a: Unimplemented"):
+            _compile(spec)
 
 
 # -- schemas that nobody thought of
