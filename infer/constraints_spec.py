@@ -93,7 +93,7 @@ def forced_calls(
 
     Raises `ValueError` where there is no tool, or none of that name.
     """
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [_function(number, tool) for number, tool in enumerate(tools)]
     chosen = [f for f in functions if name in (None, f["name"])]
     if not chosen:
         known = ", ".join(f["name"] for f in functions) or "none"
@@ -102,6 +102,13 @@ def forced_calls(
     kind = "tool_calls" if count == "any" and name is None else "tool_call"
     said = [{key: f[key] for key in ("name", "parameters") if key in f} for f in chosen]
     return ConstraintSpec(kind, json.dumps(said, ensure_ascii=False))
+
+
+def _function(number: int, tool: object) -> Mapping[str, Any]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"tools[{number}] is no function with a name")
+    return function
 
 
 def or_calls(
