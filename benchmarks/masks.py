@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from infer import constraints
-from infer.constraints_spec import ConstraintSpec, forced_calls
+from infer.constraints_spec import ConstraintSpec, forced_calls, or_calls
 from qwen_jax import tokenizer, tokenizer_train
 
 _PERSON = {
@@ -40,6 +40,7 @@ FORMS = {
     "schema of 5 fields": ConstraintSpec("json_schema", json.dumps(_PERSON)),
     "schema of 40 objects": ConstraintSpec("json_schema", json.dumps(_WIDE)),
     "call of one of 20 tools": forced_calls(_TOOLS),
+    "schema, or a call": or_calls(ConstraintSpec("json_schema", json.dumps(_PERSON)), _TOOLS),
     "regex of a date": ConstraintSpec("regex", r"[0-9]{4}-[0-9]{2}-[0-9]{2}"),
     "regex of any text": ConstraintSpec("regex", r"(?s)[^<]*"),
     "1000 choices": ConstraintSpec("choice", tuple(f"option number {i}" for i in range(1000))),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs import schema
-from infer import openai_answers, openai_format, parameters, scoring
+from infer import constraints_spec, openai_answers, openai_format, parameters, scoring
 from infer.batch_files import Line
 from infer.openai_answers import SplitToolCalls
 from infer.parameters import ParameterError, Reader
@@ -177,14 +177,19 @@ def _prompt(reader: Reader) -> Prompt:
 
 
 def _text_job(line: Line, reader: Reader, prompt: Prompt, terms: Terms) -> TextJob:
+    tools, constraint = reader.take("tools", list), parameters.constraint(reader)
+    if tools and not (prompt and isinstance(prompt[0], Mapping)):
+        raise ParameterError("tools", "tools need messages: a prompt is continued as it is")
+    if tools and constraint is not None:
+        constraint = constraints_spec.or_calls(constraint, tools)
     request = TextRequest(
         id=str(line.number),
         prompt=prompt,
-        tools=reader.take("tools", list),
+        tools=tools,
         n=reader.take("n", int, 1),
         best_of=reader.take("best_of", int),
         stop=parameters.stop(reader),
-        constraint=parameters.constraint(reader),
+        constraint=constraint,
         special=terms.special,
         sampling=parameters.sampling(
             reader,

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -104,18 +104,12 @@ def compile(
     in regular expressions. With jobs of many schemas each costs milliseconds, large ones more.
     """
     library = _library(tokenizer, vocab_size, eos_ids)
-    value = spec.value
-    if spec.kind in ("json_schema", "json_object"):
-        grammar = _of_schema(value or _OBJECT, name=spec.kind, library=library)
-    elif spec.kind == "regex":
-        grammar = llguidance.LLMatcher.grammar_from_regex(value)
-    elif spec.kind == "choice":
-        alternatives = "|".join(map(_escaped, value))
-        grammar = llguidance.LLMatcher.grammar_from_regex(f"(?:{alternatives})")
-    elif spec.kind == "grammar":
-        grammar = _of_lark(value)
-    else:
-        grammar = _of_calls(spec, library=library, control=tokenizer.control_ids)
+    specs = [spec] if spec.alternative is None else [spec, spec.alternative]
+    control = tokenizer.control_ids
+    try:
+        grammar = _any_of([_grammar(each, library=library, control=control) for each in specs])
+    except RecursionError:
+        raise ValueError(f"{spec.kind}: it is nested too deeply") from None
     compiled = Compiled(llguidance.LLMatcher(library, grammar, log_level=0), vocab_size)
     if compiled.matcher.is_error():
         raise ValueError(f"{spec.kind}: {_readable(compiled.matcher.get_error())}")
@@ -159,10 +153,42 @@ class _Vocabulary:
         return self._tokenizer.encode(text)
 
 
+def _any_of(grammars: Sequence[str]) -> str:
+    """The answers that one of these grammars takes, each llguidance's JSON of a single one."""
+    if len(grammars) == 1:
+        return grammars[0]
+    parts = [json.loads(grammar)["grammars"][0] for grammar in grammars]
+    named = [{**part, "name": f"part_{number}"} for number, part in enumerate(parts)]
+    start = " | ".join(f"@{part['name']}" for part in named)
+    return json.dumps({"grammars": [{"lark_grammar": f"start: {start}"}, *named]})
+
+
+def _grammar(
+    spec: ConstraintSpec, *, library: llguidance.LLTokenizer, control: dict[str, int]
+) -> str:
+    """A spec without its alternative, as llguidance takes it."""
+    value = spec.value
+    if spec.kind in ("json_schema", "json_object"):
+        return _of_schema(value or _OBJECT, name=spec.kind, library=library)
+    if spec.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(value)
+    if spec.kind == "choice":
+        choices = "|".join(map(_escaped, value))
+        return llguidance.LLMatcher.grammar_from_regex(f"(?:{choices})")
+    if spec.kind == "grammar":
+        return _of_lark(value)
+    return _of_calls(spec, library=library, control=control)
+
+
 def _of_lark(text: str) -> str:
     if _TEMPERATURE.search(text):
         raise ValueError("grammar: temperature in a rule is not supported; set the request's")
-    return llguidance.LLMatcher.grammar_from_lark(text)
+    return _from_lark(text)
+
+
+def _from_lark(text: str) -> str:
+    # `LLMatcher.grammar_from_lark` gives the text itself, which cannot be one of several grammars.
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
 def _of_schema(text: str, *, name: str, library: llguidance.LLTokenizer) -> str:
@@ -292,7 +318,7 @@ def _of_calls(
         _of_schema(json.dumps(schema), name=f"parameters of {function['name']}", library=library)
     count = "any" if spec.kind == "tool_calls" else "one"
     lark = tool_calls.grammar(functions, count=count, control=control, options=_OPTIONS)
-    return llguidance.LLMatcher.grammar_from_lark(lark)
+    return _from_lark(lark)
 
 
 def _escaped(text: str) -> str:

@@ -1,13 +1,17 @@
 """What an answer must look like, as a request says it; `infer.constraints` compiles it."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Kind = Literal[
     "json_schema", "json_object", "regex", "grammar", "choice", "tool_call", "tool_calls"
 ]
+
+
+Count = Literal["one", "any"]  # of calls
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,12 @@ class ConstraintSpec:
     `value` is, by kind: a JSON schema as JSON text; "" (any JSON object); a regular expression that
     the whole answer matches; a grammar in Lark's notation; the answers to choose from; for one call
     of a tool and for one or more, a JSON list of OpenAI's functions, each with name and parameters.
+    An answer may have the form of `alternative` instead.
     """
 
     kind: Kind
     value: str | tuple[str, ...] = ""
+    alternative: Self | None = None
 
     def __post_init__(self) -> None:
         check = {
@@ -81,13 +87,13 @@ def forced_calls(
     tools: Sequence[Mapping[str, Any]],
     *,
     name: str | None = None,
-    count: Literal["one", "any"] = "any",
+    count: Count = "any",
 ) -> ConstraintSpec:
     """An answer that is calls of OpenAI's `tools` (tool_choice "required"), or of the one named.
 
     Raises `ValueError` where there is no tool, or none of that name.
     """
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [_function(number, tool) for number, tool in enumerate(tools)]
     chosen = [f for f in functions if name in (None, f["name"])]
     if not chosen:
         known = ", ".join(f["name"] for f in functions) or "none"
@@ -96,3 +102,17 @@ def forced_calls(
     kind = "tool_calls" if count == "any" and name is None else "tool_call"
     said = [{key: f[key] for key in ("name", "parameters") if key in f} for f in chosen]
     return ConstraintSpec(kind, json.dumps(said, ensure_ascii=False))
+
+
+def _function(number: int, tool: object) -> Mapping[str, Any]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"tools[{number}] is no function with a name")
+    return function
+
+
+def or_calls(
+    form: ConstraintSpec, tools: Sequence[Mapping[str, Any]], *, count: Count = "any"
+) -> ConstraintSpec:
+    """An answer that has the form, or is calls of the tools (tool_choice "auto" beside a form)."""
+    return dataclasses.replace(form, alternative=forced_calls(tools, count=count))

@@ -1,7 +1,7 @@
 """Bodies of OpenAI's API as requests. Every parameter is honoured or refused by its name.
 
-Honoured: model, messages, prompt, input, tools, tool_choice, n, best_of, echo, stop,
-stream, stream_options, seed (modulo 2^32), max_tokens, max_completion_tokens, logprobs,
+Honoured: model, messages, prompt, input, tools, tool_choice, parallel_tool_calls, n, best_of, echo,
+stop, stream, stream_options, seed (modulo 2^32), max_tokens, max_completion_tokens, logprobs,
 top_logprobs, logit_bias, temperature, top_p, presence_penalty, frequency_penalty, response_format,
 encoding_format; and these common extensions: top_k, min_p, repetition_penalty, min_tokens,
 stop_token_ids, ignore_eos, prompt_logprobs, return_token_ids, structured_outputs, guided_json,
@@ -11,13 +11,13 @@ Refused: `_REFUSED`, and everything else.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs import schema
 from infer import constraints_spec, parameters
-from infer.constraints_spec import ConstraintSpec
+from infer.constraints_spec import ConstraintSpec, Count
 from infer.parameters import ParameterError, Reader
 from infer.service import TextRequest
 
@@ -95,12 +95,7 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: schema.Sampling) -
         raise ParameterError("messages", "messages must be a list of objects, at least one")
     # OpenAI's newer name; the models know the older one.
     messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
-    tools, forced = _tools(reader)
-    constraint = parameters.constraint(reader)
-    if forced is not None and constraint is not None:
-        raise ParameterError(
-            "tool_choice", "tool_choice forces calls, and the answer is constrained otherwise too"
-        )
+    tools, constraint = _tools(reader, form=parameters.constraint(reader))
     shown = reader.take("logprobs", bool, False)
     top = reader.take("top_logprobs", int, 0)
     if top and not shown:
@@ -111,7 +106,7 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: schema.Sampling) -
         id=id,
         prompt=tuple(messages),
         tools=tools,
-        constraint=forced or constraint,
+        constraint=constraint,
         sampling=_sampling(reader, defaults=defaults, logprobs=top if shown else None),
     )
     reader.finish()
@@ -243,9 +238,9 @@ def _check_stream(call: Call, request: TextRequest) -> Call:
 
 
 def _tools(
-    reader: Reader,
+    reader: Reader, *, form: ConstraintSpec | None
 ) -> tuple[tuple[dict[str, Any], ...] | None, ConstraintSpec | None]:
-    """The tools that the model is told of, and the calls that it has to make."""
+    """The tools that the model is told of, and what binds its answer: form, calls, or either."""
     tools = reader.take("tools", list, [])
     for number, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
@@ -255,28 +250,35 @@ def _tools(
             )
         if not isinstance(function.get("name"), str):
             raise ParameterError("tools", f"tools[{number}].function needs a name")
-        if function.get("strict"):
-            raise ParameterError(
-                "tools", f"tools[{number}].function.strict is not supported; leave it out"
-            )
     choice = reader.take("tool_choice", (str, dict), "auto")
-    if reader.take("parallel_tool_calls", bool, True):
-        count: Literal["one", "any"] = "any"
-    elif choice == "auto":
+    count: Count = "any" if reader.take("parallel_tool_calls", bool, True) else "one"
+    if choice == "auto" and form is None:
+        _check_free(tools, count=count)
+    if choice == "none" or (choice == "auto" and not tools):
+        return None, form
+    if choice == "auto":
+        return tuple(tools), form and constraints_spec.or_calls(form, tools, count=count)
+    if form is not None:
         raise ParameterError(
-            "parallel_tool_calls",
-            "parallel_tool_calls=false needs tool_choice=required: the model itself is free to "
-            "call several tools",
+            "tool_choice", "tool_choice forces calls, and the answer is constrained otherwise too"
         )
-    else:
-        count = "one"
-    if choice in ("auto", "none"):
-        return (tuple(tools) if tools and choice == "auto" else None), None
     name = None if choice == "required" else _named(choice)
     try:
         return tuple(tools), constraints_spec.forced_calls(tools, name=name, count=count)
     except ValueError as error:
         raise ParameterError("tool_choice", str(error)) from None
+
+
+def _check_free(tools: Sequence[Mapping[str, Any]], *, count: Count) -> None:
+    """Refuses what no grammar sees to where nothing binds the answer."""
+    remedy = (
+        "needs tool_choice=required, or a response_format: nothing else binds the model's calls"
+    )
+    if count == "one":
+        raise ParameterError("parallel_tool_calls", f"parallel_tool_calls=false {remedy}")
+    for number, tool in enumerate(tools):
+        if tool["function"].get("strict"):
+            raise ParameterError("tools", f"tools[{number}].function.strict {remedy}")
 
 
 def _named(choice: str | dict[str, Any]) -> str:

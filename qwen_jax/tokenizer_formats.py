@@ -4,15 +4,13 @@ They are tokenizer.json, vocab.json + merges.txt, a tiktoken rank file or a Sent
 the tokenizer_config.json that may lie beside any of them.
 """
 
-import base64
-import binascii
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import tokenizer_backends
+from qwen_jax import tokenizer_backends, tokenizer_ranks
 from qwen_jax.tokenizer_backends import Backend, ByteLevelBPE, SentencePiece
 
 
@@ -309,80 +307,16 @@ def _read_vocab_merges(folder: Path, named: _Named) -> _Read:
 
 
 def _read_tiktoken(path: Path, named: _Named) -> _Read:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(
-                f"{path}:{number}: {line!r} is not a base64 token and a rank"
-            ) from None
-    if len(set(ranks.values())) != len(ranks):
-        raise ValueError(f"{path}: two tokens share one rank")
+    ranks = tokenizer_ranks.read(path)
     vocabulary = {tokenizer_backends.bytes_to_token(token): rank for token, rank in ranks.items()}
-    missing = [char for char in tokenizer_backends.byte_alphabet() if char not in vocabulary]
-    if missing:  # every rank file begins with them
-        raise ValueError(
-            f"{path}: {len(missing)} of the 256 byte tokens are missing, the first is "
-            f"{missing[0]!r}; this is not a whole rank file"
-        )
-    merges = merges_from_ranks(ranks, name=str(path))
+    merges = tokenizer_ranks.merges(ranks, name=str(path))
     content = tokenizer_backends.byte_level_json(vocabulary=vocabulary, merges=merges)
     backend = _byte_level(content, name=str(path))
     for token, rank in ranks.items():
         # The only cut of a token may still be one that merging never reaches.
         if not backend.is_reachable(tokenizer_backends.bytes_to_token(token)):
-            raise ValueError(_not_ranks(str(path), token, rank))
+            raise ValueError(tokenizer_ranks.no_merge(str(path), token, rank))
     return backend, [] if named else _qwen_control_tokens(vocabulary)
-
-
-def merges_from_ranks(ranks: Mapping[bytes, int], *, name: str) -> list[tuple[str, str]]:
-    """Recover the merge that made each token of a tiktoken rank file.
-
-    Encoding a token with only the tokens of lower rank leaves exactly the two parts that were
-    merged into it, for a merge is learned after its parts. Mostly a token has only one cut into two
-    tokens of lower rank, which then needs no encoding. Raises `ValueError` where there is none.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        cuts = [
-            (token[:i], token[i:])
-            for i in range(1, len(token))
-            if ranks.get(token[:i], rank) < rank and ranks.get(token[i:], rank) < rank
-        ]
-        parts = cuts[0] if len(cuts) == 1 else _encode_below(token, rank=rank, ranks=ranks)
-        if len(parts) != 2:
-            raise ValueError(_not_ranks(name, token, rank))
-        left, right = map(tokenizer_backends.bytes_to_token, parts)
-        merges.append((left, right))
-    return merges
-
-
-def _not_ranks(name: str, token: bytes, rank: int) -> str:
-    return (
-        f"{name}: token {token!r} of rank {rank} is not made of two tokens of lower rank; the file "
-        "is damaged, or not the ranks of a byte-pair encoding"
-    )
-
-
-def _encode_below(token: bytes, *, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Merge the bytes of `token`, lowest rank first, by tokens whose rank is below `rank`."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        best, best_rank = -1, rank
-        for i in range(len(parts) - 1):
-            pair_rank = ranks.get(parts[i] + parts[i + 1], rank)
-            if pair_rank < best_rank:
-                best, best_rank = i, pair_rank
-        if best < 0:
-            break
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
 
 
 def _read_sentencepiece(path: Path, named: _Named) -> _Read:

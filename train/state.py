@@ -11,13 +11,12 @@ A step's folder appears under its name when everything in it is written; what a 
 behind has another name, is not looked at, and is removed at the next start.
 
 A save takes one copy of this process's shards to host memory, and training goes on while that is
-written. What writing needs beside it is bounded (`in_flight`). A second save waits for the first.
+written. A second save waits for the first.
 """
 
 import contextlib
 import errno
 import functools
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from train.step import State
 
 FORMAT = 1
 _CHUNK_BYTES = 256 * 2**20
-_IN_FLIGHT_BYTES = 256 * 2**20
 _STACKS = ("layers", "dense_layers")
 _KEYS = ("key", "idx", "name")  # of a dictionary, a sequence, an attribute
 
@@ -72,8 +70,8 @@ class Store:
             enable_async_checkpointing=True,
         )
         handlers = {
-            "params": _handler(like.params),
-            "optimizer": _handler(like.optimizer),
+            "params": _handler(),
+            "optimizer": _handler(),
             "data": ocp.JsonCheckpointHandler(),
             "model": ocp.JsonCheckpointHandler(),
         }
@@ -226,18 +224,6 @@ def explain_full_disk(output: Path) -> Iterator[None]:
     )
 
 
-def in_flight(like) -> int:
-    """Bytes that may be read or written at one time beside the state: two of the largest shards.
-
-    At least 256 MiB. Orbax's own limit is 96 GB, which is none: while stacked layers are cut into
-    chunks, the whole state is in memory once more.
-    """
-    leaves = jax.tree.leaves(like)
-    shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    largest = max(n * leaf.dtype.itemsize for n, leaf in zip(shards, leaves, strict=True))
-    return max(2 * largest + 1, _IN_FLIGHT_BYTES)
-
-
 def checksums(state: State, **json_values: dict) -> dict[str, dict[str, int]]:
     """Of every array by the name it is stored under: the sum of its words modulo 2^32.
 
@@ -279,16 +265,9 @@ def _parts(state: State) -> dict[str, dict]:
     return {"params": state.params, "optimizer": optimizer}
 
 
-def _handler(like) -> ocp.PyTreeCheckpointHandler:
-    """For trees like `like`. Compressing float32 weights takes more time than it saves space."""
-    bound = in_flight(like)
-    # Read are whole chunks, and those of another mesh may be larger than this one's shards.
-    whole = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    return ocp.PyTreeCheckpointHandler(
-        use_compression=False,
-        save_concurrent_gb=bound / 1e9,
-        restore_concurrent_gb=max(bound, 2 * whole + 1) / 1e9,
-    )
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Compressing float32 weights takes more time than it saves space.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 def _restore_args(like) -> ocp.args.PyTreeRestore:

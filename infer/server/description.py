@@ -78,7 +78,12 @@ _TOOL: Schema = {
         "type": {"const": "function"},
         "function": {
             "type": "object",
-            "properties": {"name": _TEXT, "description": _TEXT, "parameters": _OBJECT},
+            "properties": {
+                "name": _TEXT,
+                "description": _TEXT,
+                "parameters": _OBJECT,
+                "strict": _BOOLEAN,
+            },
             "required": ["name"],
         },
     },
@@ -152,6 +157,7 @@ def bodies(model_name: str) -> dict[str, Schema]:
                 "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
                 "tools": {"type": "array", "items": _TOOL},
                 "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]},
+                "parallel_tool_calls": _BOOLEAN,
                 "max_completion_tokens": _integer(1),
                 "logprobs": _BOOLEAN,
                 "top_logprobs": _integer(0, schema.MOST_LOGPROBS),

@@ -1,6 +1,7 @@
 """A tiny random model with a byte tokenizer, ready to continue text."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,4 +38,20 @@ def loaded() -> loading.Loaded:
         defaults=schema.Sampling(max_tokens=12, temperature=0.0),
         eos_ids=(5, *words.eos_ids),
         dtype=jnp.float32,
+    )
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory, loaded) -> Path:
+    """Another model of the same shape, as a Hugging Face folder with tokenizer and defaults."""
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package)
+    from tests import hf_folder
+
+    return hf_folder.write(
+        tmp_path_factory.mktemp("models") / "random",
+        dataclasses.replace(loaded.cfg, eos_token_ids=(256,), bos_token_id=None, pad_token_id=256),
+        tokenizer=loaded.tokenizer,
+        generation={"do_sample": False, "eos_token_id": [256, 7], "max_new_tokens": 20},
+        initializer_range=0.3,
     )

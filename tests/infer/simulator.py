@@ -1,128 +1,19 @@
 """Drives a scheduler and a page table with a device that only pretends, and checks every step.
 
-The device's "keys and values" of a position are a hash of all tokens up to it, and the next token
-is made of that hash. So a page that was given to two, read before it was written or written after
-it was shared shows as a cell that is not what the request's own tokens make of it, and an answer
-can be compared with the same request's alone.
-
 What traffic costs in padding is measured by `benchmarks/scheduling.py`.
 """
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from configs import schema
 from infer import scheduler as scheduler_lib
 from infer.page_table import PageTable
 from infer.request import Request
-from infer.scheduler import Chunk, Decode, Prefill, Scheduler
-
-VOCABULARY = 1000
-END = 7  # drawn once in VOCABULARY / ENDS tokens, on average
-ENDS = 40
-
-
-def chain(tokens: Iterable[int], *, start: int = 0) -> list[int]:
-    """The hash of all tokens up to each position."""
-    hashes = []
-    for token in tokens:
-        start = hash((start, token))
-        hashes.append(start)
-    return hashes
-
-
-def draw(state: int) -> int:
-    """The token that follows."""
-    token = state % VOCABULARY
-    return END if token < ENDS else token
-
-
-def alone(request: Request) -> tuple[int, ...]:
-    """What the device answers to this request."""
-    state = chain(request.tokens)[-1]
-    answer: list[int] = []
-    while len(answer) < request.sampling.max_tokens and END not in answer[-1:]:
-        answer.append(draw(state))
-        state = hash((state, answer[-1]))
-    return tuple(answer)
-
-
-@dataclass
-class _Row:
-    """A slot on the device: its cells so far, what it drew, and how much more it may draw."""
-
-    request: Request
-    pages: tuple[int, ...]
-    hashes: list[int]
-    last: int
-    left: int
-
-
-class Device:
-    """Pages of cells, and a row of state for each slot. Programs run as soon as they are given."""
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.cells: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
-        self.rows: dict[int, _Row] = {}
-        self.written: set[int] = set()  # pages that the last program wrote
-
-    def prefill(self, program: Prefill) -> dict[int, list[int]]:
-        """Tokens drawn by slot."""
-        self.written = set()
-        return {chunk.slot: self._read(chunk) for chunk in program.chunks if self._write(chunk)}
-
-    def _write(self, chunk: Chunk) -> bool:
-        hashes = chain(chunk.request.tokens[: chunk.start + len(chunk.tokens)])
-        assert chunk.tokens == chunk.request.tokens[chunk.start : len(hashes)]
-        self._check(chunk.pages, hashes[: chunk.start])
-        for position in range(chunk.start, len(hashes)):
-            self._put(chunk.pages, position, hashes[position])
-        return chunk.is_last
-
-    def _read(self, chunk: Chunk) -> list[int]:
-        request = chunk.request
-        hashes = chain(request.tokens)
-        self._check(chunk.pages, hashes)
-        if request.sampling.max_tokens == 0:
-            self.rows.pop(chunk.slot, None)
-            return []
-        token = draw(hashes[-1])
-        left = 0 if token == END else request.sampling.max_tokens - 1
-        self.rows[chunk.slot] = _Row(request, chunk.pages, hashes, token, left)
-        return [token]
-
-    def decode(self, program: Decode) -> dict[int, list[int]]:
-        self.written = set()
-        drawn: dict[int, list[int]] = {}
-        for slot in program.slots:
-            row = self.rows[slot]
-            drawn[slot] = []
-            for _ in range(min(program.num_steps, row.left)):
-                row.hashes.append(hash((row.hashes[-1], row.last)))
-                self._put(row.pages, len(row.hashes) - 1, row.hashes[-1])
-                row.last = draw(row.hashes[-1])
-                drawn[slot].append(row.last)
-                row.left -= 1
-                if row.last == END:
-                    row.left = 0
-                    break
-            self._check(row.pages, row.hashes)
-        return drawn
-
-    def _put(self, pages: Sequence[int], position: int, value: int) -> None:
-        page = pages[position // self.page_size]
-        self.written.add(page)
-        self.cells[page][position % self.page_size] = value
-
-    def _check(self, pages: Sequence[int], hashes: Sequence[int]) -> None:
-        for i, first in enumerate(range(0, len(hashes), self.page_size)):
-            expected = hashes[first : first + self.page_size]
-            assert self.cells[pages[i]][: len(expected)] == expected, (
-                f"page {pages[i]} holds another's"
-            )
+from infer.scheduler import Decode, Prefill, Scheduler
+from tests.infer import pretended
 
 
 @dataclass
@@ -173,7 +64,7 @@ class Simulation:
             granularity=scheduler_lib.granularity(settings),
         )
         self.scheduler = Scheduler(settings, self.pages)
-        self.device = Device(num_pages, settings.page_size)
+        self.device = pretended.Device(num_pages, settings.page_size)
         self.lag = lag
         self.report = Report()
         self.unread: deque[dict[str, tuple[int, list[int]]]] = deque()
@@ -307,7 +198,7 @@ class Simulation:
                 continue
             answer = self.tokens[id]
             answer += tokens
-            if END in answer[-1:] or len(answer) == self.requests[id].sampling.max_tokens:
+            if pretended.END in answer[-1:] or len(answer) == self.requests[id].sampling.max_tokens:
                 self.report.answers[id] = tuple(answer)
                 del self.tokens[id]
                 self.scheduler.finished(slot)
@@ -333,7 +224,7 @@ class Simulation:
         assert self.pages.free_pages + self.pages.cached_pages == self.pages.num_pages
         assert len(self.report.answers) + len(self.report.cancelled) == len(self.requests)
         for id, answer in self.report.answers.items():
-            assert answer == alone(self.requests[id]), id
+            assert answer == pretended.alone(self.requests[id]), id
 
 
 def audit(pages: PageTable, reservations: Sequence) -> None:
@@ -376,7 +267,7 @@ def traffic(
     """Requests of random lengths in random bursts; some begin alike, some give up, some score."""
     rng = random.Random(seed)
     shared = [
-        tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest)))
+        tuple(rng.randrange(pretended.VOCABULARY) for _ in range(rng.randint(1, longest)))
         for _ in range(prefixes)
     ]
     jobs, step = [], 0
@@ -384,7 +275,7 @@ def traffic(
         if rng.random() > burst:
             step += rng.randint(0, 6)
         length = 1 + int((longest - 1) * rng.random() ** 2)
-        tokens = tuple(rng.randrange(VOCABULARY) for _ in range(length))
+        tokens = tuple(rng.randrange(pretended.VOCABULARY) for _ in range(length))
         if rng.random() < 0.6:
             prefix = rng.choice(shared)
             cut = rng.choice((len(prefix), rng.randint(1, len(prefix))))

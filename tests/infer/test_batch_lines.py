@@ -1,7 +1,14 @@
 """What a line of a job may hold, and the record that answers it."""
 
+import dataclasses
+import json
+
 import pytest
 
+from configs import schema
+from infer import batch_lines
+from infer.batch_files import Line
+from infer.constraints_spec import ConstraintSpec
 from tests.infer import fake_engine
 from tests.infer.jobs import CHAT, COMPLETION, MIXED, TURNS, VECTORS, by_id, openai, run
 
@@ -106,3 +113,23 @@ def test_calls_of_tools_are_split_off(tmp_path):
     [choice] = record["response"]["body"]["choices"]
     assert choice["message"]["tool_calls"] == [{"called": "call"}]
     assert choice["finish_reason"] == "tool_calls"
+
+
+def test_a_form_beside_tools_leaves_the_calls():
+    tool = {"type": "function", "function": {"name": "weather"}}
+    terms = batch_lines.Terms(service=fake_engine.service(), settings=schema.Sampling())
+
+    def job(**more):
+        return batch_lines.job(Line(1, "id", "here", {"guided_regex": "a+", **more}), terms)
+
+    form = ConstraintSpec("regex", "a+")
+    calls = ConstraintSpec("tool_calls", json.dumps([tool["function"]]))
+    [request] = job(messages=TURNS, tools=[tool]).requests
+    assert request.constraint == dataclasses.replace(form, alternative=calls)
+    for more in ({}, {"tools": []}):
+        assert job(messages=TURNS, **more).requests[0].constraint == form
+    with pytest.raises(ValueError, match="tools need messages"):
+        job(prompt="p", tools=[tool])
+    for wrong in ({}, 3, {"function": {"name": 3}}):
+        with pytest.raises(ValueError, match=r"tools\[1\] is no function"):
+            job(messages=TURNS, tools=[tool, wrong])

@@ -1,7 +1,6 @@
 """Defaults of a checkpoint, control tokens in prompts, and chats."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -88,44 +87,14 @@ def test_text_leaves_out_the_end_token(loaded, service):
     assert got.text == service.tokenizer.decode(free.token_ids[:count], skip_special=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, loaded):
-    """A Hugging Face folder with random weights, a tokenizer and sampling defaults."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    cfg, path = loaded.cfg, tmp_path_factory.mktemp("hf")
-    config = transformers.Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        head_dim=cfg.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        max_position_embeddings=cfg.max_position_embeddings,
-        eos_token_id=256,
-        bos_token_id=None,
-        pad_token_id=256,
-    )
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    loaded.tokenizer.save(path)
-    said = {"do_sample": False, "eos_token_id": [256, 7], "max_new_tokens": 20}
-    (path / "generation_config.json").write_text(json.dumps(said))
-    return path
-
-
-def test_a_hugging_face_folder_generates_as_transformers_does(folder):
+def test_a_hugging_face_folder_generates_as_transformers_does(hf_folder):
     import torch
     import transformers
 
-    loaded = loading.load_model(folder, dtype="float32")
+    loaded = loading.load_model(hf_folder, dtype="float32")
     assert loaded.defaults == schema.Sampling(temperature=0.0, max_tokens=20)
     assert loaded.eos_ids == (256, 7)
-    network = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = transformers.Qwen2ForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)
     service = loading.serve(loaded, settings=ALONE)
     for prompt in ("hello", "a few words", "Zug"):
         answer = generate.stream(service, prompt, settings=loaded.defaults, write=write)
@@ -134,15 +103,15 @@ def test_a_hugging_face_folder_generates_as_transformers_does(folder):
         assert list(answer.token_ids) == want[0, ids.shape[1] :].tolist()
 
 
-def test_dtype_and_missing_parts_are_honoured(folder, tmp_path):
-    loaded = loading.load_model(folder, dtype="bfloat16")
+def test_dtype_and_missing_parts_are_honoured(hf_folder, tmp_path):
+    loaded = loading.load_model(hf_folder, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype("bfloat16")}
     service = loading.serve(loaded, settings=ALONE)
     assert generate.stream(service, "hello", settings=loaded.defaults, write=write).token_ids
     with pytest.raises(ValueError, match="not a folder"):
         loading.load_model(tmp_path / "nowhere")
     bare = tmp_path / "bare"
-    shutil.copytree(folder, bare)
+    shutil.copytree(hf_folder, bare)
     (bare / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
         loading.load_model(bare)
@@ -151,6 +120,6 @@ def test_dtype_and_missing_parts_are_honoured(folder, tmp_path):
     assert again.defaults == schema.Sampling() and again.eos_ids == (256,)
 
 
-def test_a_mesh_that_does_not_divide_is_refused(folder):
+def test_a_mesh_that_does_not_divide_is_refused(hf_folder):
     with pytest.raises(ValueError, match="tensor=3|needs a total of 3 devices"):
-        loading.load_model(folder, mesh=schema.Mesh(fsdp=1, tensor=3))
+        loading.load_model(hf_folder, mesh=schema.Mesh(fsdp=1, tensor=3))

@@ -14,6 +14,7 @@ from infer.constraints_spec import ConstraintSpec
 DEFAULTS = schema.Sampling(max_tokens=99, temperature=0.7, top_k=20, top_p=0.8, seed=11)
 TURNS = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+STRICT = {"type": "function", "function": {"name": "x", "strict": True}}
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
 
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
@@ -145,6 +146,30 @@ def test_calls_of_tools_can_be_forced():
         assert (request.constraint, request.tools) == (want, tuple(tools))
 
 
+@pytest.mark.parametrize(("body", "form"), [case for case in CONSTRAINTS if case[1]])
+def test_calls_beside_a_form(body, form):
+    calls = ConstraintSpec("tool_calls", json.dumps([TOOL["function"], {"name": "x"}]))
+    either = dataclasses.replace(form, alternative=calls)
+    one = dataclasses.replace(calls, kind="tool_call")
+    for more, want in (
+        ({}, either),
+        ({"tool_choice": "auto"}, either),
+        ({"parallel_tool_calls": False}, dataclasses.replace(form, alternative=one)),
+        ({"tool_choice": "none"}, form),
+        ({"tools": []}, form),
+    ):
+        [request] = chat(**{"tools": [TOOL, STRICT], **body, **more}).requests
+        tools = (TOOL, STRICT) if want.alternative else None
+        assert (request.constraint, request.tools) == (want, tools)
+
+
+def test_strict_tools_are_taken_where_calls_are_bound():
+    for choice in ("required", named("x"), "none"):
+        chat(tools=[TOOL, STRICT], tool_choice=choice)
+    with pytest.raises(parameters.ParameterError, match=r"tools\[1\].*tool_choice=required"):
+        chat(tools=[TOOL, STRICT])
+
+
 BAD = [
     ("both", {"temperature": "hot"}, "temperature"),
     ("both", {"temperature": True}, "temperature"),
@@ -193,7 +218,7 @@ BAD = [
     ("chat", {"logprobs": 3}, "logprobs"),
     ("chat", {"logprobs": True, "top_logprobs": 21}, "logprobs"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
-    ("chat", {"tools": [{**TOOL, "function": {"name": "x", "strict": True}}]}, "tools"),
+    ("chat", {"tools": [TOOL, STRICT]}, "tools"),
     ("chat", {"tool_choice": "required"}, "tool_choice"),
     ("chat", {"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
     ("chat", {"tools": [TOOL], "tool_choice": named("other")}, "tool_choice"),

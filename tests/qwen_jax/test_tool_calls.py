@@ -120,6 +120,18 @@ def test_what_is_written_is_read(content, made):
         assert ToolCall(function["name"], json.loads(function["arguments"])) == call
 
 
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    texts=st.lists(answers | st.sampled_from(["name", "f", "arguments"]), max_size=8),
+    separators=st.sampled_from([(", ", ": "), (",", ":"), (",\n", ":\n")]),
+)
+def test_json_is_no_call_whatever_its_strings_are(texts, separators):
+    pairs = dict(zip(texts, texts[1:], strict=False))
+    for value in (texts, pairs, [pairs, texts]):
+        text = json.dumps(value, ensure_ascii=False, separators=separators)
+        assert tool_calls.split(text) == (text, [])
+
+
 def test_text_comes_as_soon_as_it_is_certain():
     parser = tool_calls.Parser()
     assert parser.push("Look <tool") == ["Look "]

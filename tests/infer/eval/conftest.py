@@ -1,5 +1,7 @@
 """A tiny model in a folder, and tasks of lm-evaluation-harness over a local file."""
 
+import shutil
+
 import pytest
 
 from tests.infer.eval import data
@@ -43,30 +45,10 @@ filter_list:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, loaded):
-    """A tiny random model as transformers saves it, with a tokenizer and a chat template."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    cfg, path = loaded.cfg, tmp_path_factory.mktemp("model")
-    config = transformers.Qwen2Config(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        head_dim=cfg.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        max_position_embeddings=256,
-        eos_token_id=256,
-        bos_token_id=None,
-        pad_token_id=256,
-    )
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    loaded.tokenizer.save(path)
+def model_folder(tmp_path_factory, hf_folder):
+    """It ends at its config's end token alone, the only one that the harness heeds."""
+    path = shutil.copytree(hf_folder, tmp_path_factory.mktemp("model") / "random")
+    (path / "generation_config.json").unlink()
     return path
 
 

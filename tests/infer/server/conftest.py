@@ -97,17 +97,18 @@ def running_server(
     words: Tokenizer,
     *,
     engine: Engine | None = None,
+    service: Service | None = None,
     warm_up: Callable[[], object] = lambda: None,
     api_key: str | None = None,
     compile_constraint: Callable[[ConstraintSpec], Constraint] | None = None,
     **settings,
 ) -> Iterator[Client]:
-    engine = engine or Engine(words)
-    defaults = schema.Sampling(max_tokens=8)
-    service = Service(
+    """Over `service`, or over one of the engine."""
+    engine = service.engine if service else engine or Engine(words)
+    service = service or Service(
         engine,
         tokenizer=words,
-        defaults=defaults,
+        defaults=schema.Sampling(max_tokens=8),
         bos_id=words.eos_ids[0],
         compile_constraint=compile_constraint,
     )
@@ -115,7 +116,7 @@ def running_server(
         service,
         settings=serving.Serve(**settings),
         model_name="tiny",
-        num_slots=engine.num_slots,
+        num_slots=getattr(engine, "num_slots", 4),
         warm_up=warm_up,
         api_key=api_key,
     )

@@ -1,7 +1,6 @@
 """The command itself, over a real engine and a model on disk."""
 
 import dataclasses
-import json
 import re
 import signal
 import subprocess
@@ -26,25 +25,6 @@ ENGINE = schema.Engine(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, words) -> Path:
-    """A Hugging Face folder with random weights."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("models") / "random"
-    config = transformers.Qwen2Config(
-        vocab_size=288, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-        initializer_range=0.3, tie_word_embeddings=True, eos_token_id=256, bos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, pad_token_id=256,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    words.save(path)
-    said = {"do_sample": False, "eos_token_id": [256, 7], "max_new_tokens": 20}
-    (path / "generation_config.json").write_text(json.dumps(said))
-    return path
-
-
 def _alone(folder: Path, prompts: list[str]) -> list[str]:
     """Answers of the model without engine, pages and server, one at a time."""
     loaded = dataclasses.replace(
@@ -63,13 +43,13 @@ def _alone(folder: Path, prompts: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_command_serves_a_model(folder):
+def test_command_serves_a_model(hf_folder):
     flags = [
         f"--engine.{field.name.replace('_', '-')}={getattr(ENGINE, field.name)}"
         for field in dataclasses.fields(schema.Engine)
         if field.default != getattr(ENGINE, field.name)
     ]
-    command = [sys.executable, "-m", "qwen_jax.cli", "serve", "--model", str(folder), "--port=0",
+    command = [sys.executable, "-m", "qwen_jax.cli", "serve", "--model", str(hf_folder), "--port=0",
                "--dtype=float32", *flags]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     try:
@@ -81,7 +61,7 @@ def test_command_serves_a_model(folder):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=100)
         prompts = ["hello", "a few words", "Zug"]
         answer = client.completions.create(model="random", prompt=prompts)
-        assert [c.text for c in answer.choices] == _alone(folder, prompts)
+        assert [c.text for c in answer.choices] == _alone(hf_folder, prompts)
         pieces = client.completions.create(model="random", prompt="hello", stream=True)
         assert "".join(c.choices[0].text for c in pieces) == answer.choices[0].text
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes"]}}}

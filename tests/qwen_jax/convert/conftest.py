@@ -1,4 +1,4 @@
-"""Small Hugging Face folders, made with transformers, and what is needed to look into them."""
+"""Small Hugging Face folders, and what is needed to look into them."""
 
 import dataclasses
 import json
@@ -8,10 +8,9 @@ import ml_dtypes  # noqa: F401  (lets numpy know bfloat16)
 import numpy as np
 import pytest
 import safetensors
-import torch
-import transformers
 
-from configs import huggingface, schema
+from configs import schema
+from tests import hf_folder
 
 TINY = schema.Model(
     name="hf", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -22,15 +21,14 @@ TINY = schema.Model(
 
 def make(folder: Path, *, dtype="bfloat16", max_shard_size="5GB", seed=0, **changes) -> Path:
     """A folder that transformers saves; biases and norms are random too, unlike at its start."""
-    model = dataclasses.replace(TINY, **changes)
-    config = transformers.Qwen2Config(**huggingface.write_model(model, dtype=dtype))
-    torch.manual_seed(seed)
-    reference = transformers.Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter))
-    reference.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    hf_folder.write(
+        folder,
+        dataclasses.replace(TINY, **changes),
+        dtype=dtype,
+        seed=seed,
+        drawn=hf_folder.vectors,
+        max_shard_size=max_shard_size,
+    )
     (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
     return folder
 

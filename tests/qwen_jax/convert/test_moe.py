@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from configs import huggingface, schema
+from configs import schema
 from qwen_jax import checkpoint, model
 from qwen_jax.convert import exporter, importer, plan, store, table
+from tests import hf_folder
 
 MOE = schema.MoE(
     num_experts=6,
@@ -24,16 +25,9 @@ MOE = schema.MoE(
 
 
 def make(hf, folder: Path, moe: schema.MoE = MOE, *, dtype: str = "bfloat16") -> Path:
-    """A folder that transformers saves; vectors are random too."""
+    """A folder that transformers saves, everything in it random."""
     cfg = dataclasses.replace(hf.tiny, moe=moe)
-    torch.manual_seed(0)
-    config = transformers.Qwen2MoeConfig(**huggingface.write_model(cfg, dtype=dtype))
-    reference = transformers.Qwen2MoeForCausalLM(config)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    reference.to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
+    return hf_folder.write(folder, cfg, dtype=dtype, drawn=lambda parameter: True)
 
 
 def flat(path, **options) -> dict[str, np.ndarray]:
