@@ -2,9 +2,9 @@
 
 Reading is what takes time. A warp reads its tiles' words as they lie, 128 bytes at a time and a
 round ahead of those that it multiplies; a word becomes matrix units' operands in a few
-instructions (`words.assembly`), so that the warps can ask for memory all the while. One row takes
-as long as eight. Halves of bytes are multiplied as 128 + n; what the 128 adds, a multiple of the
-sum of the row's inputs, is taken off for each group of inputs.
+instructions (`words.assembly`), so that the warps can ask for memory all the while. Halves of bytes
+are multiplied as 128 + n; what the 128 adds, a multiple of the sum of the row's inputs, is taken
+off for each group of inputs.
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -34,8 +34,10 @@ class Tuning:
     words: int = 8
 
 
-def choose(q: QuantArray) -> Tuning:
+def choose(q: QuantArray, *, rows: int) -> Tuning:
     """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md)."""
+    if rows > 1:
+        return Tuning(warps=4, tiles=2)
     if q.num_groups > 1 and q.num_inputs > 8192:
         return Tuning(warps=16, tiles=1, words=8)
     return Tuning(warps=8, tiles=1, words=4)
@@ -64,7 +66,7 @@ def multiply(
 
     `q.order` must have been applied to x. interpret: None where there is no GPU.
     """
-    tuning = tuning or choose(q)
+    tuning = tuning or choose(q, rows=x_RC.shape[0])
     (R, C), O = x_RC.shape, q.values.shape[0]  # noqa: E741
     tile, steps = words.tile(q.format), C // words.inputs(q.format)
     of_group = q.group_size // words.inputs(q.format)
