@@ -7,7 +7,7 @@ adds them, so that a row's cutoff depends on that row alone.
 
 Ties with a cutoff are all kept, where a sort would keep those that it happens to put first.
 
-On a GPU a kernel searches (`cutoffs_gpu.py`), and finds the same cutoffs to the bit.
+On a GPU a kernel searches for many rows (`cutoffs_gpu.py`), and finds the same to the bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ Implementation = Literal["passes", "kernel"]
 
 _BITS = 4  # of the cutoff that a pass over the scores finds
 _LIMB = cutoffs_gpu.LIMB
+_FEW_ROWS = 4  # the kernel has a multiprocessor a row: with fewer rows, too few of them work
 
 
 def find(
@@ -36,12 +37,9 @@ def find(
     """The smallest score that top-k, then top-p of what that left, and min-p all keep, [B].
 
     Rows with top_k 0, top_p 1 and min_p 0 keep all: -inf. What no row asks for is not computed.
-    implementation: "kernel" by default on a GPU, "passes" elsewhere; the results are the same.
-    tuning: the kernel's.
+    implementation: None chooses; the results are the same. tuning: the kernel's.
     """
-    if implementation is None:
-        implementation = "kernel" if jax.default_backend() == "gpu" else "passes"
-    kernel = implementation == "kernel"
+    kernel = (implementation or choose(rows=scores_BV.shape[0])) == "kernel"
     best_B = jnp.max(scores_BV, axis=-1)
     all_B = jnp.full_like(best_B, -jnp.inf)
     some_k_B, some_p_B = top_k_B > 0, top_p_B < 1.0
@@ -69,6 +67,11 @@ def find(
     )
     # log(0) = -inf keeps all.
     return jnp.maximum(jnp.maximum(kth_B, nucleus_B), best_B + jnp.log(min_p_B))
+
+
+def choose(*, rows: int) -> Implementation:
+    """What finds the cutoffs of so many rows fastest here."""
+    return "kernel" if jax.default_backend() == "gpu" and rows >= _FEW_ROWS else "passes"
 
 
 def _kth(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
@@ -146,9 +149,7 @@ def _nucleus_by_kernel(
     tops_B = _tops(best_B)
     # Below these lies no weight.
     least_B = jnp.maximum(kth_B, best_B - cutoffs_gpu.REACH)
-    lows_B = jnp.where(
-        jnp.isfinite(best_B), cutoffs_gpu.to_keys(least_B), jnp.iinfo(jnp.int32).min
-    )
+    lows_B = jnp.where(jnp.isfinite(best_B), cutoffs_gpu.to_keys(least_B), jnp.iinfo(jnp.int32).min)
     keys_B = cutoffs_gpu.largest(
         scores_BV,
         weights_BV,

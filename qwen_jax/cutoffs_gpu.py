@@ -28,21 +28,27 @@ LIMB = 14  # bits of a weight that are summed in one number: 2^18 weights cannot
 REACH = 21.0  # below the best score by this, a weight in units of 2^-28 is 0
 
 _FEW_TURNS = 3  # with pivots among scores
+_LISTED = 4  # entries of a lane's list that are on their way at a time: most lists are short
 _LEAST, _MOST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Powers of two; `benchmarks/cutoffs.py` compares them.
+    """Powers of two; `benchmarks/sampling.py` compares some.
 
-    width: lanes, which read one piece of a row; pieces: that are on their way at a time.
+    warps: of a program, with 32 lanes each; pieces: of a number a lane, on their way at a time;
+    depth: of a lane's list.
     """
 
-    width: int = 512
+    warps: int = 8
     pieces: int = 8
     pivots: int = 8
-    depth: int = 32
-    warps: int = 8
+    depth: int = 64
+
+    @property
+    def lanes(self) -> int:
+        """One a thread: with more, Triton would pass what is to be listed between threads."""
+        return 32 * self.warps
 
 
 def largest(
@@ -67,7 +73,7 @@ def largest(
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
     compiler = triton.CompilerParams(num_warps=tuning.warps, num_stages=1)
     weighted = weights_BV is not None
-    listed = jax.ShapeDtypeStruct((B, tuning.depth, tuning.width), jnp.int32)
+    listed = jax.ShapeDtypeStruct((B, tuning.depth, tuning.lanes), jnp.int32)
     found_B, *_ = pl.pallas_call(
         functools.partial(_kernel, weighted=weighted, barrier=not interpret, tuning=tuning),
         grid=(B,),
@@ -106,140 +112,177 @@ class _Interval:
     base: tuple[jax.Array, ...]
 
 
-jax.tree_util.register_dataclass(_Interval, ["low", "top", "base"], [])
+@dataclass(frozen=True)
+class _List:
+    """ready: whether it holds all keys of the interval. held_1W: entries of the lanes."""
 
-# What a source gives of its i-th round: keys, weights (None if all are 1) and whether they count,
-# each [1, W], for every piece.
-_Read = Callable[[jax.Array, _Interval], list[tuple[jax.Array, jax.Array | None, jax.Array]]]
+    ready: jax.Array
+    held_1W: jax.Array
+
+
+jax.tree_util.register_dataclass(_Interval, ["low", "top", "base"], [])
+jax.tree_util.register_dataclass(_List, ["ready", "held_1W"], [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Refs:
+    """Its row, what a program reads, and its list. Scores that are counted have no weights."""
+
+    row: jax.Array
+    scores_BV: jax.Array
+    weights_BV: jax.Array | None
+    keys_BDW: jax.Array
+    kept_BDW: jax.Array | None
+
+
+# What there is at the places of round i: keys, weights (None: all are 1) and whether they lie in
+# the interval, [1, W] each.
+_Items = list[tuple[jax.Array, jax.Array | None, jax.Array]]
+_Read = Callable[[jax.Array, _Interval], _Items]
 
 
 def _kernel(
     least_B, lows_B, tops_B, bounded_B, scores_BV, *refs, weighted: bool, barrier: bool, tuning
 ):
-    if weighted:
-        weights_BV, found_B, keys_BDW, kept_BDW = refs
-    else:
-        found_B, keys_BDW = refs
-        weights_BV = kept_BDW = None
-    b, V, W = pl.program_id(0), scores_BV.shape[1], tuning.width
-    lane_1W = jax.lax.broadcasted_iota(jnp.int32, (1, W), 1)
-    wanted, bounded = least_B[b], bounded_B[b]
-
-    def row(i: jax.Array, within: _Interval) -> list:
-        places = [(i * tuning.pieces + piece) * W + lane_1W for piece in range(tuning.pieces)]
-        scores = [triton.load(scores_BV.at[b, v], mask=v < V, other=-jnp.inf) for v in places]
-        keys = [to_keys(x_1W) for x_1W in scores]
-        inside = [
-            (v < V) & (key >= within.low) & (key <= within.top)
-            for v, key in zip(places, keys, strict=True)
-        ]
-        weights = [
-            triton.load(weights_BV.at[b, v], mask=here, other=0) if weighted else None
-            for v, here in zip(places, inside, strict=True)
-        ]
-        return list(zip(keys, weights, inside, strict=True))
-
-    def list_of(held_1W: jax.Array) -> _Read:
-        def read(i: jax.Array, within: _Interval) -> list:
-            items = []
-            for piece in range(tuning.pieces):
-                d = i * tuning.pieces + piece
-                there = d < held_1W
-                key = triton.load(keys_BDW.at[b, d, lane_1W], mask=there, other=0)
-                weight = None
-                if weighted:
-                    weight = triton.load(kept_BDW.at[b, d, lane_1W], mask=there, other=0)
-                items.append((key, weight, there & (key >= within.low) & (key <= within.top)))
-            return items
-
-        return read
-
-    def over(listed: jax.Array, held_1W: jax.Array, use: Callable[[jax.Array, _Read], tuple]):
-        """use(rounds, read) of the list, or else of the row."""
-        step = tuning.pieces
-        return jax.lax.cond(
-            listed,
-            lambda: use((jnp.max(held_1W) + step - 1) // step, list_of(held_1W)),
-            lambda: use(jnp.int32(pl.cdiv(V, step * W)), row),
-        )
-
-    def sift(within: _Interval, listed: jax.Array, held_1W: jax.Array):
-        """The interval, as far as there are keys in it; whether they are listed; lanes' lengths."""
-
-        def use(rounds: jax.Array, read: _Read) -> tuple:
-            def body(i, carry):
-                held_1W, least_1W, most_1W = carry
-                for key, weight, inside in read(i, within):
-                    at = keys_BDW.at[b, jnp.minimum(held_1W, tuning.depth - 1), lane_1W]
-                    fits = inside & (held_1W < tuning.depth)
-                    triton.store(at, key, mask=fits)
-                    if weighted:
-                        at = kept_BDW.at[b, jnp.minimum(held_1W, tuning.depth - 1), lane_1W]
-                        triton.store(at, weight, mask=fits)
-                    held_1W += inside.astype(jnp.int32)
-                    least_1W = jnp.minimum(least_1W, jnp.where(inside, key, _MOST))
-                    most_1W = jnp.maximum(most_1W, jnp.where(inside, key, _LEAST))
-                return held_1W, least_1W, most_1W
-
-            begin = [jnp.full((1, W), value, jnp.int32) for value in (0, _MOST, _LEAST)]
-            return jax.lax.fori_loop(0, rounds, body, tuple(begin))
-
-        held_1W, least_1W, most_1W = over(listed, held_1W, use)
-        if barrier:
-            triton.debug_barrier()  # a list is read by the threads that wrote it, or by others
-        low = jnp.maximum(within.low, jnp.min(least_1W))
-        top = jnp.minimum(within.top, jnp.max(most_1W))
-        return _Interval(low, top, within.base), jnp.max(held_1W) <= tuning.depth, held_1W
-
-    def weigh(pivots_P: jax.Array, within: _Interval, listed: jax.Array, held_1W: jax.Array):
-        """The sums at or above the pivots, [P] each."""
-
-        def use(rounds: jax.Array, read: _Read) -> tuple:
-            def body(i, sums):
-                for key, weight, inside in read(i, within):
-                    above_PW = key >= pivots_P[:, None]
-                    parts = _limbs(jnp.where(inside, 1 if weight is None else weight, 0), weighted)
-                    sums = [
-                        sum_PW + jnp.where(above_PW, part_1W, 0)
-                        for sum_PW, part_1W in zip(sums, parts, strict=True)
-                    ]
-                return tuple(sums)
-
-            zeros = jnp.zeros((tuning.pivots, W), jnp.int32)
-            sums = jax.lax.fori_loop(0, rounds, body, (zeros,) * (1 + weighted))
-            return tuple(jnp.sum(sum_PW, axis=1) for sum_PW in sums)
-
-        sums = over(listed, held_1W, use)
-        return tuple(base + sum_P for base, sum_P in zip(within.base, sums, strict=True))
+    weights_BV, found_B, keys_BDW, kept_BDW = refs if weighted else (None, *refs, None)
+    b = pl.program_id(0)
+    refs = _Refs(
+        row=b, scores_BV=scores_BV, weights_BV=weights_BV, keys_BDW=keys_BDW, kept_BDW=kept_BDW
+    )
+    wanted, bounded = least_B[b], bounded_B[b] > 0
+    sift = functools.partial(_sift, refs, barrier=barrier, tuning=tuning)
 
     def turn(carry):
-        low, top, base, least, listed, held_1W, number = carry
-        within, listed, held_1W = jax.lax.cond(
-            # Else the list is full long before the row's end.
-            (number > 0) | (bounded > 0),
-            lambda: sift(_Interval(low, top, base), listed, held_1W),
-            lambda: (_Interval(low, top, base), listed, held_1W),
-        )
+        within, least, listed, number = carry
+        # At first, the list would be full long before the row's end.
+        sifts = bounded | (number > 0)
+        within, listed = jax.lax.cond(sifts, sift, lambda *same: same, within, listed)
         pivots_P = _pivots(within, number, tuning.pivots)
-        sums = weigh(pivots_P, within, listed, held_1W)
+        sums = _weigh(refs, pivots_P, within, listed, tuning=tuning)
         wholes_P = _whole(sums)
         if weighted:
-            all_of_it = wanted * _pick(wholes_P, 0)
-            least = jnp.where(number == 0, all_of_it, least)
-        within = _between(pivots_P, sums, wholes_P >= least, within)
-        return within.low, within.top, within.base, least, listed, held_1W, number + 1
+            least = jnp.where(number == 0, wanted * _pick(wholes_P, 0), least)
+        return _between(pivots_P, sums, wholes_P >= least, within), least, listed, number + 1
 
     begin = (
-        lows_B[b],
-        tops_B[b],
-        (jnp.int32(0),) * (1 + weighted),
+        _Interval(lows_B[b], tops_B[b], (jnp.int32(0),) * (1 + weighted)),
         jnp.float32(1) if weighted else wanted,
-        jnp.bool_(False),
-        jnp.zeros((1, W), jnp.int32),
+        _List(jnp.bool_(False), jnp.zeros((1, tuning.lanes), jnp.int32)),
         jnp.int32(0),
     )
-    low, _, _, least, *_ = jax.lax.while_loop(lambda carry: carry[0] < carry[1], turn, begin)
-    found_B[b] = jnp.where(least > 0, low, _MOST)
+    within, least, *_ = jax.lax.while_loop(lambda carry: carry[0].low < carry[0].top, turn, begin)
+    found_B[b] = jnp.where(least > 0, within.low, _MOST)
+
+
+def _sift(
+    refs: _Refs, within: _Interval, listed: _List, *, barrier: bool, tuning: Tuning
+) -> tuple[_Interval, _List]:
+    """Lists the keys of the interval, which shrinks to where there are some."""
+    b, lane_1W = refs.row, _lanes(tuning)
+
+    def use(rounds: jax.Array, read: _Read) -> tuple:
+        def body(i, carry):
+            held_1W, least_1W, most_1W = carry
+            for key, weight, inside in read(i, within):
+                at = b, jnp.minimum(held_1W, tuning.depth - 1), lane_1W
+                fits = inside & (held_1W < tuning.depth)
+                triton.store(refs.keys_BDW.at[at], key, mask=fits)
+                if weight is not None:
+                    triton.store(refs.kept_BDW.at[at], weight, mask=fits)
+                held_1W += inside.astype(jnp.int32)
+                least_1W = jnp.minimum(least_1W, jnp.where(inside, key, _MOST))
+                most_1W = jnp.maximum(most_1W, jnp.where(inside, key, _LEAST))
+            return held_1W, least_1W, most_1W
+
+        none = tuple(jnp.full(lane_1W.shape, n, jnp.int32) for n in (0, _MOST, _LEAST))
+        return jax.lax.fori_loop(0, rounds, body, none)
+
+    # From the list to itself, too: a lane's end is behind what is read.
+    held_1W, least_1W, most_1W = _over(refs, listed, use, tuning=tuning)
+    if barrier:
+        triton.debug_barrier()  # nothing says that those who wrote an entry will read it
+    low = jnp.maximum(within.low, jnp.min(least_1W))
+    top = jnp.minimum(within.top, jnp.max(most_1W))
+    ready = jnp.max(held_1W) <= tuning.depth
+    return _Interval(low, top, within.base), _List(ready, held_1W)
+
+
+def _weigh(
+    refs: _Refs, pivots_P: jax.Array, within: _Interval, listed: _List, *, tuning: Tuning
+) -> tuple[jax.Array, ...]:
+    """The sums of all at or above the pivots, [P] each."""
+
+    def use(rounds: jax.Array, read: _Read) -> tuple:
+        def body(i, sums):
+            for key, weight, inside in read(i, within):
+                above_PW = key >= pivots_P[:, None]
+                here = jnp.where(inside, 1 if weight is None else weight, 0)
+                parts = [here] if weight is None else [here >> LIMB, here & (2**LIMB - 1)]
+                sums = tuple(
+                    sum_PW + jnp.where(above_PW, part_1W, 0)
+                    for sum_PW, part_1W in zip(sums, parts, strict=True)
+                )
+            return sums
+
+        zeros = jnp.zeros((tuning.pivots, tuning.lanes), jnp.int32)
+        sums = jax.lax.fori_loop(0, rounds, body, (zeros,) * len(within.base))
+        return tuple(jnp.sum(sum_PW, axis=1) for sum_PW in sums)
+
+    sums = _over(refs, listed, use, tuning=tuning)
+    return tuple(base + sum_P for base, sum_P in zip(within.base, sums, strict=True))
+
+
+def _over(
+    refs: _Refs, listed: _List, use: Callable[[jax.Array, _Read], tuple], *, tuning: Tuning
+) -> tuple:
+    """use(rounds, read) of the list, or of the row where that is not ready."""
+    V, few = refs.scores_BV.shape[1], min(_LISTED, tuning.pieces)
+    of_list = functools.partial(_of_list, refs, listed.held_1W, pieces=few, tuning=tuning)
+    of_row = functools.partial(_of_row, refs, tuning=tuning)
+    return jax.lax.cond(
+        listed.ready,
+        lambda: use((jnp.max(listed.held_1W) + few - 1) // few, of_list),
+        lambda: use(jnp.int32(pl.cdiv(V, tuning.pieces * tuning.lanes)), of_row),
+    )
+
+
+def _of_row(refs: _Refs, i: jax.Array, within: _Interval, *, tuning: Tuning) -> _Items:
+    b, V, lane_1W = refs.row, refs.scores_BV.shape[1], _lanes(tuning)
+    # All loads before any use: they are on their way together.
+    places = [(i * tuning.pieces + n) * tuning.lanes + lane_1W for n in range(tuning.pieces)]
+    keys = [
+        to_keys(triton.load(refs.scores_BV.at[b, v], mask=v < V, other=-jnp.inf)) for v in places
+    ]
+    items = []
+    for v, key in zip(places, keys, strict=True):
+        inside, weight = (v < V) & _contains(within, key), None
+        if refs.weights_BV is not None:
+            weight = triton.load(refs.weights_BV.at[b, v], mask=inside, other=0)
+        items.append((key, weight, inside))
+    return items
+
+
+def _of_list(
+    refs: _Refs, held_1W: jax.Array, i: jax.Array, within: _Interval, *, pieces: int, tuning: Tuning
+) -> _Items:
+    b, lane_1W = refs.row, _lanes(tuning)
+    items = []
+    for d in (i * pieces + n for n in range(pieces)):
+        there = d < held_1W
+        key = triton.load(refs.keys_BDW.at[b, d, lane_1W], mask=there, other=0)
+        weight = None
+        if refs.kept_BDW is not None:
+            weight = triton.load(refs.kept_BDW.at[b, d, lane_1W], mask=there, other=0)
+        items.append((key, weight, there & _contains(within, key)))
+    return items
+
+
+def _lanes(tuning: Tuning) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (1, tuning.lanes), 1)
+
+
+def _contains(within: _Interval, key: jax.Array) -> jax.Array:
+    return (key >= within.low) & (key <= within.top)
 
 
 def _pivots(within: _Interval, number: jax.Array, P: int) -> jax.Array:
@@ -277,11 +320,7 @@ def _pick(x_P: jax.Array, i: jax.Array | int) -> jax.Array:
     return jnp.sum(jnp.where(jnp.arange(x_P.shape[0]) == i, x_P, 0))
 
 
-def _limbs(weight: jax.Array, weighted: bool) -> list[jax.Array]:
-    return [weight >> LIMB, weight & (2**LIMB - 1)] if weighted else [weight]
-
-
 def _whole(sums: tuple[jax.Array, ...]) -> jax.Array:
-    """As `cutoffs.whole`, to the bit; a count is exact."""
+    """Rounded as in `cutoffs.py`; a count is exact."""
     parts = [x.astype(jnp.uint32).astype(jnp.float32) for x in sums]
     return parts[0] if len(parts) == 1 else parts[0] * 2**LIMB + parts[1]
