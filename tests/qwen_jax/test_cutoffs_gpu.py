@@ -13,22 +13,25 @@ V = 331  # no multiple of a piece
 TUNING = cutoffs_gpu.Tuning(warps=1, pieces=2, pivots=4, depth=4)  # lists of 128, often too short
 
 
-@functools.partial(jax.jit, static_argnames=("implementation",))
-def find(scores_BV, top_k_B, top_p_B, min_p_B, *, implementation: str):
+SMALL = cutoffs_gpu.Tuning(warps=1, pieces=1, pivots=2, depth=4)  # soon compiled
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "tuning"))
+def find(scores_BV, top_k_B, top_p_B, min_p_B, *, implementation: str, tuning):
     return cutoffs.find(
         scores_BV, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B,
-        implementation=implementation, tuning=TUNING,
+        implementation=implementation, tuning=tuning,
     )  # fmt: skip
 
 
-def check(scores_BV, top_k, top_p, min_p=0.0) -> None:
+def check(scores_BV, top_k, top_p, min_p=0.0, *, tuning=TUNING) -> None:
     rows = len(scores_BV)
     values = [
         np.broadcast_to(np.asarray(value, dtype), rows)
         for value, dtype in ((top_k, np.int32), (top_p, np.float32), (min_p, np.float32))
     ]
     want_B, got_B = (
-        np.asarray(find(scores_BV, *values, implementation=name)).view(np.uint32)
+        np.asarray(find(scores_BV, *values, implementation=name, tuning=tuning)).view(np.uint32)
         for name in ("passes", "kernel")
     )
     np.testing.assert_array_equal(got_B, want_B)
@@ -67,8 +70,8 @@ def test_rows_may_ask_for_different_things():
 def test_batches_of_any_size(rows):
     for seed in range(4):
         scores_BV = np.random.default_rng(seed).permutation(rows_of_all_kinds(seed))[:rows]
-        check(scores_BV, [0, 20, 3][:rows], [0.8, 0.7, 1.0][:rows])
-        check(scores_BV, 20, 1.0)
+        check(scores_BV, [0, 20, 3][:rows], [0.8, 0.7, 1.0][:rows], tuning=SMALL)
+        check(scores_BV, 20, 1.0, tuning=SMALL)
 
 
 def test_scores_that_are_not_finite_do_not_keep_it_from_an_end():
