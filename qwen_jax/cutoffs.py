@@ -6,39 +6,72 @@ a pass. Counts and weights are whole numbers: their sums are the same in whateve
 adds them, so that a row's cutoff depends on that row alone.
 
 Ties with a cutoff are all kept, where a sort would keep those that it happens to put first.
+
+On a GPU a kernel searches for many rows (`cutoffs_gpu.py`), and finds the same to the bit.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from qwen_jax import cutoffs_gpu
+
+Implementation = Literal["passes", "kernel"]
+
 _BITS = 4  # of the cutoff that a pass over the scores finds
-_LIMB = 14  # bits of a weight that are summed in one number: 2^18 weights cannot overflow 32
+_LIMB = cutoffs_gpu.LIMB
+_FEW_ROWS = 4  # the kernel has a multiprocessor a row: with fewer rows, too few of them work
 
 
 def find(
-    scores_BV: jax.Array, *, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array
+    scores_BV: jax.Array,
+    *,
+    top_k_B: jax.Array,
+    top_p_B: jax.Array,
+    min_p_B: jax.Array,
+    implementation: Implementation | None = None,
+    tuning: cutoffs_gpu.Tuning | None = None,
 ) -> jax.Array:
     """The smallest score that top-k, then top-p of what that left, and min-p all keep, [B].
 
     Rows with top_k 0, top_p 1 and min_p 0 keep all: -inf. What no row asks for is not computed.
+    implementation: None chooses; the results are the same. tuning: the kernel's.
     """
+    kernel = (implementation or choose(rows=scores_BV.shape[0])) == "kernel"
     best_B = jnp.max(scores_BV, axis=-1)
     all_B = jnp.full_like(best_B, -jnp.inf)
     some_k_B, some_p_B = top_k_B > 0, top_p_B < 1.0
+
+    def kth() -> jax.Array:
+        if kernel:
+            return _kth_by_kernel(scores_BV, best_B, top_k_B, tuning)
+        return _kth(scores_BV, top_k_B)
+
+    def nucleus() -> jax.Array:
+        weights_BV = _weights(scores_BV, best_B, kth_B)
+        if kernel:
+            return _nucleus_by_kernel(scores_BV, weights_BV, best_B, kth_B, top_p_B, tuning)
+        return _nucleus(scores_BV, weights_BV, top_p_B)
+
     kth_B = jax.lax.cond(
         jnp.any(some_k_B),
-        lambda: jnp.where(some_k_B, _kth(scores_BV, top_k_B), -jnp.inf),
+        lambda: jnp.where(some_k_B, kth(), -jnp.inf),
         lambda: all_B,
     )
     nucleus_B = jax.lax.cond(
         jnp.any(some_p_B),
-        lambda: jnp.where(some_p_B, _nucleus(scores_BV, best_B, kth_B, top_p_B), -jnp.inf),
+        lambda: jnp.where(some_p_B, nucleus(), -jnp.inf),
         lambda: all_B,
     )
     # log(0) = -inf keeps all.
     return jnp.maximum(jnp.maximum(kth_B, nucleus_B), best_B + jnp.log(min_p_B))
+
+
+def choose(*, rows: int) -> Implementation:
+    """What finds the cutoffs of so many rows fastest here."""
+    return "kernel" if jax.default_backend() == "gpu" and rows >= _FEW_ROWS else "passes"
 
 
 def _kth(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
@@ -53,22 +86,20 @@ def _kth(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     return _to_scores(_largest(reaches, B))
 
 
-def _nucleus(
-    scores_BV: jax.Array, best_B: jax.Array, kth_B: jax.Array, top_p_B: jax.Array
-) -> jax.Array:
-    """The largest score at or above which lies top_p_B of the weight exp(score) above kth_B.
-
-    Weights count in units of 2^-28 of the likeliest token's.
-    """
-    B, V = scores_BV.shape
-    assert V <= 2 ** (32 - _LIMB), V
-    keys_BV = _to_keys(scores_BV)
+def _weights(scores_BV: jax.Array, best_B: jax.Array, kth_B: jax.Array) -> jax.Array:
+    """exp(score) of those from kth_B on in units of 2^-28 of the likeliest token's, [B, V]."""
+    assert scores_BV.shape[1] <= 2 ** (32 - _LIMB), scores_BV.shape
     best_B1 = jnp.where(jnp.isfinite(best_B), best_B, 0.0)[:, None]
     units = float(2 ** (2 * _LIMB))
     weights_BV = jnp.round(jnp.exp(scores_BV - best_B1) * units)
     weights_BV = jnp.where(scores_BV >= kth_B[:, None], weights_BV, 0.0)
     # The likeliest token's weight, 2^28 itself, would need a bit more than two limbs.
-    weights_BV = jnp.minimum(weights_BV.astype(jnp.uint32), jnp.uint32(units - 1))
+    return jnp.minimum(weights_BV.astype(jnp.uint32), jnp.uint32(units - 1))
+
+
+def _nucleus(scores_BV: jax.Array, weights_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The largest score at or above which lies top_p_B of the weight."""
+    keys_BV = _to_keys(scores_BV)
 
     def limbs(chosen_BV: jax.Array) -> list[jax.Array]:
         return [chosen_BV >> _LIMB, chosen_BV & (2**_LIMB - 1)]
@@ -86,7 +117,56 @@ def _nucleus(
         sums = _sums(parts)
         return [whole(*sums[i : i + 2]) >= least_B for i in range(0, len(sums), 2)]
 
-    return _to_scores(_largest(reaches, B))
+    return _to_scores(_largest(reaches, scores_BV.shape[0]))
+
+
+def _kth_by_kernel(
+    scores_BV: jax.Array,
+    best_B: jax.Array,
+    top_k_B: jax.Array,
+    tuning: cutoffs_gpu.Tuning | None,
+) -> jax.Array:
+    tops_B = _tops(best_B)
+    keys_B = cutoffs_gpu.largest(
+        scores_BV,
+        least_B=jnp.minimum(top_k_B, scores_BV.shape[1]),
+        # An interval of one key is no work.
+        lows_B=jnp.where(top_k_B > 0, jnp.iinfo(jnp.int32).min, tops_B),
+        tops_B=tops_B,
+        tuning=tuning,
+    )
+    return cutoffs_gpu.to_scores(keys_B)
+
+
+def _nucleus_by_kernel(
+    scores_BV: jax.Array,
+    weights_BV: jax.Array,
+    best_B: jax.Array,
+    kth_B: jax.Array,
+    top_p_B: jax.Array,
+    tuning: cutoffs_gpu.Tuning | None,
+) -> jax.Array:
+    tops_B = _tops(best_B)
+    # Below these lies no weight.
+    least_B = jnp.maximum(kth_B, best_B - cutoffs_gpu.REACH)
+    lows_B = jnp.where(jnp.isfinite(best_B), cutoffs_gpu.to_keys(least_B), jnp.iinfo(jnp.int32).min)
+    keys_B = cutoffs_gpu.largest(
+        scores_BV,
+        weights_BV,
+        least_B=top_p_B,
+        lows_B=jnp.where(top_p_B < 1.0, lows_B, tops_B),
+        tops_B=tops_B,
+        bounded_B=kth_B > -jnp.inf,
+        tuning=tuning,
+    )
+    return cutoffs_gpu.to_scores(keys_B)
+
+
+def _tops(best_B: jax.Array) -> jax.Array:
+    """Keys that no score of a row lies above."""
+    # The maximum of 0 and -0 may be either.
+    keys_B = cutoffs_gpu.to_keys(jnp.where(best_B == 0, 0.0, best_B))
+    return jnp.where(jnp.isfinite(best_B), keys_B, jnp.iinfo(jnp.int32).max)
 
 
 def _largest(reaches: Callable[[Sequence[jax.Array]], list[jax.Array]], B: int) -> jax.Array:
