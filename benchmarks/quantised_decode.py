@@ -6,8 +6,8 @@
 
 Weights are random. GB/s are of the bytes as stored, scales included; the ratio is to the same
 product in bfloat16, and `off` the largest difference from the dequantised product over its largest
-value. `words` is the kernel of one row. Each product is timed over several matrices in one program;
-small ones may stay in the cache.
+value. `words` is the kernel of few rows in words of 32 bits. Each product is timed over several
+matrices in one program; small ones may stay in the cache.
 """
 
 import argparse
@@ -182,9 +182,9 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
         x = draw(jax.random.key(1), (rows, inputs), 1.0)
         if rows == 1:
             turned = list(map(jax.jit(array.in_words), ws))
-            for tuning in ((4, 2), (4, 4), (4, 1), (2, 2), (2, 4), (1, 4), (8, 1), (8, 2)):
+            for tuning in ((8, 1, 4), (8, 1, 8), (8, 2, 8), (16, 1, 8), (4, 1, 8), (4, 2, 8)):
                 run = functools.partial(_row, tuning=words_kernel.Tuning(*tuning))
-                job = f"{name} | m1 {label} words{tuning[0]}x{tuning[1]} p1"
+                job = f"{name} | m1 {label} words{'x'.join(map(str, tuning))} p1"
                 jobs.append(Job(job, run, x[None], turned))
         tried = {kernels.choose(ws[0], rows=rows): "chosen"}
         for columns, step, warps, stages in (

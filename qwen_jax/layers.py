@@ -135,8 +135,11 @@ class Embed(nnx.Module):
 
 
 def _rows(table_VD, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """`array.take`. On a GPU XLA makes a lookup of one row a slice, for which it would gather a
-    table that is spread over devices: 1 GB a token of 7B. So one row is looked up twice."""
+    """`array.take`, of a table that may be spread over devices.
+
+    On a GPU XLA makes a lookup of one row a slice, for which it would gather such a table, 1 GB of
+    a 7B's. So one row is looked up twice.
+    """
     if tokens_BT.size > 1 or layout is None or layout.size("vocab") == 1:
         return array.take(table_VD, tokens_BT, dtype=dtype)
     return array.take(table_VD, jnp.tile(tokens_BT, (1, 2)), dtype=dtype)[:, :1]

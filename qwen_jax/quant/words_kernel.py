@@ -9,6 +9,7 @@ off for each group of inputs.
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def choose(q: QuantArray, *, rows: int) -> Tuning:
     if rows > 1:
         return Tuning(warps=4, tiles=2)
     if q.num_groups > 1 and q.num_inputs > 8192:
-        return Tuning(warps=16, tiles=1, words=8)
+        return Tuning(warps=16, tiles=1)
     return Tuning(warps=8, tiles=1, words=4)
 
 
@@ -70,10 +71,9 @@ def multiply(
     (R, C), O = x_RC.shape, q.values.shape[0]  # noqa: E741
     tile, steps = words.tile(q.format), C // words.inputs(q.format)
     of_group = q.group_size // words.inputs(q.format)
+    tuning = dataclasses.replace(tuning, tiles=math.gcd(tuning.tiles, O // tile))
     if q.num_groups > 1:  # a warp's words of a round are of one group
-        tuning = Tuning(tuning.warps, tuning.tiles, math.gcd(tuning.words, of_group))
-    tiles = math.gcd(tuning.tiles, O // tile)
-    tuning = Tuning(tuning.warps, tiles, tuning.words)
+        tuning = dataclasses.replace(tuning, words=math.gcd(tuning.words, of_group))
     pairs_RP = jax.lax.bitcast_convert_type(x_RC.reshape(R, C // 2, 2), jnp.uint32)
     operands = [pairs_RP, q.values.reshape(-1), q.scales] + ([] if q.zeros is None else [q.zeros])
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
@@ -83,7 +83,7 @@ def multiply(
     )
     return pl.pallas_call(
         kernel,
-        grid=(O // tile // tiles,),
+        grid=(O // tile // tuning.tiles,),
         out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
         interpret=interpret,
         name=f"quantised_{q.format}_words",
@@ -107,6 +107,7 @@ def _kernel(
     per_step = words.inputs(format) // 2
     rounds = pl.cdiv(steps, W * U)
     zero = jnp.zeros(W * _LANES, jnp.float32)
+    mma = functools.partial(_mma, format=format, interpret=interpret)
 
     def step_of(i):
         """A warp's first step of a round."""
@@ -121,12 +122,12 @@ def _kernel(
                 triton.load(w.at[(at + u) * _LANES + lane], mask=step_of(i) + u < steps, other=0)
                 for u in range(U)
             ]
-            scales = [of_group_(s_OS, t, half, i) for half in halves] if S > 1 else []
-            zeros = [of_group_(z_OS, t, half, i) for half in halves] if z_OS is not None else []
+            scales = [grouped(s_OS, t, half, i) for half in halves] if S > 1 else []
+            zeros = [grouped(z_OS, t, half, i) for half in halves] if z_OS is not None else []
             found.append((some, scales, zeros))
         return found
 
-    def of_group_(ref, t: int, half: int, i):
+    def grouped(ref, t: int, half: int, i):
         """A tile's scales or zero points for a warp's words of a round."""
         o = (first + t) * words.tile(format) + line + half
         s = step_of(i) // of_group if S > 1 else jnp.zeros_like(o)
@@ -147,12 +148,12 @@ def _kernel(
         if format != "fp8":
             sums_x = [zero] * 4
             for pairs in x:
-                sums_x = _mma(words.SUMS, pairs, sums_x, interpret=interpret)
+                sums_x = mma(None, pairs, sums_x)
         out = []
         for (some, scales, zeros), total in zip(held, totals, strict=True):
             sums = [zero] * 4
             for word, pairs in zip(some, x, strict=True):
-                sums = _mma_words(word, pairs, sums, format=format, interpret=interpret)
+                sums = mma(word, pairs, sums)
             new = []
             for h in range(len(halves)):
                 for c in range(columns):
@@ -186,20 +187,16 @@ def _kernel(
                 triton.store(y_RO.at[row, o], y, mask=row < R)
 
 
-def _mma_words(word, pairs, sums, *, format: str, interpret: bool) -> list[jax.Array]:
-    if interpret:
-        return _emulated(words.lines(word.reshape(-1, _LANES), format), pairs, sums)
-    return _assembled(words.assembly(format), [word, *pairs], sums)
-
-
-def _mma(text: str, pairs, sums, *, interpret: bool) -> list[jax.Array]:
-    if interpret:
+def _mma(word, pairs, sums, *, format: str, interpret: bool) -> list[jax.Array]:
+    """sums + a word's lines times the rows; with word None, lines of ones."""
+    if interpret and word is None:
         lines = jnp.ones((pairs[0].shape[0] // _LANES, 16, 8 * len(pairs)), jnp.float32)
         return _emulated(lines, pairs, sums)
-    return _assembled(text, pairs, sums)
-
-
-def _assembled(text: str, integers, sums) -> list[jax.Array]:
+    if interpret:
+        return _emulated(words.lines(word.reshape(-1, _LANES), format), pairs, sums)
+    text, integers = (
+        (words.SUMS, pairs) if word is None else (words.assembly(format), [word, *pairs])
+    )
     constraints = ",".join(["=f"] * 4 + ["r"] * len(integers) + ["f"] * 4)
     return assembly.call(text, [*integers, *sums], constraints=constraints, like=sums)
 
