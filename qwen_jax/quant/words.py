@@ -16,6 +16,7 @@ LANES = 32
 # Halves of a byte are read as bfloat16: the low one n as 128 + n, the high one as 128 + 8 n.
 BEGIN = 128.0
 _ONE = 0x43004300  # BEGIN, twice
+_SHIFTS = ((0, 8), (16, 24))  # of neighbouring inputs in a word, and of the bytes of each
 _LOW, _HIGH = 0x000F000F, 0x00780078
 _FP8_SCALE = 0x7B807B80  # 2^120, twice: what the exponents of e4m3 and bfloat16 differ by
 
@@ -64,7 +65,7 @@ def pack(values: jax.Array, format: str) -> jax.Array:
     else:
         # [tiles, g, steps, input's half, q, neighbour]
         parts = stored.reshape(-1, 8, C // 16, 2, 4, 2).transpose(0, 2, 1, 4, 5, 3)
-    shifts = jnp.asarray([[0, 8], [16, 24]], jnp.uint32)  # of neighbours, and of the halves
+    shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     shifts = jax.lax.broadcast_in_dim(shifts, parts.shape, (parts.ndim - 2, parts.ndim - 1))
     return jnp.sum(parts << shifts, axis=(-2, -1), dtype=jnp.uint32).reshape(*outputs, -1)
 
@@ -74,7 +75,7 @@ def unpack(words: jax.Array, format: str) -> jax.Array:
     outputs = words.shape[:-1]
     C = words.shape[-1] * 32 // bits(format)
     threads = words.reshape(-1, C // inputs(format), 8, 4)
-    shifts = jnp.asarray([[0, 8], [16, 24]], jnp.uint32)
+    shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     parts = (threads[..., None, None] >> jnp.broadcast_to(shifts, (*threads.shape, 2, 2))) & 0xFF
     if format == "fp8":
         stored = parts.transpose(0, 5, 2, 1, 3, 4).reshape(-1, 16, C).astype(jnp.uint8)
