@@ -1,4 +1,4 @@
-"""Runs tests/multidevice in a process of its own: a process has one number of devices."""
+"""Runs tests/multidevice in processes of their own: a process has one number of devices."""
 
 import os
 import subprocess
@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FILES = sorted(path.name for path in (ROOT / "tests/multidevice").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_eight_devices(chosen):
+@pytest.mark.parametrize(
+    ("chosen", "file"),
+    [
+        *[("not slow", file) for file in FILES],
+        pytest.param("slow", "", marks=pytest.mark.slow, id="slow"),
+    ],
+)
+def test_on_eight_devices(chosen, file):
     command = [sys.executable, "-m", "pytest", "-q", "--durations=5", "-m", chosen]
-    command.append("tests/multidevice")
+    command.append(f"tests/multidevice/{file}")
     done = subprocess.run(
         command,
         cwd=ROOT,
