@@ -37,7 +37,7 @@ SEARCHES = {  # top_k, top_p
     "p=0.99": (0, 0.99),
     "both": (20, 0.8),
 }
-TUNINGS = [{}, {"warps": 16}, {"pieces": 4}, {"pivots": 4}, {"warps": 32, "pieces": 4, "depth": 16}]
+TUNINGS = [{}, {"warps": 8}, {"pieces": 4}, {"pivots": 4}, {"warps": 32, "pieces": 4, "depth": 16}]
 
 
 @functools.partial(jax.jit, static_argnames=("how", "steps"))

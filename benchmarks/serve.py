@@ -142,7 +142,7 @@ def _random_engine(arguments: argparse.Namespace):
         prefill_tokens=64 if arguments.tiny else 8192,
         buckets="one" if arguments.tiny else "few",
     )
-    return engine_benchmark.make(cfg, settings, mesh="")
+    return engine_benchmark.make(cfg, settings, weights="bf16", mesh="")
 
 
 class Nothing:

@@ -22,7 +22,6 @@ Implementation = Literal["passes", "kernel"]
 
 _BITS = 4  # of the cutoff that a pass over the scores finds
 _LIMB = cutoffs_gpu.LIMB
-_FEW_ROWS = 4  # the kernel has a multiprocessor a row: with fewer rows, too few of them work
 
 
 def find(
@@ -39,7 +38,7 @@ def find(
     Rows with top_k 0, top_p 1 and min_p 0 keep all: -inf. What no row asks for is not computed.
     implementation: None chooses; the results are the same. tuning: the kernel's.
     """
-    kernel = (implementation or choose(rows=scores_BV.shape[0])) == "kernel"
+    kernel = (implementation or choose()) == "kernel"
     best_B = jnp.max(scores_BV, axis=-1)
     all_B = jnp.full_like(best_B, -jnp.inf)
     some_k_B, some_p_B = top_k_B > 0, top_p_B < 1.0
@@ -69,9 +68,9 @@ def find(
     return jnp.maximum(jnp.maximum(kth_B, nucleus_B), best_B + jnp.log(min_p_B))
 
 
-def choose(*, rows: int) -> Implementation:
-    """What finds the cutoffs of so many rows fastest here."""
-    return "kernel" if jax.default_backend() == "gpu" and rows >= _FEW_ROWS else "passes"
+def choose() -> Implementation:
+    """What finds cutoffs fastest here."""
+    return "kernel" if jax.default_backend() == "gpu" else "passes"
 
 
 def _kth(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:

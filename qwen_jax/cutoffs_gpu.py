@@ -40,7 +40,7 @@ class Tuning:
     depth: of a lane's list.
     """
 
-    warps: int = 8
+    warps: int = 16
     pieces: int = 8
     pivots: int = 8
     depth: int = 64

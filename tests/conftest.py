@@ -13,6 +13,8 @@ if MULTIDEVICE:
     jax.config.update("jax_num_cpu_devices", 8)
 collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 
+# Half of the tests' time went into compiling small programs that run for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
 # A silent broadcast over a missing dimension is a bug more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
