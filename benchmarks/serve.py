@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import random
@@ -117,7 +118,7 @@ def serve(arguments: argparse.Namespace) -> int:
         engine, warm_up = Nothing(), lambda: None
     else:
         engine = _random_engine(arguments)
-        warm_up = engine.warm_up
+        warm_up = functools.partial(engine.warm_up, show=functools.partial(print, file=sys.stderr))
     return server_lib.run(
         Service(engine, tokenizer=words, defaults=schema.Sampling(), bos_id=0),
         settings=serving.Serve(port=0, max_queue=10_000, max_connections=20_000),

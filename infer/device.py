@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,20 @@ from partitioning.sharding import Layout
 from qwen_jax import model, paged_decode, paged_pass, paged_state, sampling
 
 _LEAST = 16  # tokens of the smallest bucket of prompts to embed
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program by name: `call` binds it to padding, `run` has the device run it on that."""
+
+    name: str
+    call: Callable[[], functools.partial]
+    run: Callable[[], object]
+
+    def compile(self) -> None:
+        """Leaves the program where a call will find it; in any thread, before any `run`."""
+        call = self.call()
+        call.func.lower(*call.args, **call.keywords).compile()
 
 
 class Device:
@@ -70,35 +85,49 @@ class Device:
         return self._prefill(self._chunks(work, masks), past=past, score=score)
 
     def _prefill(self, chunks: paged_state.Chunks, *, past: str, score: str) -> tuple:
-        self._state, drawn, scored = paged_decode.prefill(
-            self._cfg, self._params, self._state, chunks, how="full", past=past, score=score,
-            **self._common,
-        )  # fmt: skip
+        self._state, drawn, scored = self._reading(chunks, past=past, score=score)()
         if self._draft is not None:
             self._draft.read(chunks, past=past)
         return drawn, scored
+
+    def _reading(self, chunks: paged_state.Chunks, **how) -> functools.partial:
+        return functools.partial(
+            paged_decode.prefill, self._cfg, self._params, self._state, chunks, how="full",
+            **how, **self._common,
+        )  # fmt: skip
 
     def advance(
         self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **how
     ) -> sampling.Drawn:
         """`paged_decode.advance` on the state, for these slots in a bucket of `rows`."""
-        slots_R, mask_RW = self._padded(slots, rows), self._masks(masks, rows=rows)
-        self._state, drawn = paged_decode.advance(
-            self._cfg, self._params, self._state, slots_R, mask_RW, **how, **self._common
-        )
+        self._state, drawn = self._advancing(slots, masks, rows=rows, **how)()
         return drawn
+
+    def _advancing(
+        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **how
+    ) -> functools.partial:
+        slots_R, mask_RW = self._padded(slots, rows), self._masks(masks, rows=rows)
+        return functools.partial(
+            paged_decode.advance, self._cfg, self._params, self._state, slots_R, mask_RW,
+            **how, **self._common,
+        )  # fmt: skip
 
     def verify(
         self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, how: sampling.How
     ) -> sampling.Drawn:
         """`paged_decode.verify` on the state, for these slots in a bucket of R rows."""
+        self._state, drawn = self._verifying(slots, guesses_RT, how=how)()
+        return drawn
+
+    def _verifying(
+        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, how: sampling.How
+    ) -> functools.partial:
         R = guesses_RT.shape[0]
         slots_R, mask_RW = self._padded(slots, R), self._masks((), rows=R)
-        self._state, drawn = paged_decode.verify(
-            self._cfg, self._params, self._state, slots_R, guesses_RT, mask_RW, how=how,
-            **self._common,
+        return functools.partial(
+            paged_decode.verify, self._cfg, self._params, self._state, slots_R, guesses_RT,
+            mask_RW, how=how, **self._common,
         )  # fmt: skip
-        return drawn
 
     def propose(self, slots: Sequence[int], *, rows: int, how: sampling.How) -> jax.Array:
         """The draft's guesses for these slots in a bucket of `rows`, on the device."""
@@ -183,14 +212,19 @@ class Device:
         marked[list(tokens)] = True
         return np.packbits(marked, bitorder="little").view(np.uint32)
 
-    def programs(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Every program that an engine of these settings dispatches, by name, to run on padding."""
+    def programs(self) -> Iterator[Program]:
+        """Every program that an engine of these settings dispatches."""
         shapes = scheduler.shapes(self._settings)
         for rows, length in shapes.prefill:
+            padding = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
+            chunks = functools.partial(self._chunks, padding, ())
             for past in ("none", "pages"):
                 for score in ("no", "prompt"):
-                    text = f"prompts {rows} x {length}, past {past}, scores {score}"
-                    yield text, functools.partial(self._dry, rows, length, past=past, score=score)
+                    yield Program(
+                        f"prompts {rows} x {length}, past {past}, scores {score}",
+                        lambda c=chunks, p=past, s=score: self._reading(c(), past=p, score=s),
+                        lambda c=chunks, p=past, s=score: self._prefill(c(), past=p, score=s),
+                    )
         steps = self._settings.decode_steps
         drawing = {"greedy": ("greedy", steps), "sampled": ("full", steps)}
         if steps > 1:
@@ -198,27 +232,25 @@ class Device:
         for rows in shapes.decode:
             for name, (how, num_steps) in drawing.items():
                 call = {"how": how, "num_steps": num_steps, "rows": rows}
-                text = f"{num_steps} tokens of {rows}, {name}"
-                yield text, lambda call=call: self._wait(self.advance((), (), **call))
+                yield Program(
+                    f"{num_steps} tokens of {rows}, {name}",
+                    functools.partial(self._advancing, (), (), **call),
+                    functools.partial(self.advance, (), (), **call),
+                )
         if self._settings.speculation == "off":
             return
         most = min(self._settings.speculation_rows, self._settings.num_slots)
         bucket = next(rows for rows in shapes.decode if rows >= most)
         for rows in (rows for rows in shapes.decode if rows <= bucket):
-            for how in ("greedy", "full"):
-                text = f"{self._settings.guesses} guesses of {rows}, {how}"
-                yield text, functools.partial(self._dry_round, rows, how)
-
-    def _dry(self, rows: int, length: int, *, past: str, score: str) -> None:
-        padding = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
-        self._wait(self._prefill(self._chunks(padding, ()), past=past, score=score))
-
-    def _dry_round(self, rows: int, how: sampling.How) -> None:
-        if self._draft is None:
             guesses_RT = np.full((rows, self._settings.guesses), paged_pass.PAD, np.int32)
-        else:
-            guesses_RT = self.propose((), rows=rows, how=how)
-        self._wait(self.verify((), guesses_RT, how=how))
+            for how in ("greedy", "full"):
+                yield Program(
+                    f"{self._settings.guesses} guesses of {rows}, {how}",
+                    functools.partial(self._verifying, (), guesses_RT, how=how),
+                    functools.partial(self._dry_round, guesses_RT, how),
+                )
 
-    def _wait(self, results) -> None:
-        jax.block_until_ready(results)
+    def _dry_round(self, guesses_RT: np.ndarray, how: sampling.How) -> sampling.Drawn:
+        if self._draft is not None:
+            guesses_RT = self.propose((), rows=len(guesses_RT), how=how)
+        return self.verify((), guesses_RT, how=how)

@@ -7,8 +7,10 @@ come from a short list, which `warm_up` compiles.
 
 import collections
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 
 import jax
@@ -181,13 +183,27 @@ class Engine:
     def warm_up(self, *, show: Callable[[str], None] = lambda line: None) -> float:
         """Compiles every program that requests can need, and gives the seconds that it took.
 
-        `show` is told of each. Afterwards `stats()["compilations"]` stays as it is, but for embed.
+        As many at a time as there are cores; `show` is told of each. Afterwards
+        `stats()["compilations"]` stays as it is, but for embed.
         """
-        began = time.monotonic()
-        for text, run in self._device.programs():
+
+        def compile(program: device.Program) -> tuple[str, float]:
             at = time.monotonic()
-            run()
-            show(f"{text}: {time.monotonic() - at:.1f} s")
+            program.compile()
+            return program.name, time.monotonic() - at
+
+        began = time.monotonic()
+        programs = list(self._device.programs())
+        pool = futures.ThreadPoolExecutor(os.cpu_count())
+        try:
+            jobs = [pool.submit(compile, program) for program in programs]
+            for count, job in enumerate(futures.as_completed(jobs), 1):
+                name, seconds = job.result()
+                show(f"compiled {count} of {len(jobs)}: {name}, {seconds:.1f} s")
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for program in programs:
+            jax.block_until_ready(program.run())
         return time.monotonic() - began
 
     # -- dispatches

@@ -37,6 +37,16 @@ class Loaded:
     layout: Layout | None = None
 
 
+def keep_programs(folder: str | Path) -> None:
+    """Has JAX keep the programs that it compiles from now on, and take those kept before.
+
+    Not where it has a folder for that already, nor on a CPU: what was compiled for one CPU may not
+    run on the next.
+    """
+    if folder and not jax.config.jax_compilation_cache_dir and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
 def load(
     path: str | Path,
     *,

@@ -248,7 +248,7 @@ def embed(
     paged_pass.compilations[f"embed rows={R} tokens={T}"] += 1
     positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T))
 
-    def attend(index: int):
+    def attend(nothing: None):
         def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
             mask = api.Mask(causal=True)
             return api.attention(
@@ -258,8 +258,9 @@ def embed(
         return inner
 
     with paged_pass.precision(dtype):
+        no_pages = [None] * cfg.num_hidden_layers
         x_RTD, _ = paged_pass.layers(
-            cfg, params, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
+            cfg, params, no_pages, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
         )
     last_RD = jnp.take_along_axis(x_RTD, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
     last_RD = last_RD.astype(jnp.float32)

@@ -28,6 +28,9 @@ class Served:
     """Axis sizes for several devices, for example tensor=4; by default one device."""
     draft: str = ""
     """A smaller model of the same tokenizer that guesses, for --engine.speculation draft."""
+    programs: str = "~/.cache/qwen_jax"
+    """Keeps what a GPU or TPU's compiler made for the next start; "" keeps nothing. A folder in
+    JAX_COMPILATION_CACHE_DIR goes before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,7 @@ def load_service(loaded: Served, sampling: Sampling, engine: schema.Engine) -> "
     from infer import loading
     from partitioning import mesh as mesh_lib
 
+    loading.keep_programs(loaded.programs)
     return loading.load(
         loaded.model,
         settings=engine,
