@@ -118,12 +118,18 @@ class Block(nnx.Module):
         attend: Attend,
         layout: Layout | None,
         routing: moe.Routing = moe.DROPLESS,
+        only_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, moe.Stats | None]:
-        """The residual stream, what `attend` keeps, and the router's statistics."""
+        """The residual stream, what `attend` keeps, and the router's statistics.
+
+        only_B: the one place of each row that goes on (T = 1), whose attention `attend` gives.
+        """
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, kept = self.attention(
             self.input_norm(x_BTD), turn=turn, attend=attend, layout=layout
         )
+        if only_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
         x_BTD = checkpoint_name(x_BTD + y_BTD, "attention_residual")
         y_BTD, stats = self.feed_forward(
             self.post_attention_norm(x_BTD), layout=layout, routing=routing

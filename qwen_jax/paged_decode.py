@@ -47,7 +47,7 @@ def prefill(
     R, T = chunks.tokens_RT.shape
     paged_pass.compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
     with paged_pass.precision(state.pages.dtype):
-        x_RTD, pages = paged_pass.chunk(
+        hidden, pages = paged_pass.chunk(
             cfg,
             params,
             state.pages,
@@ -56,24 +56,22 @@ def prefill(
             starts_R=chunks.starts_R,
             lengths_R=chunks.lengths_R,
             past=past,
+            outputs=("all", "last") if score == "prompt" else ("last",),
             attention=attention,
             layout=layout,
         )
-        at_R = jnp.maximum(chunks.lengths_R - 1, 0)
-        logits_RV = paged_pass.logits(
-            cfg, params, jnp.take_along_axis(x_RTD, at_R[:, None, None], axis=1), layout=layout
-        )[:, 0]
+        logits_RV = paged_pass.logits(cfg, params, hidden.last_R1D, layout=layout)[:, 0]
         scored = None
         if score == "prompt":
             kernel_DV = model.output_kernel(cfg, params)
-            scored = logprobs.of_prompt(x_RTD, kernel_DV, chunks.next_RT, layout=layout)
+            scored = logprobs.of_prompt(hidden.all_RTD, kernel_DV, chunks.next_RT, layout=layout)
     V = cfg.vocab_size
-    ended = chunks.starts_R + chunks.lengths_R
+    ended, last_R = chunks.starts_R + chunks.lengths_R, jnp.maximum(chunks.lengths_R - 1, 0)
     rows = Rows(
         table_BM=chunks.table_RM,
         lengths_B=ended,
         before_B=jnp.zeros_like(ended),
-        tokens_B=jnp.take_along_axis(chunks.tokens_RT, at_R[:, None], axis=1)[:, 0],
+        tokens_B=jnp.take_along_axis(chunks.tokens_RT, last_R[:, None], axis=1)[:, 0],
         generated_B=jnp.zeros_like(ended),
         remaining_B=jnp.where(chunks.last_R, chunks.max_tokens_R, 0),
         settings=chunks.settings,
@@ -193,7 +191,7 @@ def verify(
     rows, slots = paged_state.take(state.slots, slots_R, how)
     tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(guesses_RT, 0)], axis=1)
     with paged_pass.precision(state.pages.dtype):
-        x_RTD, pages = paged_pass.chunk(
+        hidden, pages = paged_pass.chunk(
             cfg,
             params,
             state.pages,
@@ -203,10 +201,11 @@ def verify(
             # A row's pages end where its last token may be: no further is written, nor counted.
             lengths_R=jnp.minimum(T + 1, rows.remaining_B),
             past="pages",
+            outputs=("all",),
             attention=attention,
             layout=layout,
         )
-        logits_RTV = paged_pass.logits(cfg, params, x_RTD, layout=layout)
+        logits_RTV = paged_pass.logits(cfg, params, hidden.all_RTD, layout=layout)
 
     def step(carry: tuple[Rows, jax.Array], inputs: tuple[jax.Array, jax.Array]):
         rows, right_R = carry

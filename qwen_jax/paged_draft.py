@@ -50,6 +50,7 @@ def read(
             starts_R=starts_R,
             lengths_R=lengths_R,
             past=past,
+            outputs=(),
             attention=attention,
             layout=layout,
         )
@@ -118,7 +119,7 @@ def propose(
 def _read_two(cfg, params, pages, rows: Rows, *, attention, layout):
     """`paged_pass.step` of a row's last two tokens, the first of which may be there already."""
     active_R = rows.remaining_B > 0
-    x_R2D, pages = paged_pass.chunk(
+    hidden, pages = paged_pass.chunk(
         cfg,
         params,
         pages,
@@ -127,11 +128,12 @@ def _read_two(cfg, params, pages, rows: Rows, *, attention, layout):
         starts_R=jnp.maximum(rows.lengths_B - 1, 0),
         lengths_R=jnp.where(active_R, 2, 0),
         past="pages",
+        outputs=("last",),
         attention=attention,
         layout=layout,
     )
     rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
-    return paged_pass.logits(cfg, params, x_R2D[:, 1:], layout=layout)[:, 0], pages, rows
+    return paged_pass.logits(cfg, params, hidden.last_R1D, layout=layout)[:, 0], pages, rows
 
 
 def _known(tokens: jax.Array, cfg: schema.Model) -> jax.Array:

@@ -7,8 +7,8 @@ and values of the tokens that it reads into their rows' pages, and gives the pag
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ compilations: collections.Counter[str] = collections.Counter()
 Attention = Literal["reference", "gpu", "tpu"]
 
 
+class Hidden(NamedTuple):
+    """The final norm's output, where it was asked for: of a chunk, and of each row's last token."""
+
+    all_RTD: jax.Array | None
+    last_R1D: jax.Array | None
+
+
 def chunk(
     cfg: schema.Model,
     params: dict,
@@ -39,33 +46,37 @@ def chunk(
     starts_R: jax.Array,
     lengths_R: jax.Array,
     past: Literal["none", "pages"],
+    outputs: Collection[Literal["all", "last"]],
     attention: Attention | None,
     layout: Layout | None,
-) -> tuple[jax.Array, paged_cache.Pages]:
-    """Reads a chunk of every row -> the final norm's output [R, T, D], pages.
+) -> tuple[Hidden, paged_cache.Pages]:
+    """Reads a chunk of every row -> what was asked for, pages.
 
     starts_R tokens of each row are in its pages; the first lengths_R of the chunk are written.
-    past: "none" promises that starts_R is 0 everywhere.
+    past: "none" promises that starts_R is 0 everywhere. outputs: of the last layer, only keys and
+    values of tokens that are not asked for are computed. What the last token gets is the same to
+    the bit whether "all" is asked for too or not.
     """
     T = tokens_RT.shape[1]
     positions_RT = starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    last_R = jnp.maximum(lengths_R - 1, 0)
+    common = {"attention": attention, "layout": layout}
+    written = (table_RM, positions_RT, lengths_R)
+    turn = rope.rotation(cfg, positions_RT)
+    x_RTD = model.embed(cfg, params, tokens_RT, dtype=pages.dtype, layout=layout)
+    *before, final = zip(params["layers"], pages.layers, strict=True)
 
-    def attend(layer: paged_cache.Layer):
-        return _attend_chunk(
-            layer,
-            table_RM,
-            positions_RT,
-            lengths_R,
-            past=past,
-            attention=attention,
-            layout=layout,
-        )
-
-    dtype = pages.dtype
-    x_RTD, kept = layers(
-        cfg, params, pages.layers, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
-    )
-    return x_RTD, paged_cache.constrain(paged_cache.Pages(kept), layout)
+    whole = _layer(cfg, turn, lambda one: _attend_chunk(one, *written, past=past, **common), layout)
+    x_RTD, kept = _run(whole, before, x_RTD)
+    all_RTD = last_R1D = None
+    if "last" in outputs:
+        ends = _layer(cfg, turn, lambda one: _attend_last(one, *written, **common), layout, last_R)
+        last_R1D, (pages_of_final,) = _run(ends, [final], x_RTD)
+    if "all" in outputs or not outputs:
+        all_RTD, (pages_of_final,) = _run(whole, [final], x_RTD)
+    norm = model.parts(cfg)["norm"].bind(params["norm"])
+    hidden = Hidden(*(None if x is None else norm(x) for x in (all_RTD, last_R1D)))
+    return hidden, paged_cache.constrain(paged_cache.Pages((*kept, pages_of_final)), layout)
 
 
 def step(
@@ -104,23 +115,36 @@ def layers(
     dtype: jnp.dtype,
     layout: Layout | None,
 ) -> tuple[jax.Array, tuple]:
-    """The model's layers -> final norm's output, and what `attend(a layer's pages)` kept of each.
+    """The layers -> the final norm's output, and what `attend(a layer's pages)` kept of each."""
+    turn = rope.rotation(cfg, positions_RT)
+    x_RTD = model.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
+    layer = _layer(cfg, turn, attend, layout)
+    x_RTD, kept = _run(layer, zip(params["layers"], pages, strict=True), x_RTD)
+    return model.parts(cfg)["norm"].bind(params["norm"])(x_RTD), kept
+
+
+def _layer(cfg, turn, attend, layout, only_R=None) -> Callable:
+    """A function of a layer's parameters, what comes in, and its pages -> what goes out, pages.
 
     Layers that are alike are traced once, which for 28 of them takes a third of the time.
     """
-    block = fused.block if fused.is_fused(params["layers"][0]) else model.block
-    turn = rope.rotation(cfg, positions_RT)
-    x_RTD = model.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
 
     @jax.jit
-    def run(layer: dict, x_RTD: jax.Array, one: paged_cache.Layer | None) -> tuple:
-        return block(cfg, layer)(x_RTD, turn=turn, attend=attend(one), layout=layout)[:2]
+    def layer(values: dict, x_RTD: jax.Array, one: paged_cache.Layer | None) -> tuple:
+        block = fused.block if fused.is_fused(values) else model.block
+        bound = block(cfg, values)
+        return bound(x_RTD, turn=turn, attend=attend(one), layout=layout, only_B=only_R)[:2]
 
+    return layer
+
+
+def _run(layer: Callable, those: Iterable[tuple], x_RTD: jax.Array) -> tuple[jax.Array, tuple]:
+    """One layer after the other -> what comes out, and their pages."""
     kept = []
-    for layer, one in zip(params["layers"], pages, strict=True):
-        x_RTD, one = run(layer, x_RTD, one)
+    for values, one in those:
+        x_RTD, one = layer(values, x_RTD, one)
         kept.append(one)
-    return model.parts(cfg)["norm"].bind(params["norm"])(x_RTD), tuple(kept)
+    return x_RTD, tuple(kept)
 
 
 def logits(
@@ -186,17 +210,9 @@ def precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
 
 def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention, layout):
     """Writes a chunk's keys and values into one layer's pages, and attends over all up to it."""
-    valid_RT = jnp.arange(positions_RT.shape[1])[None] < lengths_R[:, None]
 
     def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
-        kept = paged_cache.write(
-            kv_PSCH,
-            k_RTKH,
-            v_RTKH,
-            table_BM=table_RM,
-            positions_BT=positions_RT,
-            valid_BT=valid_RT,
-        )
+        kept = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
         o_RTNH = paged.extend(
             q_RTNH,
             k_RTKH,
@@ -212,6 +228,37 @@ def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention
         return o_RTNH, kept
 
     return inner
+
+
+def _attend_last(kv_PSCH, table_RM, positions_RT, lengths_R, *, attention, layout):
+    """`_attend_chunk` for each row's last query alone."""
+    ended_R = jnp.where(lengths_R > 0, positions_RT[:, 0] + lengths_R, 0)
+    last_R = jnp.maximum(lengths_R - 1, 0)
+
+    def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+        kept = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
+        o_RNH = paged.decode(
+            jnp.take_along_axis(q_RTNH, last_R[:, None, None, None], axis=1)[:, 0],
+            kept,
+            table_BM=table_RM,
+            lengths_B=ended_R,
+            implementation=attention,
+            layout=layout,
+        )
+        return o_RNH[:, None], kept
+
+    return inner
+
+
+def _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R) -> paged_cache.Layer:
+    return paged_cache.write(
+        kv_PSCH,
+        k_RTKH,
+        v_RTKH,
+        table_BM=table_RM,
+        positions_BT=positions_RT,
+        valid_BT=jnp.arange(positions_RT.shape[1])[None] < lengths_R[:, None],
+    )
 
 
 def _attend_one(kv_PSCH, rows: Rows, active_R, *, attention, layout):
