@@ -26,7 +26,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .
