@@ -40,6 +40,8 @@ MATRICES = {
     "0.5b embed": (896, 151936, True),
 }
 TINY = {"tiny": (256, 512, False), "tiny embed": (256, 512, True)}
+# Warps, tiles and reads of `words_kernel`.
+TUNINGS = ((8, 1, 1), (4, 1, 2), (8, 1, 2), (16, 1, 2), (4, 2, 2), (4, 1, 4), (16, 1, 1), (8, 2, 1))
 FORMATS = {"int8": ("int8", None), "int4 g128": ("int4", 128), "fp8": ("fp8", None)}
 ROWS = (1, 8, 64, 256)
 
@@ -182,7 +184,7 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
         x = draw(jax.random.key(1), (rows, inputs), 1.0)
         if rows == 1:
             turned = list(map(jax.jit(array.in_words), ws))
-            for tuning in ((8, 1, 4), (8, 1, 8), (8, 2, 8), (16, 1, 8), (4, 1, 8), (4, 2, 8)):
+            for tuning in TUNINGS:
                 run = functools.partial(_row, tuning=words_kernel.Tuning(*tuning))
                 job = f"{name} | m1 {label} words{'x'.join(map(str, tuning))} p1"
                 jobs.append(Job(job, run, x[None], turned))

@@ -4,7 +4,8 @@ A warp multiplies 16 lines of a matrix with 8 rows at once (`mma`, PTX ISA, "Mat
 mma.m16n8k16"), and a word holds what one of its 32 threads brings to that: thread 4 g + q values of
 lines g and g + 8. A byte is an input of two int4 outputs, low half first, as v + 8; of int8 one
 output, as v + 128, whose halves count as two lines; of fp8 its bits, where one word has the values
-of both lines. So the words of a `tile` of outputs lie in the order in which its warp reads them.
+of both lines. The words of a `tile` of outputs lie in the order in which its warp reads them: four
+for each thread, 16 bytes, which go with 16 inputs side by side (of fp8, 8).
 
 Letters: C inputs, O outputs.
 """
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 LANES = 32
+FOUR = 4  # words that a thread reads at once, each for one `mma`
 # Halves of a byte are read as bfloat16: the low one n as 128 + n, the high one as 128 + 8 n.
 BEGIN = 128.0
 _ONE = 0x43004300  # BEGIN, twice
@@ -32,8 +34,8 @@ def tile(format: str) -> int:
 
 
 def inputs(format: str) -> int:
-    """Inputs of a tile that a warp's words hold: one word a thread."""
-    return 8 if format == "fp8" else 16
+    """Inputs of a tile that a warp reads at once: `FOUR` words a thread."""
+    return 32 if format == "fp8" else 64
 
 
 def why_not(format: str, *, num_outputs: int, num_inputs: int) -> str | None:
@@ -57,14 +59,15 @@ def pack(values: jax.Array, format: str) -> jax.Array:
     else:
         stored = values.astype(jnp.int32) + (1 << (bits(format) - 1))
     stored = stored.astype(jnp.uint32).reshape(-1, tile(format), C)
+    blocks = C // inputs(format)
     if format == "int4":
         stored = stored[:, :8] | (stored[:, 8:] << 4)
     if format == "fp8":
-        # [tiles, line's half, g, steps, q, neighbour] -> the bytes of thread 4 g + q
-        parts = stored.reshape(-1, 2, 8, C // 8, 4, 2).transpose(0, 3, 2, 4, 5, 1)
+        # [tiles, line's half, g, blocks, q, word, neighbour] -> the bytes of thread 4 g + q
+        parts = stored.reshape(-1, 2, 8, blocks, 4, FOUR, 2).transpose(0, 3, 2, 4, 5, 6, 1)
     else:
-        # [tiles, g, steps, input's half, q, neighbour]
-        parts = stored.reshape(-1, 8, C // 16, 2, 4, 2).transpose(0, 2, 1, 4, 5, 3)
+        # [tiles, g, blocks, q, word, input's half, neighbour]
+        parts = stored.reshape(-1, 8, blocks, 4, FOUR, 2, 2).transpose(0, 2, 1, 3, 4, 6, 5)
     shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     shifts = jax.lax.broadcast_in_dim(shifts, parts.shape, (parts.ndim - 2, parts.ndim - 1))
     return jnp.sum(parts << shifts, axis=(-2, -1), dtype=jnp.uint32).reshape(*outputs, -1)
@@ -74,14 +77,14 @@ def unpack(words: jax.Array, format: str) -> jax.Array:
     """The inverse of `pack`: whole numbers in int32, fp8 in float32."""
     outputs = words.shape[:-1]
     C = words.shape[-1] * 32 // bits(format)
-    threads = words.reshape(-1, C // inputs(format), 8, 4)
+    threads = words.reshape(-1, C // inputs(format), 8, 4, FOUR)
     shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     parts = (threads[..., None, None] >> jnp.broadcast_to(shifts, (*threads.shape, 2, 2))) & 0xFF
     if format == "fp8":
-        stored = parts.transpose(0, 5, 2, 1, 3, 4).reshape(-1, 16, C).astype(jnp.uint8)
+        stored = parts.transpose(0, 6, 2, 1, 3, 4, 5).reshape(-1, 16, C).astype(jnp.uint8)
         values = jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
         return values.reshape(*outputs, C)
-    stored = parts.transpose(0, 2, 1, 5, 3, 4).reshape(-1, 8, C)
+    stored = parts.transpose(0, 2, 1, 3, 4, 6, 5).reshape(-1, 8, C)
     if format == "int4":
         stored = jnp.concatenate([stored & 0xF, stored >> 4], axis=1)
     return stored.astype(jnp.int32).reshape(*outputs, C) - (1 << (bits(format) - 1))

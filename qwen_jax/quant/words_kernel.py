@@ -1,10 +1,10 @@
 """Up to eight rows times a quantised matrix in words on a GPU: a Pallas kernel, lowered by Triton.
 
-Reading is what takes time. A warp reads its tiles' words as they lie, 128 bytes at a time and a
-round ahead of those that it multiplies; a word becomes matrix units' operands in a few
-instructions (`words.assembly`), so that the warps can ask for memory all the while. Halves of bytes
-are multiplied as 128 + n; what the 128 adds, a multiple of the sum of the row's inputs, is taken
-off for each group of inputs.
+Reading is what takes time, and then the number of instructions. A warp reads its tiles' words as
+they lie, 512 bytes at a time and a round ahead of those that it multiplies; a word becomes matrix
+units' operands in a few instructions (`words.assembly`), so that the warps can ask for memory all
+the while. Halves of bytes are multiplied as 128 + n; what the 128 adds, a multiple of the sum of
+the row's inputs, is taken off for each group of inputs.
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -28,20 +28,20 @@ _LANES = words.LANES
 
 @dataclass(frozen=True)
 class Tuning:
-    """Warps of a program, which share its inputs; its tiles; and words that each reads at once."""
+    """Warps of a program, which share its inputs; its tiles; and reads of each in a round."""
 
     warps: int
     tiles: int
-    words: int = 8
+    reads: int = 2
 
 
 def choose(q: QuantArray, *, rows: int) -> Tuning:
     """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md)."""
     if rows > 1:
         return Tuning(warps=4, tiles=2)
-    if q.num_groups > 1 and q.num_inputs > 8192:
+    if q.num_inputs > 8192:
         return Tuning(warps=16, tiles=1)
-    return Tuning(warps=8, tiles=1, words=4)
+    return Tuning(warps=4, tiles=1)
 
 
 def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
@@ -73,14 +73,17 @@ def multiply(
     of_group = q.group_size // words.inputs(q.format)
     tuning = dataclasses.replace(tuning, tiles=math.gcd(tuning.tiles, O // tile))
     if q.num_groups > 1:  # a warp's words of a round are of one group
-        tuning = dataclasses.replace(tuning, words=math.gcd(tuning.words, of_group))
+        tuning = dataclasses.replace(tuning, reads=math.gcd(tuning.reads, of_group))
     pairs_RP = jax.lax.bitcast_convert_type(x_RC.reshape(R, C // 2, 2), jnp.uint32)
-    operands = [pairs_RP, q.values.reshape(-1), q.scales] + ([] if q.zeros is None else [q.zeros])
+    operands = [pairs_RP.reshape(-1), q.values.reshape(-1), q.scales] + (
+        [] if q.zeros is None else [q.zeros]
+    )
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
     compiler = triton.CompilerParams(num_warps=tuning.warps, num_stages=1)
     kernel = functools.partial(
-        _kernel, format=q.format, steps=steps, of_group=of_group, tuning=tuning, interpret=interpret
-    )
+        _kernel, R=R, format=q.format, steps=steps, of_group=of_group, tuning=tuning,
+        interpret=interpret,
+    )  # fmt: skip
     return pl.pallas_call(
         kernel,
         grid=(O // tile // tuning.tiles,),
@@ -92,22 +95,24 @@ def multiply(
 
 
 def _kernel(
-    x_RP, w, s_OS, *refs, format: str, steps: int, of_group: int, tuning: Tuning, interpret: bool
+    x, w, s_OS, *refs, R: int, format: str, steps: int, of_group: int, tuning: Tuning, interpret
 ):
     z_OS, y_RO = refs if len(refs) == 2 else (None, *refs)
-    R, S = x_RP.shape[0], s_OS.shape[1]
-    W, U = tuning.warps, tuning.words
+    S = s_OS.shape[1]
+    W, U = tuning.warps, tuning.reads
     thread = jnp.arange(W * _LANES)
     lane, warp = thread % _LANES, thread // _LANES
     line, quarter = lane // 4, lane % 4
     first = pl.program_id(0) * tuning.tiles
     halves = (0,) if format == "int8" else (0, 8)  # outputs of a line
     columns = 1 if R == 1 else 2  # sums of a thread's two columns; with one row all are the same
-    row = jnp.minimum(line, R - 1)
-    per_step = words.inputs(format) // 2
+    per_step = words.inputs(format) // 2  # pairs of inputs
+    per_thread = per_step // 4
+    beginning = jnp.minimum(line, R - 1) * (steps * per_step) + quarter * per_thread
     rounds = pl.cdiv(steps, W * U)
     zero = jnp.zeros(W * _LANES, jnp.float32)
     mma = functools.partial(_mma, format=format, interpret=interpret)
+    load = functools.partial(assembly.load_four, interpret=interpret)
 
     def step_of(i):
         """A warp's first step of a round."""
@@ -117,10 +122,11 @@ def _kernel(
         """Words, scales and zero points of a round; zeros beyond the last."""
         found = []
         for t in range(tuning.tiles):
-            at = (first + t) * steps + step_of(i)
+            at = ((first + t) * steps + step_of(i)) * _LANES + lane
             some = [
-                triton.load(w.at[(at + u) * _LANES + lane], mask=step_of(i) + u < steps, other=0)
+                word
                 for u in range(U)
+                for word in load(w, (at + u * _LANES) * words.FOUR, step_of(i) + u < steps)
             ]
             scales = [grouped(s_OS, t, half, i) for half in halves] if S > 1 else []
             zeros = [grouped(z_OS, t, half, i) for half in halves] if z_OS is not None else []
@@ -133,18 +139,17 @@ def _kernel(
         s = step_of(i) // of_group if S > 1 else jnp.zeros_like(o)
         return triton.load(ref.at[o, s], mask=step_of(i) < steps, other=0)
 
-    def inputs(step):
-        """The rows' inputs that go with a word, as pairs."""
-        p = step * per_step + quarter
-        return [
-            triton.load(x_RP.at[row, p + k], mask=step < steps, other=0)
-            for k in range(0, per_step, 4)
-        ]
+    def inputs(step) -> list[list[jax.Array]]:
+        """The rows' inputs that go with each word of a read, as pairs."""
+        at = beginning + step * per_step
+        pairs = [pair for k in range(0, per_thread, 4) for pair in load(x, at + k, step < steps)]
+        per_word = len(pairs) // words.FOUR
+        return [pairs[k : k + per_word] for k in range(0, len(pairs), per_word)]
 
     def body(i, carry):
         totals, held = carry
         ahead = read(i + 1)
-        x = [inputs(step_of(i) + u) for u in range(U)]
+        x = [pairs for u in range(U) for pairs in inputs(step_of(i) + u)]
         if format != "fp8":
             sums_x = [zero] * 4
             for pairs in x:
