@@ -167,7 +167,7 @@ def _kernel(
                     elif format == "int4" and h == 0:
                         part = sums[c] - (words.BEGIN + 8) * sums_x[c]
                     elif format == "int4":
-                        part = sums[c + 2] / 8 - (words.BEGIN / 8 + 8) * sums_x[c]
+                        part = sums[c + 2] * 0.125 - (words.BEGIN / 8 + 8) * sums_x[c]
                     else:
                         part = sums[c + 2 * h]
                     if zeros:
