@@ -3,8 +3,7 @@
 Reading is what takes time, and then the number of instructions. A warp reads its tiles' words as
 they lie, 512 bytes at a time and a round ahead of those that it multiplies; a word becomes matrix
 units' operands in a few instructions (`words.assembly`), so that the warps can ask for memory all
-the while. Halves of bytes are multiplied as 128 + n; what the 128 adds, a multiple of the sum of
-the row's inputs, is taken off for each group of inputs.
+the while. What a zero point takes off is a multiple of the sum of a row's inputs in its group.
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -37,11 +36,12 @@ class Tuning:
 
 def choose(q: QuantArray, *, rows: int) -> Tuning:
     """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md)."""
-    if rows > 1:
-        return Tuning(warps=4, tiles=2)
-    if q.num_inputs > 8192:
-        return Tuning(warps=16, tiles=1)
-    return Tuning(warps=4, tiles=1)
+    many = math.prod(q.outputs) // words.tile(q.format) > 1024
+    if many:
+        return Tuning(warps=4, tiles=1 if rows == 1 else 2)
+    if rows == 1:
+        return Tuning(warps=16, tiles=1) if q.format == "int4" else Tuning(8, 1, reads=1)
+    return Tuning(warps=8, tiles=1, reads=1 if q.format == "int4" else 2)
 
 
 def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
@@ -150,7 +150,7 @@ def _kernel(
         totals, held = carry
         ahead = read(i + 1)
         x = [pairs for u in range(U) for pairs in inputs(step_of(i) + u)]
-        if format != "fp8":
+        if z_OS is not None:
             sums_x = [zero] * 4
             for pairs in x:
                 sums_x = mma(None, pairs, sums_x)
@@ -163,13 +163,11 @@ def _kernel(
             for h in range(len(halves)):
                 for c in range(columns):
                     if format == "int8":
-                        part = sums[c] + 2 * sums[c + 2] - 4 * words.BEGIN * sums_x[c]
-                    elif format == "int4" and h == 0:
-                        part = sums[c] - (words.BEGIN + 8) * sums_x[c]
-                    elif format == "int4":
-                        part = sums[c + 2] * 0.125 - (words.BEGIN / 8 + 8) * sums_x[c]
+                        part = sums[c] + 2 * sums[c + 2]
                     else:
                         part = sums[c + 2 * h]
+                    if format == "int4" and h == 1:
+                        part = part * 0.125
                     if zeros:
                         part = part - zeros[h].astype(jnp.float32) * sums_x[c]
                     if scales:
