@@ -236,8 +236,14 @@ def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -
     fill = {"mode": "fill", "wrap_negative_indices": False}
     if not is_quantised(table):
         return jnp.asarray(table).at[index].get(fill_value=jnp.nan, **fill).astype(dtype)
-    rows = dataclasses.replace(table, values=table.values.at[index].get(fill_value=0, **fill))
+    values, at = table.values, index
+    if table.is_words:  # of a whole tile, whose rows lie together
+        tile = words.tile(table.format)
+        values, at = values.reshape(-1, tile, values.shape[-1]), index // tile
+    rows = dataclasses.replace(table, values=values.at[at].get(fill_value=0, **fill))
     rows = whole(rows, jnp.float32)
+    if table.is_words:
+        rows = jnp.take_along_axis(rows, (index % tile)[..., None, None], axis=-2)[..., 0, :]
     scales = table.scales.at[index].get(fill_value=jnp.nan, **fill).astype(jnp.float32)
     return (rows * scales).astype(dtype)
 

@@ -106,6 +106,14 @@ def test_an_embedding_projects_back(rows):
         np.testing.assert_allclose(got, want, atol=2**-7 * np.abs(want).max())
 
 
+def test_rows_of_an_embedding_in_words():
+    q = array.quantise(draw(192, 128), format="int8", axis=-1)
+    index = jnp.asarray([[0, 7, 8, 191], [100, 101, 192, -1]])
+    want = array.take(q, index, dtype=jnp.float32)
+    assert jnp.isnan(want[1, 2:]).all() and not jnp.isnan(want[0]).any()
+    np.testing.assert_array_equal(array.take(array.in_words(q), index, dtype=jnp.float32), want)
+
+
 def test_merged_inputs():
     w_NHD = draw(4, 16, 64)
     q = array.quantise(w_NHD, format="int8", axis=-2, merged=2)
