@@ -40,9 +40,9 @@ def best_form(
     stacks = [] if params is None else [params[name] for name in params if "layers" in name]
     if not all(fused.can_fuse(part) for part in stacks):
         return "unstacked"
-    # The kernel takes more rows, but was not compared with the others there in an engine.
-    one = num_rows == 1 and layout is None and jax.default_backend() == "gpu"
-    return "words" if one and _any_quantised(params) else "fused"
+    few = num_rows is not None and num_rows <= words_kernel.MOST_ROWS
+    here = layout is None and jax.default_backend() == "gpu"
+    return "words" if few and here and _any_quantised(params) else "fused"
 
 
 def prepare(

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 LANES = 32
 FOUR = 4  # words that a thread reads at once, each for one `mma`
-# Halves n of a byte are read as bfloat16, the low one as 128 + n and the high one as 128 + 8 n.
-_BEGIN = 0x43004300  # 128, twice
-# What is taken off, twice: int4 becomes v and 8 v, int8 its low half and 8 (high half - 8).
-_TAKEN = {"int4": (0x43084308, 0x43404340), "int8": (0x43004300, 0x43404340)}
+# Halves n of a byte are read as bfloat16, the low one as BEGIN + n and the high one as BEGIN + 8 n.
+BEGIN = 128.0
+_BEGIN = 0x43004300  # twice
+_TAKEN = 0x43084308, 0x43404340  # of int4, twice, so that v and 8 v are left
 _SHIFTS = ((0, 8), (16, 24))  # of neighbouring inputs in a word, and of the bytes of each
 _LOW, _HIGH = 0x000F000F, 0x00780078
 _FP8_SCALE = 0x7B807B80  # 2^120, twice: what the exponents of e4m3 and bfloat16 differ by
@@ -107,14 +107,12 @@ def assembly(format: str) -> str:
             "mul.rn.bf16x2 a0, a0, t0; mul.rn.bf16x2 a1, a1, t0;"
         )
         return _block(prepare, "m16n8k8", "{a0, a1}", "{$5}", "{$6, $7, $8, $9}")
-    low, high = _TAKEN[format]
-    prepare = "".join(
-        f"shr.u32 t{i}, $4, {shift}; lop3.b32 a{i}, t{i}, {mask:#x}, {_BEGIN:#x}, 0xEA;"
-        f"mov.b32 t{i}, {taken:#x}; sub.rn.bf16x2 a{i}, a{i}, t{i};"
-        for i, (shift, mask, taken) in enumerate(
-            ((0, _LOW, low), (1, _HIGH, high), (8, _LOW, low), (9, _HIGH, high))
-        )
-    )
+    prepare = ""
+    for i, (shift, high) in enumerate(((0, 0), (1, 1), (8, 0), (9, 1))):
+        mask = _HIGH if high else _LOW
+        prepare += f"shr.u32 t{i}, $4, {shift}; lop3.b32 a{i}, t{i}, {mask:#x}, {_BEGIN:#x}, 0xEA;"
+        if format == "int4":
+            prepare += f"mov.b32 t{i}, {_TAKEN[high]:#x}; sub.rn.bf16x2 a{i}, a{i}, t{i};"
     return _block(prepare, "m16n8k16", "{a0, a1, a2, a3}", "{$5, $6}", "{$7, $8, $9, $10}")
 
 
@@ -145,10 +143,10 @@ def lines(words: jax.Array, format: str) -> jax.Array:
         first, second = (jnp.stack(values[i::2], axis=-1) for i in (0, 1))  # [..., g, q, neighbour]
         both = jnp.stack([first, second], axis=-4)
         return both.reshape(*words.shape[:-1], 16, 8)
-    half = lambda shift, unit, taken: unit * (((w >> shift) & 0xF).astype(jnp.float32) - taken)  # noqa: E731
-    low = 8 if format == "int4" else 0
+    begin = (-8.0, -64.0) if format == "int4" else (BEGIN, BEGIN)
+    half = lambda shift, unit, first: first + unit * ((w >> shift) & 0xF).astype(jnp.float32)  # noqa: E731
     found = []
-    for line, *how in ((0, 1.0, low), (4, 8.0, 8)):
+    for line, *how in ((0, 1.0, begin[0]), (4, 8.0, begin[1])):
         parts = [
             jnp.stack([half(line + k, *how), half(line + k + 16, *how)], axis=-1) for k in (0, 8)
         ]

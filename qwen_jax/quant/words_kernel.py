@@ -3,7 +3,9 @@
 Reading is what takes time, and then the number of instructions. A warp reads its tiles' words as
 they lie, 512 bytes at a time and a round ahead of those that it multiplies; a word becomes matrix
 units' operands in a few instructions (`words.assembly`), so that the warps can ask for memory all
-the while. What a zero point takes off is a multiple of the sum of a row's inputs in its group.
+the while. Halves of int8 are multiplied as 128 + n; what the 128 adds is taken off afterwards, a
+multiple of the sum of the row's inputs, as what zero points take off is. (Of int8 that is faster
+than to subtract first, of int4 slower.)
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -36,12 +38,17 @@ class Tuning:
 
 def choose(q: QuantArray, *, rows: int) -> Tuning:
     """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md)."""
-    many = math.prod(q.outputs) // words.tile(q.format) > 1024
-    if many:
+    tiles = math.prod(q.outputs) // words.tile(q.format)
+    if tiles > 1024:
+        if q.format == "fp8":
+            return Tuning(warps=8, tiles=1, reads=1)
         return Tuning(warps=4, tiles=1 if rows == 1 else 2)
-    if rows == 1:
-        return Tuning(warps=16, tiles=1) if q.format == "int4" else Tuning(8, 1, reads=1)
-    return Tuning(warps=8, tiles=1, reads=1 if q.format == "int4" else 2)
+    if rows > 1:
+        return Tuning(warps=8, tiles=1, reads=1 if q.format == "int4" else 2)
+    if q.format == "int4":
+        return Tuning(warps=16, tiles=1)
+    small = tiles < 512 and q.num_inputs <= 4096
+    return Tuning(warps=16 if small else 8, tiles=1, reads=1)
 
 
 def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
@@ -150,7 +157,7 @@ def _kernel(
         totals, held = carry
         ahead = read(i + 1)
         x = [pairs for u in range(U) for pairs in inputs(step_of(i) + u)]
-        if z_OS is not None:
+        if format == "int8" or z_OS is not None:
             sums_x = [zero] * 4
             for pairs in x:
                 sums_x = mma(None, pairs, sums_x)
@@ -163,7 +170,7 @@ def _kernel(
             for h in range(len(halves)):
                 for c in range(columns):
                     if format == "int8":
-                        part = sums[c] + 2 * sums[c + 2]
+                        part = sums[c] + 2 * sums[c + 2] - 4 * words.BEGIN * sums_x[c]
                     else:
                         part = sums[c + 2 * h]
                     if format == "int4" and h == 1:

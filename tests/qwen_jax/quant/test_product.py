@@ -52,7 +52,9 @@ def test_implementations_agree(format, group, rows, words):
 
     want, size, products = compute(x, q, stored)
     for name, got in products.items():
-        bound = 1e-6 if name == "gpu" else 2**-8
+        # int8's sums in words begin with 128 times the inputs, which is taken off afterwards.
+        begun = 4e-6 if words and format == "int8" else 1e-6
+        bound = begun if name == "gpu" else 2**-8
         assert (np.abs(got - want) <= np.asarray(size) * bound).all(), name
 
 
