@@ -183,7 +183,7 @@ class Engine:
     def warm_up(self, *, show: Callable[[str], None] = lambda line: None) -> float:
         """Compiles every program that requests can need, and gives the seconds that it took.
 
-        As many at a time as there are cores; `show` is told of each. Afterwards
+        As many at a time as there are cores, 16 at most; `show` is told of each. Afterwards
         `stats()["compilations"]` stays as it is, but for embed.
         """
 
@@ -194,7 +194,7 @@ class Engine:
 
         began = time.monotonic()
         programs = list(self._device.programs())
-        pool = futures.ThreadPoolExecutor(os.cpu_count())
+        pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         try:
             jobs = [pool.submit(compile, program) for program in programs]
             for count, job in enumerate(futures.as_completed(jobs), 1):
