@@ -70,7 +70,9 @@ def chunk(
     x_RTD, kept = _run(whole, before, x_RTD)
     all_RTD = last_R1D = None
     if "last" in outputs:
-        ends = _layer(cfg, turn, lambda one: _attend_last(one, *written, **common), layout, last_R)
+        ends = _layer(
+            cfg, turn, lambda one: _attend_last(one, *written, last_R, **common), layout, last_R
+        )
         last_R1D, (pages_of_final,) = _run(ends, [final], x_RTD)
     if "all" in outputs or not outputs:
         all_RTD, (pages_of_final,) = _run(whole, [final], x_RTD)
@@ -230,10 +232,9 @@ def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention
     return inner
 
 
-def _attend_last(kv_PSCH, table_RM, positions_RT, lengths_R, *, attention, layout):
+def _attend_last(kv_PSCH, table_RM, positions_RT, lengths_R, last_R, *, attention, layout):
     """`_attend_chunk` for each row's last query alone."""
     ended_R = jnp.where(lengths_R > 0, positions_RT[:, 0] + lengths_R, 0)
-    last_R = jnp.maximum(lengths_R - 1, 0)
 
     def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
         kept = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
