@@ -18,11 +18,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 
-from configs import schema
-from infer import engine as engine_lib
-from infer import loading
-from infer.request import Request
-from qwen_jax import chat
+from configs.engine import EngineConfig
+from configs.sampling import SamplingParams
+from infer.engine import engine as engine_lib
+from infer.engine.request import Request
+from infer.text import loading
+from qwen_jax.text.chat import encoding as chat
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=16)
     arguments = parser.parse_args()
     loaded = loading.load_model(arguments.model, dtype="float32")
-    sampling = schema.Sampling(temperature=0.0, max_tokens=arguments.max_tokens)
+    sampling = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens)
     requests = [
         Request(id=str(index), tokens=tokens, sampling=sampling)
         for index, tokens in enumerate(read(arguments.prompts, loaded, arguments.count))
@@ -74,7 +75,7 @@ def read(path: pathlib.Path, loaded: loading.Loaded, count: int) -> list[tuple[i
 
 def answer(loaded: loading.Loaded, requests: list[Request], *, slots: int) -> dict:
     longest = max(len(r.tokens) + r.sampling.max_tokens for r in requests)
-    settings = schema.Engine(
+    settings = EngineConfig(
         num_slots=slots, max_length=longest, prefill_chunk=256, prefill_tokens=1024, buckets="one"
     )
     engine = engine_lib.Engine(

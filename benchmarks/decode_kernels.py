@@ -25,10 +25,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from configs import qwen2_5, schema
-from qwen_jax import decode_params, fused, model, paged_decode, paged_state, rope, sampling
-from qwen_jax.attention import paged, paged_blocks
-from qwen_jax.few_rows import api, attention, head, layer, parts, phases
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
+from qwen_jax.decode import fused_layers, sampling, slot_state, weights
+from qwen_jax.decode import programs as decode_programs
+from qwen_jax.decode.small_batch import (
+    attention_phases,
+    kernel_types,
+    layer_kernel,
+    lm_head,
+    matmul_phases,
+)
+from qwen_jax.decode.small_batch import step as small_batch
+from qwen_jax.model import rope, transformer
+from qwen_jax.ops.attention.paged import api as paged
+from qwen_jax.ops.attention.paged import triton_blocks
 
 PAGE, POSITIONS, LENGTH = 64, 1280, 1152
 
@@ -37,16 +48,16 @@ PAGE, POSITIONS, LENGTH = 64, 1280, 1152
 class Setup:
     """A model with random weights, and requests of some length."""
 
-    cfg: schema.Model
+    cfg: ModelConfig
     params: dict
     programs: int
     interpret: bool
     repeats: int
 
-    def state(self, R: int) -> paged_state.State:
+    def state(self, R: int) -> slot_state.State:
         """R slots in the middle of an answer."""
         M = POSITIONS // PAGE
-        state = paged_state.empty(
+        state = slot_state.empty(
             self.cfg, num_slots=R, width=M, num_pages=R * M, page_size=PAGE, dtype=jnp.bfloat16
         )
         slots = dataclasses.replace(
@@ -56,19 +67,19 @@ class Setup:
             tokens_B=jnp.arange(R, dtype=jnp.int32),
             remaining_B=jnp.full(R, 10**6, jnp.int32),
         )
-        return paged_state.State(state.pages, slots)
+        return slot_state.State(state.pages, slots)
 
 
 def make(name: str, *, tiny: bool) -> Setup:
     cfg = qwen2_5.tiny() if tiny else qwen2_5.base(name)
     init = jax.jit(lambda: jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16), model.init(cfg, jax.random.key(0))
+        lambda x: x.astype(jnp.bfloat16), transformer.init(cfg, jax.random.key(0))
     ))  # fmt: skip
-    params = decode_params.prepare(cfg, init(), dtype=jnp.bfloat16)
-    if not fused.is_output_major(params["layers"][0]):
-        layers = tuple(fused.output_major(one) for one in params["layers"])
+    params = weights.prepare(cfg, init(), dtype=jnp.bfloat16)
+    if not fused_layers.is_output_major(params["layers"][0]):
+        layers = tuple(fused_layers.output_major(one) for one in params["layers"])
         params = {**params, "layers": layers}
-    programs = 4 if tiny else api.multiprocessors()
+    programs = 4 if tiny else small_batch.multiprocessors()
     return Setup(cfg, params, programs, interpret=tiny, repeats=1 if tiny else 20)
 
 
@@ -92,19 +103,23 @@ def plain_layer(cfg, x_RD, values, kv_PSCH, rows, turn):
         )  # fmt: skip
         return o_RNH[:, None], kept
 
-    x_R1D, kept, _ = fused.block(cfg, values)(x_RD[:, None], turn=turn, attend=attend, layout=None)
+    x_R1D, kept, _ = fused_layers.block(cfg, values)(
+        x_RD[:, None], turn=turn, attend=attend, layout=None
+    )
     return x_R1D[:, 0], kept
 
 
-def shared_of(setup: Setup, state: paged_state.State) -> tuple[parts.Rows, rope.Rotation]:
+def shared_of(setup: Setup, state: slot_state.State) -> tuple[kernel_types.Rows, rope.Rotation]:
     lengths_R = state.slots.lengths_B + 1
     turn = rope.rotation(setup.cfg, lengths_R[:, None] - 1)
-    rows = parts.Rows(turn.cos_BTh[:, 0], turn.sin_BTh[:, 0], state.slots.table_BM, lengths_R)
+    rows = kernel_types.Rows(
+        turn.cos_BTh[:, 0], turn.sin_BTh[:, 0], state.slots.table_BM, lengths_R
+    )
     return rows, turn
 
 
-def tunings(setup: Setup, *, tiny: bool) -> dict[str, parts.Tuning]:
-    base = parts.Tuning(programs=setup.programs, launch="phase" if tiny else "layer")
+def tunings(setup: Setup, *, tiny: bool) -> dict[str, kernel_types.Tuning]:
+    base = kernel_types.Tuning(programs=setup.programs, launch="phase" if tiny else "layer")
     if tiny:
         return {"base": base}
     change = functools.partial(dataclasses.replace, base)
@@ -114,7 +129,7 @@ def tunings(setup: Setup, *, tiny: bool) -> dict[str, parts.Tuning]:
         "8 warps": change(warps=8),
         **{
             f"attention {block}, {least}": change(
-                attention=paged_blocks.Tuning(block=block, min_keys=least)
+                attention=triton_blocks.Tuning(block=block, min_keys=least)
             )
             for block, least in keys
         },
@@ -127,11 +142,11 @@ def tunings(setup: Setup, *, tiny: bool) -> dict[str, parts.Tuning]:
 
 
 _PHASES = {
-    "qkv": (phases, "qkv"),
-    "attention": (attention, "attend"),
-    "o": (phases, "o"),
-    "gate_up": (phases, "gate_up"),
-    "down": (phases, "down"),
+    "qkv": (matmul_phases, "qkv"),
+    "attention": (attention_phases, "attend"),
+    "o": (matmul_phases, "o"),
+    "gate_up": (matmul_phases, "gate_up"),
+    "down": (matmul_phases, "down"),
 }
 
 
@@ -150,7 +165,7 @@ def without(name: str):
             setattr(*place, function)
 
 
-def check(setup: Setup, R: int, tuning: parts.Tuning) -> None:
+def check(setup: Setup, R: int, tuning: kernel_types.Tuning) -> None:
     """Relative errors of a layer and of the logits, and whether the tokens are the same."""
     cfg, state = setup.cfg, setup.state(R)
     rows, turn = shared_of(setup, state)
@@ -158,21 +173,25 @@ def check(setup: Setup, R: int, tuning: parts.Tuning) -> None:
     kv = jax.random.normal(jax.random.key(4), state.pages.layers[0].shape, jnp.bfloat16)
     values = setup.params["layers"][0]
     want, kept = jax.jit(functools.partial(plain_layer, cfg))(x_RD, values, kv, rows, turn)
-    run = jax.jit(functools.partial(layer.run, cfg, tuning=tuning, interpret=setup.interpret))
+    run = jax.jit(
+        functools.partial(layer_kernel.run, cfg, tuning=tuning, interpret=setup.interpret)
+    )
     worst = 0.0
     for _ in range(3):
-        got, kept_few, barriers = run(x_RD, layer.weights(cfg, values), kv, rows, api.barriers())
+        got, kept_few, barriers = run(
+            x_RD, layer_kernel.weights(cfg, values), kv, rows, small_batch.barriers()
+        )
         error = jnp.linalg.norm((got - want).astype(jnp.float32))
         worst = max(worst, float(error / jnp.linalg.norm((want - x_RD).astype(jnp.float32))))
     pages = float(jnp.abs(kept_few.astype(jnp.float32) - kept.astype(jnp.float32)).max())
     scale, table = setup.params["norm"]["scale"], setup.params["embed"]["weight"]
     options = {"eps": cfg.rms_norm_eps, "interpret": setup.interpret}
-    options["tuning"] = head.Tuning(programs=2 * setup.programs)
-    logits = head.logits(x_RD, scale, table, **options)
-    normed = model.parts(cfg)["norm"].bind(setup.params["norm"])(x_RD)
-    other = model.unembed(cfg, setup.params, normed[:, None])[:, 0]
+    options["tuning"] = lm_head.Tuning(programs=2 * setup.programs)
+    logits = lm_head.logits(x_RD, scale, table, **options)
+    normed = transformer.parts(cfg)["norm"].bind(setup.params["norm"])(x_RD)
+    other = transformer.unembed(cfg, setup.params, normed[:, None])[:, 0]
     off = float(jnp.linalg.norm(logits - other) / jnp.linalg.norm(other))
-    tokens = head.likeliest(x_RD, scale, table, **options)
+    tokens = lm_head.likeliest(x_RD, scale, table, **options)
     same = bool((tokens == jnp.argmax(logits, axis=-1)).all())
     print(
         f"check {R} rows: layer off by {worst:.5f} of what it adds, pages by {pages:.4f}, logits "
@@ -180,7 +199,9 @@ def check(setup: Setup, R: int, tuning: parts.Tuning) -> None:
     )  # fmt: skip
 
 
-def time_layers(setup: Setup, R: int, name: str, tuning: parts.Tuning | None, steps: int) -> None:
+def time_layers(
+    setup: Setup, R: int, name: str, tuning: kernel_types.Tuning | None, steps: int
+) -> None:
     cfg, state = setup.cfg, setup.state(R)
     rows, turn = shared_of(setup, state)
     values = setup.params["layers"]
@@ -193,13 +214,13 @@ def time_layers(setup: Setup, R: int, name: str, tuning: parts.Tuning | None, st
                 x_RD, kv = plain_layer(cfg, x_RD, one, kv, rows, turn)
             else:
                 x_RD, kv, barriers = jitted(
-                    cfg, x_RD, layer.weights(cfg, one), kv, rows, barriers,
+                    cfg, x_RD, layer_kernel.weights(cfg, one), kv, rows, barriers,
                     tuning=tuning, interpret=setup.interpret,
                 )  # fmt: skip
             kept.append(kv)
         return x_RD, tuple(kept), barriers
 
-    jitted = jax.jit(layer.run, static_argnames=("cfg", "tuning", "interpret"))
+    jitted = jax.jit(layer_kernel.run, static_argnames=("cfg", "tuning", "interpret"))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(pages, x_RD, barriers, *others):
@@ -210,7 +231,7 @@ def time_layers(setup: Setup, R: int, name: str, tuning: parts.Tuning | None, st
     x_RD = jnp.ones((R, cfg.hidden_size), jnp.bfloat16)
 
     def again():
-        y_RD, pages[0], _ = run(pages[0], x_RD, api.barriers(), values, rows, turn)
+        y_RD, pages[0], _ = run(pages[0], x_RD, small_batch.barriers(), values, rows, turn)
         return y_RD
 
     began = time.perf_counter()
@@ -230,7 +251,7 @@ def time_layers(setup: Setup, R: int, name: str, tuning: parts.Tuning | None, st
     )
 
 
-def time_head(setup: Setup, R: int, tuning: head.Tuning | None) -> None:
+def time_head(setup: Setup, R: int, tuning: lm_head.Tuning | None) -> None:
     cfg, table = setup.cfg, setup.params["embed"]["weight"]
     options = {"eps": cfg.rms_norm_eps, "tuning": tuning, "interpret": setup.interpret}
 
@@ -239,9 +260,9 @@ def time_head(setup: Setup, R: int, tuning: head.Tuning | None) -> None:
     def tokens(params, x_RD):
         if tuning is not None:
             scale, table = params["norm"]["scale"], params["embed"]["weight"]
-            return head.likeliest(x_RD, scale, table, **options)
-        normed = model.parts(cfg)["norm"].bind(params["norm"])(x_RD)
-        return sampling.argmax(model.unembed(cfg, params, normed[:, None])[:, 0])
+            return lm_head.likeliest(x_RD, scale, table, **options)
+        normed = transformer.parts(cfg)["norm"].bind(params["norm"])(x_RD)
+        return sampling.argmax(transformer.unembed(cfg, params, normed[:, None])[:, 0])
 
     def several(params, x_RD):
         def body(_, token_R):
@@ -266,7 +287,7 @@ def time_step(setup: Setup, R: int, ways: tuple, *, profile: bool) -> None:
         state = [setup.state(R)]
 
         def again(way=way, state=state):
-            state[0], drawn = paged_decode.advance(
+            state[0], drawn = decode_programs.advance(
                 cfg, setup.params, state[0], jnp.arange(R), mask_RW, how="greedy",
                 eos_E=jnp.zeros(0, jnp.int32), num_steps=steps, layers=way,
             )  # fmt: skip
@@ -330,7 +351,9 @@ def main() -> None:
         if "head" in parts:
             cuts = [(2, 16, 8), (4, 16, 8), (4, 8, 4), (8, 8, 4), (2, 32, 8), (3, 16, 8)]
             for times, outputs, warps in cuts[:1] if rows[0] != R or arguments.tiny else cuts:
-                tuning = head.Tuning(programs=times * setup.programs, outputs=outputs, warps=warps)
+                tuning = lm_head.Tuning(
+                    programs=times * setup.programs, outputs=outputs, warps=warps
+                )
                 work.append(functools.partial(time_head, setup, R, tuning))
             work.append(functools.partial(time_head, setup, R, None))
     for one in work:

@@ -25,13 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 import train_step
 
-from configs import qwen2_5, schema
-from infer import engine as engine_lib
-from infer.request import Request
+from configs.engine import EngineConfig
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
+from configs.sampling import SamplingParams
+from infer.engine import engine as engine_lib
+from infer.engine.request import Request
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
-from qwen_jax import decode_params, model
-from qwen_jax.quant import tree
+from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+from qwen_jax.decode import weights as decode_weights
+from qwen_jax.model import transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ def run_model(name: str, weights: str, arguments: argparse.Namespace, *, until: 
     cfg = qwen2_5.tiny() if name == "tiny" else qwen2_5.base(name)
     cases = TINY if arguments.tiny else CASES
     cases = [case for case in cases if arguments.requests in (0, case.requests)]
-    settings = schema.Engine(
+    settings = EngineConfig(
         num_slots=max(case.requests for case in cases),
         max_length=max(case.prompt + case.answer for case in cases),
         prefill_chunk=64 if arguments.tiny else 8192,
@@ -99,34 +103,32 @@ def run_model(name: str, weights: str, arguments: argparse.Namespace, *, until: 
 
 
 FORMATS = {
-    "int8": tree.Settings(),
-    "int4": tree.Settings(weights="int4", group_size=128),
-    "fp8": tree.Settings(weights="fp8"),
+    "int8": quantised_parameters.Settings(),
+    "int4": quantised_parameters.Settings(weights="int4", group_size=128),
+    "fp8": quantised_parameters.Settings(weights="fp8"),
 }
 
 
-def make(
-    cfg: schema.Model, settings: schema.Engine, *, weights: str, mesh: str
-) -> engine_lib.Engine:
+def make(cfg: ModelConfig, settings: EngineConfig, *, weights: str, mesh: str) -> engine_lib.Engine:
     dtype, layout, placed = jnp.dtype(jnp.bfloat16), None, None
     if mesh:
         layout = sharding.Layout(mesh_lib.make(mesh_lib.parse(mesh)), rules.rule_set("engine"))
-        placed = sharding.shardings(model.axes(cfg), layout)
+        placed = sharding.shardings(transformer.axes(cfg), layout)
     init = jax.jit(
-        lambda key: jax.tree.map(lambda x: x.astype(dtype), model.init(cfg, key)),
+        lambda key: jax.tree.map(lambda x: x.astype(dtype), transformer.init(cfg, key)),
         out_shardings=placed,
     )
     params = init(jax.random.key(0))
     if weights != "bf16":
-        params = tree.quantise(cfg, params, FORMATS[weights])
-    form = decode_params.best_form(layout, params=params, num_rows=settings.num_slots)
-    params = decode_params.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
+        params = quantised_parameters.quantise(cfg, params, FORMATS[weights])
+    form = decode_weights.best_form(layout, params=params, num_rows=settings.num_slots)
+    params = decode_weights.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
     return engine_lib.Engine(cfg, params, settings=settings, eos_ids=(), dtype=dtype, layout=layout)
 
 
-def drive(engine: engine_lib.Engine, cfg: schema.Model, case: Case, *, seed: int) -> str:
+def drive(engine: engine_lib.Engine, cfg: ModelConfig, case: Case, *, seed: int) -> str:
     random = np.random.default_rng(seed)
-    sampling = schema.Sampling(temperature=0.0, max_tokens=case.answer)
+    sampling = SamplingParams(temperature=0.0, max_tokens=case.answer)
     began = time.perf_counter()
     for index in range(case.requests):
         tokens = tuple(random.integers(0, cfg.vocab_size, case.prompt).tolist())

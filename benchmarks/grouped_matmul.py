@@ -71,7 +71,7 @@ def function(candidate: Candidate):
     """f(lhs_MK, rhs_EKN, dout_MN, sizes_E) of the candidate."""
     import jax
 
-    from qwen_jax.grouped_matmul import api, hopper, reference
+    from qwen_jax.ops.grouped_matmul import api, hopper, reference
 
     if candidate.way == "shipped":
         return shipped(candidate.op)

@@ -28,13 +28,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import huggingface, qwen2_5  # noqa: E402
-from qwen_jax.convert import table  # noqa: E402
+from configs.models import huggingface, qwen2_5  # noqa: E402
+from qwen_jax.checkpoint import tensor_table  # noqa: E402
 
 BLOCK = 16 << 20
 CHILD = """
 import resource, sys, time
-from qwen_jax.convert import {module}
+from qwen_jax.checkpoint.huggingface import {module}
 start = time.perf_counter()
 planned = {module}.{function}(sys.argv[1], sys.argv[2])
 seconds = time.perf_counter() - start
@@ -52,8 +52,8 @@ def make_checkpoint(folder: Path, name: str) -> int:
     config = huggingface.write_model(model, dtype="bfloat16")
     (folder / "config.json").write_text(json.dumps(config))
     header, offset = {}, 0
-    for tensor, row in table.hf_names(model).items():
-        shape = table.hf_shape(row, model)
+    for tensor, row in tensor_table.hf_names(model).items():
+        shape = tensor_table.hf_shape(row, model)
         end = offset + 2 * int(np.prod(shape))
         header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
         offset = end

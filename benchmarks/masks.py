@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from infer import constraints
-from infer.constraints_spec import ConstraintSpec, forced_calls, or_calls
-from qwen_jax import tokenizer, tokenizer_train
+from infer.constraints import compiler as constraints
+from infer.constraints.spec import ConstraintSpec, forced_calls, or_calls
+from qwen_jax.text import tokenizer_training
+from qwen_jax.text.tokenizer import tokenizer
 
 _PERSON = {
     "type": "object",
@@ -103,7 +104,7 @@ def _timed(run: Callable):
 
 
 def _tiny() -> tokenizer.Tokenizer:
-    return tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=279)
+    return tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=279)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import train_step
-from configs import qwen2_5, qwen2_moe, schema
+from configs.data import DataConfig
+from configs.models import qwen2_5, qwen2_moe
+from configs.models.architecture import ExpertTrainingConfig, ModelConfig
+from configs.train import TrainConfig
 from partitioning import expert_parallel
-from qwen_jax import flops, moe
+from qwen_jax.analysis import flops
+from qwen_jax.model import moe
 
 VARIANTS = {  # name: changes to the configuration, and to the experts
     "unrolled, dots": ({"layer_loop": "unrolled", "remat": "dots"}, {}),
@@ -53,7 +57,7 @@ def run_peer(layers: int, batch: int, length: int, *, tiny: bool) -> dict:
     return json.loads(lines[-1])
 
 
-def show_pieces(cfg: schema.Model, tokens: int) -> None:
+def show_pieces(cfg: ModelConfig, tokens: int) -> None:
     """Milliseconds of the routed experts of one layer, piece by piece, in bfloat16."""
     D, E, J = cfg.hidden_size, cfg.moe.num_experts, cfg.moe.num_experts_per_tok
     keys = jax.random.split(jax.random.key(0), 5)
@@ -105,7 +109,7 @@ def show_pieces(cfg: schema.Model, tokens: int) -> None:
         print(f"{name:34} {1e3 * seconds:8.2f} {rate}", flush=True)
 
 
-def measure(name: str, cfg: schema.Model, config: schema.Train, report, steps: int) -> float:
+def measure(name: str, cfg: ModelConfig, config: TrainConfig, report, steps: int) -> float:
     """Prints a row; the seconds of a step, or infinity where it cannot run."""
     try:
         result = train_step.measure(cfg, config, packed="packed" in name, steps=steps)
@@ -152,9 +156,9 @@ def main() -> None:
     report = functools.partial(
         train_step.print_row, length=args.length, tokens=tokens, ceiling=product
     )
-    base = schema.Train(
+    base = TrainConfig(
         batch_size=args.batch,
-        data=schema.Data(sequence_length=args.length),
+        data=DataConfig(sequence_length=args.length),
         loss_chunk=min(1024, args.length),
     )
     rate = lambda cfg, seconds: (  # noqa: E731
@@ -168,7 +172,7 @@ def main() -> None:
     best = 0.0
     for name, (changes, experts) in VARIANTS.items():
         if args.only in name:
-            cfg = schema.Experts(**experts).apply(sparse)
+            cfg = ExpertTrainingConfig(**experts).apply(sparse)
             config = dataclasses.replace(base, **changes)
             best = max(best, rate(cfg, measure(name, cfg, config, report, args.steps)))
     if "failed" in peer:

@@ -6,8 +6,8 @@
 
 Every line of decoding is one query a row, over as many layers' keys and values as are more than a
 GPU's cache holds, in one program. GB/s count keys and values read once, and are held against a
-large copy, read and write counted. `ours` is `qwen_jax/attention/paged_gpu.py`, as it is set, then
-with one setting changed at a time, the best kept; `jax` is the kernel that JAX ships for GPUs.
+large copy, read and write counted. `ours` is `qwen_jax/ops/attention/paged/gpu.py`, as it is set,
+then with one setting changed at a time, the best kept; `jax` is the kernel that JAX ships for GPUs.
 Numbers are checked before they are timed.
 """
 
@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import paged_cache
-from qwen_jax.attention import paged_gpu, paged_reference
+from qwen_jax.ops.attention.paged import gpu as paged_gpu
+from qwen_jax.ops.attention.paged import kv_pages
+from qwen_jax.ops.attention.paged import reference as paged_reference
 
 PAGE_SIZE = 64
 PARTS = ("chunks", "grid", "int8", "steps", "few", "others")
@@ -192,7 +193,7 @@ def int8_ways(
     case: Case, table: Table, inputs: Inputs, ours: Callable, best: paged_gpu.Tuning
 ) -> None:
     """Ours over int8 pages, and with larger blocks or more warps."""
-    quantise = jax.jit(functools.partial(paged_cache.quantise, dtype=jnp.dtype(jnp.bfloat16)))
+    quantise = jax.jit(functools.partial(kv_pages.quantise, dtype=jnp.dtype(jnp.bfloat16)))
     layers = [quantise(layer) for layer in inputs.layers]
     for changed in ({}, {"block": 128}, {"warps": 8}):
         tuning = dataclasses.replace(best, **changed)
@@ -229,7 +230,7 @@ def steps(
     append = functools.partial(paged_gpu.append, **rows, tuning=tuning, interpret=interpret)
 
     def apart(q_BNH, new_BKH, layer):
-        layer = paged_cache.write(
+        layer = kv_pages.write(
             layer,
             new_BKH[:, None],
             new_BKH[:, None],
@@ -337,7 +338,7 @@ def chunks(*, interpret: bool, repeats: int) -> None:
         kv = draw(jax.random.key(9), (B * M, PAGE_SIZE, 2 * K, H))
         table_BM = jnp.arange(B * M, dtype=jnp.int32).reshape(B, M)
         at = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-        kv = paged_cache.write(
+        kv = kv_pages.write(
             kv, k, v, table_BM=table_BM, positions_BT=at, valid_BT=jnp.ones((B, T), bool)
         )
         rows = {

@@ -3,11 +3,11 @@
     python benchmarks/parallel_train.py            # 2 GPUs, about four minutes
     python benchmarks/parallel_train.py --tiny     # rehearsal on two fake CPU devices
 
-The step is the training loop's own (`train/step.py`); a row names the sequences that a GPU has in a
-step. FLOPs are the model's (`qwen_jax/flops.py`), attention counted causally; the ratio is a GPU's
-TFLOP/s over the best of one GPU by itself, in this run. A model that one GPU cannot hold with its
-float32 state has fewer layers here, on one and on two. XLA's flags are those of
-`configs/xla_flags.py`, unless a row says otherwise.
+The step is the training loop's own (`train/core/step.py`); a row names the sequences that a GPU has
+in a step. FLOPs are the model's (`qwen_jax/analysis/flops.py`), attention counted causally; the
+ratio is a GPU's TFLOP/s over the best of one GPU by itself, in this run. A model that one GPU
+cannot hold with its float32 state has fewer layers here, on one and on two. XLA's flags are those
+of `configs/hardware/xla_flags.py`, unless a row says otherwise.
 """
 
 import argparse
@@ -25,9 +25,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import train_step
 
-from configs import chips, qwen2_5, schema, xla_flags
+from configs.data import DataConfig
+from configs.hardware import chips, xla_flags
+from configs.models import qwen2_5
+from configs.optimizer import OptimizerConfig
+from configs.train import TrainConfig
 from partitioning import mesh
-from qwen_jax import flops
+from qwen_jax.analysis import flops
 
 SCHEDULER = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
@@ -97,14 +101,14 @@ def measure(case: Case, *, length: int, steps: int, profile: pathlib.Path | None
     cfg = dataclasses.replace(cfg, num_hidden_layers=case.layers)
     shape = mesh.parse(case.mesh)
     devices = jax.devices()[: shape.fsdp * shape.tensor]
-    config = schema.Train(
+    config = TrainConfig(
         batch_size=case.rows * len(devices),
-        data=schema.Data(sequence_length=length),
+        data=DataConfig(sequence_length=length),
         loss_chunk=min(1024, length),
         layer_loop="unrolled",
         remat=case.remat,
         mesh=shape,
-        optimizer=schema.Optimizer(**case.changes),
+        optimizer=OptimizerConfig(**case.changes),
     )
     options = case.options
     if options is None:

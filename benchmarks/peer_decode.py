@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 
-from configs import qwen2_5
+from configs.models import qwen2_5
 
 
 def peer(size: str, batch: int, prompt: int, new_tokens: int) -> float:

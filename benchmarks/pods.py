@@ -17,7 +17,11 @@ import pathlib
 import subprocess
 import sys
 
-from configs import presets, qwen2_moe, schema, topologies, xla_flags
+from configs.data import DataConfig
+from configs.hardware import topologies, xla_flags
+from configs.models import presets, qwen2_moe
+from configs.models.architecture import ModelConfig
+from configs.train import TrainConfig
 
 SLICES = {
     "qwen2.5-0.5b": ("v5e-16", "v5p-8", "v6e-8"),
@@ -144,7 +148,7 @@ def in_process(case: Case) -> dict:
     return {"failed": (errors or ["no answer"])[-1][:300]}
 
 
-def model_of(name: str, length: int) -> schema.Model:
+def model_of(name: str, length: int) -> ModelConfig:
     """The preset, its positions raised to the length where they end before it; or 30b-a3b."""
     if name == "30b-a3b":
         return qwen2_moe.shapes_of_30b_a3b()
@@ -154,16 +158,16 @@ def model_of(name: str, length: int) -> schema.Model:
     )
 
 
-def config_of(case: Case) -> schema.Train:
-    return schema.Train(
-        data=schema.Data(sequence_length=case.length), context_parallel=case.context_parallel
+def config_of(case: Case) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(sequence_length=case.length), context_parallel=case.context_parallel
     )
 
 
 def planned(case: Case, mesh: str):
     """The job of a case on a mesh, one row a device."""
     from partitioning import mesh as mesh_lib
-    from qwen_jax.plan import job
+    from qwen_jax.analysis.plan import job
 
     return job.make(
         model_of(case.model, case.length),
@@ -175,7 +179,7 @@ def planned(case: Case, mesh: str):
 
 def estimate(case: Case, result: dict) -> dict:
     """The plan's estimate as it is today, on the mesh that was compiled."""
-    from qwen_jax.plan import memory
+    from qwen_jax.analysis.plan import memory
 
     if "failed" in result:
         return {}
@@ -185,10 +189,10 @@ def estimate(case: Case, result: dict) -> dict:
 def compile_case(case: Case) -> dict:
     """One row a device, compiled: bytes, counts, seconds, and the plan's estimate."""
     from partitioning import mesh as mesh_lib
-    from qwen_jax import ahead_of_time
-    from qwen_jax.plan import search
-    from train import ahead_of_time as of_train
-    from train import step
+    from qwen_jax.analysis import ahead_of_time
+    from qwen_jax.analysis.plan import search
+    from train import executables as of_train
+    from train.core import step
 
     where = topologies.parse(case.where)
     found, refused = search.candidates(

@@ -24,7 +24,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.quant import array, kernels, product, words_kernel
+from qwen_jax.ops.quantized_matmul import api as quantized_matmul
+from qwen_jax.ops.quantized_matmul import packed_words_kernel, row_kernels
+from qwen_jax.quant import array
 
 # name: (inputs, outputs, whether it is an embedding [outputs, inputs])
 MATRICES = {
@@ -68,7 +70,7 @@ def multiply(x, w, *, way: str, embedding: bool):
         return jnp.einsum(einsum, x, w)
     if way == "words":
         way = "gpu"
-    return product.contract(einsum, x, w, layout=None, implementation=way)
+    return quantized_matmul.contract(einsum, x, w, layout=None, implementation=way)
 
 
 def compiled(job: Job):
@@ -154,7 +156,7 @@ def matrix_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[J
                     embedding=embedding,
                 ).astype(jnp.float32)
             )(x, ws[0])
-            ways = ["xla", "gpu"] if rows <= product.MOST_ROWS else ["xla", "dequantise"]
+            ways = ["xla", "gpu"] if rows <= quantized_matmul.MOST_ROWS else ["xla", "dequantise"]
             for way in ways if label != "fp8" or rows in (1, 64) else []:
                 run = functools.partial(multiply, way=way, embedding=embedding)
                 jobs.append(Job(f"{name} | m{rows} {label} {way}", run, x, ws, reference))
@@ -185,10 +187,10 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
         if rows == 1:
             turned = list(map(jax.jit(array.in_words), ws))
             for tuning in TUNINGS:
-                run = functools.partial(_row, tuning=words_kernel.Tuning(*tuning))
+                run = functools.partial(_row, tuning=packed_words_kernel.Tuning(*tuning))
                 job = f"{name} | m1 {label} words{'x'.join(map(str, tuning))} p1"
                 jobs.append(Job(job, run, x[None], turned))
-        tried = {kernels.choose(ws[0], rows=rows): "chosen"}
+        tried = {row_kernels.choose(ws[0], rows=rows): "chosen"}
         for columns, step, warps, stages in (
             (64, 128, 4, 4), (64, 128, 2, 4), (64, 64, 2, 4), (128, 128, 4, 4), (128, 64, 4, 4),
             (128, 32, 4, 4), (256, 32, 4, 4), (256, 64, 8, 4), (128, 128, 8, 3), (64, 128, 4, 2),
@@ -200,7 +202,7 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
                 wanted = max(1, programs * columns // outputs)
                 parts = min((n for n in range(1, steps + 1) if steps % n == 0),
                             key=lambda n, wanted=wanted: abs(n - wanted))  # fmt: skip
-                blocks = kernels.Blocks(columns, step, parts, warps, stages)
+                blocks = row_kernels.Blocks(columns, step, parts, warps, stages)
                 tried.setdefault(blocks, "")
         for blocks, note in list(tried.items())[: 2 if tiny else None]:
             said = f"{blocks.outputs}x{blocks.inputs} p{blocks.parts} w{blocks.warps}"
@@ -211,11 +213,11 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
 
 
 def _kernel(x, w, *, blocks):
-    return kernels.multiply(x[0], w, blocks=blocks)[None]
+    return row_kernels.multiply(x[0], w, blocks=blocks)[None]
 
 
 def _row(x, w, *, tuning):
-    return words_kernel.multiply(x[0], w, tuning=tuning)[None]
+    return packed_words_kernel.multiply(x[0], w, tuning=tuning)[None]
 
 
 def main() -> None:

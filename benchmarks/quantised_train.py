@@ -26,10 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import qwen2_5, schema
+from configs.data import DataConfig
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
+from configs.optimizer import OptimizerConfig
+from configs.train import TrainConfig
 from partitioning import mesh, rules, sharding
-from qwen_jax import layers
-from train import step as step_lib
+from qwen_jax.model import layers
+from train.core import step as step_lib
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
@@ -145,7 +149,7 @@ def print_products(tokens: int, shapes: dict[str, tuple[int, int]]) -> None:
         print()
 
 
-def batches(cfg: schema.Model, batch: int, length: int):
+def batches(cfg: ModelConfig, batch: int, length: int):
     """Python's library as bytes, batch after batch; the same ones at every call."""
     files = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
     text = np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8).astype(np.int32)
@@ -162,7 +166,7 @@ def batches(cfg: schema.Model, batch: int, length: int):
         }
 
 
-def measure(cfg: schema.Model, config: schema.Train, *, steps: int) -> dict:
+def measure(cfg: ModelConfig, config: TrainConfig, *, steps: int) -> dict:
     """Seconds to compile, GB of temporaries, median ms of a step, and every step's loss."""
     layout = sharding.Layout(mesh.make(config.mesh), rules.rule_set("train"))
     program = step_lib.make(cfg, config, layout)
@@ -208,13 +212,13 @@ def main() -> None:
     cfg = qwen2_5.tiny() if args.tiny else qwen2_5.base(args.model)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.model}, ", end="")
     print(f"{args.batch} x {args.length}, layers scanned, remat {args.remat}", flush=True)
-    config = schema.Train(
+    config = TrainConfig(
         batch_size=args.batch,
         num_steps=1000,
         remat=args.remat,
-        data=schema.Data(sequence_length=args.length),
+        data=DataConfig(sequence_length=args.length),
         loss_chunk=min(1024, args.length),
-        optimizer=schema.Optimizer(peak_learning_rate=3e-4, schedule="constant", warmup_steps=10),
+        optimizer=OptimizerConfig(peak_learning_rate=3e-4, schedule="constant", warmup_steps=10),
     )
     results = {}
     for name, make in VARIANTS.items():

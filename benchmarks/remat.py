@@ -22,12 +22,15 @@ import jax
 import train_step
 from jax.experimental import topologies
 
-from configs import qwen2_5, remat, schema
+from configs.data import DataConfig
+from configs.models import qwen2_5, remat
+from configs.models.architecture import ModelConfig
+from configs.train import TrainConfig
 from partitioning import mesh, rules, sharding
-from train import step as step_lib
+from train.core import step as step_lib
 
 
-def compile_for(topology: str, cfg: schema.Model, config: schema.Train) -> tuple[dict, str]:
+def compile_for(topology: str, cfg: ModelConfig, config: TrainConfig) -> tuple[dict, str]:
     """Memory and seconds of the step compiled for a TPU topology, and the program's text."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     layout = sharding.Layout(mesh.make(config.mesh, devices=devices), rules.rule_set("train"))
@@ -68,9 +71,9 @@ def main() -> None:
     cfg = qwen2_5.tiny() if args.tiny else qwen2_5.base(args.model)
     if args.layers:
         cfg = dataclasses.replace(cfg, num_hidden_layers=args.layers)
-    base = schema.Train(
+    base = TrainConfig(
         batch_size=args.batch,
-        data=schema.Data(sequence_length=args.length),
+        data=DataConfig(sequence_length=args.length),
         loss_chunk=min(1024, args.length),
         layer_loop=args.layer_loop,
     )

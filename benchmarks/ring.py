@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partitioning import mesh, ring, rules, sharding
-from qwen_jax.attention import api, context
+from qwen_jax.ops.attention import api, context_parallelism
 
 TINY = "--tiny" in sys.argv
 N, K, H = (4, 2, 16) if TINY else (28, 4, 128)
@@ -104,7 +104,7 @@ def check(num_devices: int) -> None:
             try:
                 where = layout(variant, num_devices)
                 run, like = program(variant, where, (3, T), packed=packed)
-                put = arranged if context.is_zigzag(variant) else np.asarray
+                put = arranged if context_parallelism.is_zigzag(variant) else np.asarray
                 values = [*(x.astype(jnp.bfloat16) for x in wide), ids]
                 placed = [
                     jax.device_put(put(x), a.sharding) for x, a in zip(values, like, strict=True)

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import schema
-from qwen_jax import cutoffs, cutoffs_gpu, sampling
+from configs.sampling import SamplingParams
+from qwen_jax.decode import sampling
+from qwen_jax.ops.top_k_top_p import api as top_k_top_p
+from qwen_jax.ops.top_k_top_p import gpu as top_k_top_p_gpu
 
 ASKED = {
     "nothing": {"temperature": 0.0},
@@ -57,7 +59,7 @@ def draws(logits_BV, settings, told: dict, *, how: sampling.How, steps: int) -> 
 
 def milliseconds(rows: int, V: int, values: dict, *, how: sampling.How, steps: int) -> float:
     logits_BV = 3 * jax.random.normal(jax.random.key(0), (rows, V), jnp.float32)
-    settings = jax.device_put(sampling.settings([schema.Sampling(**values)] * rows, num_rows=rows))
+    settings = jax.device_put(sampling.settings([SamplingParams(**values)] * rows, num_rows=rows))
     told = {
         "generated_B": jnp.zeros(rows, jnp.int32),
         "eos_E": jnp.asarray([1], jnp.int32),
@@ -84,7 +86,7 @@ def searches(scores_BV, top_k_B, top_p_B, *, steps: int, implementation: str, tu
     """The cutoffs of `steps` searches, each in scores that the one before has changed."""
 
     def one(scores_BV, _):
-        cutoff_B = cutoffs.find(
+        cutoff_B = top_k_top_p.find(
             scores_BV,
             top_k_B=top_k_B,
             top_p_B=top_p_B,
@@ -104,7 +106,7 @@ def compare(rows: int, V: int, tunings: list[dict], *, steps: int) -> None:
     found = {}
     for values in (None, *tunings):
         implementation = "passes" if values is None else "kernel"
-        tuning = None if values is None else cutoffs_gpu.Tuning(**values)
+        tuning = None if values is None else top_k_top_p_gpu.Tuning(**values)
         times = []
         for name, (k, p) in SEARCHES.items():
             k_B, p_B = jnp.full(rows, k, jnp.int32), jnp.full(rows, p, jnp.float32)

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from configs import schema
-from infer import scheduler as scheduler_lib
-from infer.page_table import PageTable
-from infer.request import Request
-from infer.scheduler import Decode, Prefill, Scheduler
+from configs.engine import EngineConfig
+from configs.sampling import SamplingParams
+from infer.engine import scheduler as scheduler_lib
+from infer.engine.page_table import PageTable
+from infer.engine.request import Request
+from infer.engine.scheduler import Decode, Prefill, Scheduler
 
 BANDWIDTH = 2.9e12  # bytes/s of a large copy
 SPEED = 600e12  # operations/s of large products
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="few requests")
     scale = 20 if parser.parse_args().tiny else 1
-    base = schema.Engine()
+    base = EngineConfig()
     variants = (
         base,
         replace(base, prefill_rounds=4),
@@ -62,12 +63,12 @@ def main() -> None:
             print(f"| {name} | {_name(settings)} | {drive(settings, make(scale))}", flush=True)
 
 
-def _name(settings: schema.Engine) -> str:
+def _name(settings: EngineConfig) -> str:
     text = f"{settings.policy}, {settings.decode_steps} steps, {settings.prefill_rounds} rounds"
     return text + (", no cache" if settings.prefix_cache == "off" else "")
 
 
-def drive(settings: schema.Engine, arrivals: Sequence[Arrival]) -> str:
+def drive(settings: EngineConfig, arrivals: Sequence[Arrival]) -> str:
     """One row of the table."""
     pages = PageTable(
         NUM_PAGES,
@@ -140,7 +141,7 @@ def _requests(
         clock += rng.expovariate(rate) if rate else 0
         prompt, answer = lengths(rng)
         tokens = (*range(shared), *(rng.randrange(150_000) for _ in range(prompt)))
-        sampling = schema.Sampling(max_tokens=answer)
+        sampling = SamplingParams(max_tokens=answer)
         arrivals.append(Arrival(Request(id=str(i), tokens=tokens, sampling=sampling), clock))
     return arrivals
 

@@ -108,20 +108,21 @@ async def _status(address: tuple[str, int]) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """The child: random weights, or an engine that costs nothing."""
-    from configs import schema, serving
+    from configs.sampling import SamplingParams
+    from configs.server import ServerConfig
     from infer import server as server_lib
-    from infer.service import Service
-    from qwen_jax import tokenizer_train
+    from infer.text.service import Service
+    from qwen_jax.text import tokenizer_training
 
-    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    words = tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=278)
     if arguments.no_model:
         engine, warm_up = Nothing(), lambda: None
     else:
         engine = _random_engine(arguments)
         warm_up = functools.partial(engine.warm_up, show=functools.partial(print, file=sys.stderr))
     return server_lib.run(
-        Service(engine, tokenizer=words, defaults=schema.Sampling(), bos_id=0),
-        settings=serving.Serve(port=0, max_queue=10_000, max_connections=20_000),
+        Service(engine, tokenizer=words, defaults=SamplingParams(), bos_id=0),
+        settings=ServerConfig(port=0, max_queue=10_000, max_connections=20_000),
         model_name="benchmark",
         num_slots=arguments.slots,
         warm_up=warm_up,
@@ -132,10 +133,11 @@ def serve(arguments: argparse.Namespace) -> int:
 def _random_engine(arguments: argparse.Namespace):
     import engine as engine_benchmark
 
-    from configs import qwen2_5, schema
+    from configs.engine import EngineConfig
+    from configs.models import qwen2_5
 
     cfg = qwen2_5.tiny() if arguments.tiny else qwen2_5.base(arguments.preset)
-    settings = schema.Engine(
+    settings = EngineConfig(
         num_slots=arguments.slots,
         max_length=arguments.prompt + arguments.answer,
         page_size=16 if arguments.tiny else 64,
@@ -165,7 +167,7 @@ class Nothing:
         self._left[id] = 0
 
     def step(self) -> list:
-        from infer.request import Event
+        from infer.engine.request import Event
 
         time.sleep(self.round_seconds)
         events = []

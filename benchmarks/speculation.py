@@ -29,14 +29,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import qwen2_5, schema
-from infer import engine as engine_lib
-from infer.draft import Draft
-from infer.request import Request
-from qwen_jax import decode_params, model
+from configs.engine import EngineConfig
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
+from configs.sampling import SamplingParams
+from infer.engine import engine as engine_lib
+from infer.engine.request import Request
+from infer.speculation.draft import Draft
+from qwen_jax.decode import weights
+from qwen_jax.model import transformer
 
 if TYPE_CHECKING:
-    from infer import loading
+    from infer.text import loading
 
 TEXTS = (
     "The history of the lighthouse begins long before electricity, when keepers",
@@ -54,7 +58,7 @@ TEXTS = (
 class Subject:
     """A model ready for an engine, and how text becomes tokens, if it reads text."""
 
-    cfg: schema.Model
+    cfg: ModelConfig
     params: dict
     loaded: "loading.Loaded | None" = None
 
@@ -91,29 +95,29 @@ def main() -> None:
 def subject(name: str, arguments: argparse.Namespace, *, agree: float) -> Subject:
     dtype = jnp.dtype(arguments.dtype)
     if pathlib.Path(name).is_dir():
-        from infer import loading  # needs the extras for structured output
+        from infer.text import loading  # needs the extras for structured output
 
         loaded = loading.load_model(name, dtype=arguments.dtype)
         return Subject(loaded.cfg, loaded.params, loaded)
     cfg = qwen2_5.tiny() if name == "tiny" else qwen2_5.base(name)
     cfg = dataclasses.replace(cfg, tie_word_embeddings=False)
     params = follow(cfg, random_params(cfg), agree=agree)
-    return Subject(cfg, decode_params.prepare(cfg, params, dtype=dtype))
+    return Subject(cfg, weights.prepare(cfg, params, dtype=dtype))
 
 
-def random_params(cfg: schema.Model) -> dict:
+def random_params(cfg: ModelConfig) -> dict:
     """Stacked bfloat16 weights, made on the device leaf by leaf."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def make(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
-    leaves, tree = jax.tree.flatten(model.shapes(cfg, dtype=jnp.bfloat16))
+    leaves, tree = jax.tree.flatten(transformer.shapes(cfg, dtype=jnp.bfloat16))
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return tree.unflatten([make(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
 
 
-def follow(cfg: schema.Model, params: dict, *, agree: float) -> dict:
+def follow(cfg: ModelConfig, params: dict, *, agree: float) -> dict:
     """Random weights after which token t is followed by t + 1, for this share of all tokens."""
     layers = params["layers"]
     for part, name in (("attention", "o"), ("mlp", "down")):
@@ -160,7 +164,7 @@ def engine(
 ) -> engine_lib.Engine:
     page = 16 if arguments.tiny else 64
     length = -(-(arguments.prompt + arguments.answer) // page) * page
-    settings = schema.Engine(
+    settings = EngineConfig(
         num_slots=rows,
         page_size=page,
         num_pages=rows * length // page,
@@ -195,7 +199,7 @@ def prompts(
             tokens = target.loaded.tokenizer.encode(text)[: arguments.prompt]
         else:
             tokens = random.integers(0, most, arguments.prompt).tolist()
-        sampling = schema.Sampling(
+        sampling = SamplingParams(
             temperature=arguments.temperature, max_tokens=arguments.answer, seed=repeat
         )
         requests.append(Request(id=str(row), tokens=tuple(tokens), sampling=sampling))

@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --tiny                   # rehearsal on a CPU
     python benchmarks/train_step.py --model 0.5b --batch 8
 
-The step is the training loop's own (`train/step.py`): float32 masters and Adam moments, bfloat16
-arithmetic, clipping, donated state. FLOPs: 6 a parameter and token, and attention counted causally
-(half) or in full, as the two columns say. The peer runs in its own process (`peer_train.py`).
+The step is the training loop's own (`train/core/step.py`): float32 masters and Adam moments,
+bfloat16 arithmetic, clipping, donated state. FLOPs: 6 a parameter and token, and attention counted
+causally (half) or in full, as the two columns say. The peer runs in its own process
+(`peer_train.py`).
 """
 
 import argparse
@@ -26,10 +27,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from configs import qwen2_5, schema
+from configs.data import DataConfig
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
+from configs.train import TrainConfig
 from partitioning import mesh, rules, sharding
-from qwen_jax import flops
-from train import step as step_lib
+from qwen_jax.analysis import flops
+from train.core import step as step_lib
 
 VARIANTS = {  # name: changes to the configuration
     "unrolled, dots": {"layer_loop": "unrolled", "remat": "dots"},
@@ -65,7 +69,7 @@ def median_seconds(run, *, repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def random_batch(cfg: schema.Model, batch: int, length: int, *, packed: bool) -> dict:
+def random_batch(cfg: ModelConfig, batch: int, length: int, *, packed: bool) -> dict:
     """Random tokens; `packed` rows hold four documents each, the others one."""
     shape = (batch, length)
     document = length // 4 if packed else length
@@ -81,8 +85,8 @@ def random_batch(cfg: schema.Model, batch: int, length: int, *, packed: bool) ->
 
 
 def build(
-    cfg: schema.Model,
-    config: schema.Train,
+    cfg: ModelConfig,
+    config: TrainConfig,
     *,
     packed: bool,
     devices: Sequence[jax.Device] | None = None,
@@ -98,7 +102,7 @@ def build(
     return program, batch, compiled
 
 
-def measure(cfg: schema.Model, config: schema.Train, *, packed: bool, steps: int) -> dict:
+def measure(cfg: ModelConfig, config: TrainConfig, *, packed: bool, steps: int) -> dict:
     """Seconds to compile, GB of temporaries, and median seconds a step."""
     begin = time.perf_counter()
     program, batch, compiled = build(cfg, config, packed=packed)
@@ -171,9 +175,9 @@ def main() -> None:
     product, copy = ceilings(tiny=args.tiny)
     print(f"ceilings: bf16 product {product / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s")
     print(HEADINGS)
-    base = schema.Train(
+    base = TrainConfig(
         batch_size=args.batch,
-        data=schema.Data(sequence_length=args.length),
+        data=DataConfig(sequence_length=args.length),
         loss_chunk=min(1024, args.length),
     )
     tokens = args.batch * args.length
@@ -208,7 +212,7 @@ def print_row(
     name: str,
     seconds: float,
     *,
-    cfg: schema.Model,
+    cfg: ModelConfig,
     length: int,
     tokens: int,
     ceiling: float,

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from configs import schema
+from configs import mesh
+from configs.mesh import MeshConfig
 
 
-def resolve(config: schema.Mesh, num_devices: int) -> dict[str, int]:
+def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Axis sizes inside one slice, with -1 replaced by what is left.
 
     Raises `ValueError` if the product is not the number of devices.
@@ -21,7 +22,7 @@ def resolve(config: schema.Mesh, num_devices: int) -> dict[str, int]:
             f"{num_devices} devices do not split into dcn_data={config.dcn_data} slices; "
             f"use a divisor of {num_devices}"
         )
-    sizes = {axis: getattr(config, axis) for axis in schema.MESH_AXES}
+    sizes = {axis: getattr(config, axis) for axis in mesh.MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if free and per_slice % fixed == 0:
@@ -36,44 +37,44 @@ def resolve(config: schema.Mesh, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make(config: schema.Mesh, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of all devices, with axes `configs.schema.MESH_AXES`.
 
     `mesh_utils` orders devices so that neighbours on an axis are neighbours on the torus.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = resolve(config, len(devices))
-    shape = tuple(sizes[axis] for axis in schema.MESH_AXES)
+    shape = tuple(sizes[axis] for axis in mesh.MESH_AXES)
     if config.dcn_data > 1:
-        across = tuple(config.dcn_data if axis == "data" else 1 for axis in schema.MESH_AXES)
+        across = tuple(config.dcn_data if axis == "data" else 1 for axis in mesh.MESH_AXES)
         grouped = hasattr(devices[0], "slice_index")
         array = mesh_utils.create_hybrid_device_mesh(
             shape, across, devices=devices, process_is_granule=not grouped
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices=devices)
-    return jax.sharding.Mesh(np.asarray(array), schema.MESH_AXES)
+    return jax.sharding.Mesh(np.asarray(array), mesh.MESH_AXES)
 
 
-def abstract(config: schema.Mesh) -> jax.sharding.AbstractMesh:
+def abstract(config: MeshConfig) -> jax.sharding.AbstractMesh:
     """The mesh's shape without devices, for plans; every axis needs a size.
 
     Raises `ValueError` if an axis is -1: there are no devices to take.
     """
-    sizes = [getattr(config, axis) for axis in schema.MESH_AXES]
+    sizes = [getattr(config, axis) for axis in mesh.MESH_AXES]
     if -1 in sizes:
-        axis = schema.MESH_AXES[sizes.index(-1)]
+        axis = mesh.MESH_AXES[sizes.index(-1)]
         raise ValueError(f"mesh axis {axis}=-1 takes what is left of the devices; name its size")
     sizes[0] *= config.dcn_data
-    return jax.sharding.AbstractMesh(tuple(sizes), schema.MESH_AXES)
+    return jax.sharding.AbstractMesh(tuple(sizes), mesh.MESH_AXES)
 
 
-def parse(text: str) -> schema.Mesh:
+def parse(text: str) -> MeshConfig:
     """`fsdp=4,tensor=2` as a mesh config; unnamed axes are 1.
 
     Raises `ValueError` on an unknown or repeated axis or a size that is not a whole number.
     """
-    known = (*schema.MESH_AXES, "dcn_data", "kv_heads")
+    known = (*mesh.MESH_AXES, "dcn_data", "kv_heads")
     values: dict[str, int | str] = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
@@ -90,4 +91,4 @@ def parse(text: str) -> schema.Mesh:
             raise ValueError(
                 f"mesh axis {axis}={size!r} in {text!r} is not a whole number"
             ) from None
-    return schema.Mesh(**{"fsdp": 1, **values})
+    return MeshConfig(**{"fsdp": 1, **values})

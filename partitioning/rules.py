@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from configs import schema
+from configs import mesh
 
 # The closed set. Parameters first, then activations.
 LOGICAL_AXES = (
@@ -49,10 +49,10 @@ class Rules:
             if names.count(logical) > 1:
                 raise ValueError(f"rules {self.name!r} map {logical!r} more than once")
             for axis in mesh_axes:
-                if axis not in schema.MESH_AXES:
+                if axis not in mesh.MESH_AXES:
                     raise ValueError(
                         f"rules {self.name!r} map {logical!r} to unknown mesh axis {axis!r}; "
-                        f"axes are {', '.join(schema.MESH_AXES)}"
+                        f"axes are {', '.join(mesh.MESH_AXES)}"
                     )
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:

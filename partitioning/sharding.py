@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from configs import schema
+from configs.models.architecture import ModelConfig
 from partitioning import rules as rules_lib
 
 Axes = tuple[str | None, ...]
@@ -94,7 +94,7 @@ def check_divisible(shape: tuple[int, ...], axes: Axes, layout: Layout, *, what:
             )
 
 
-def check_model(cfg: schema.Model, layout: Layout) -> None:
+def check_model(cfg: ModelConfig, layout: Layout) -> None:
     """Raises `ValueError` if the model cannot be laid out on the mesh; the message says what can.
 
     Checked before anything compiles: heads, key-value heads, ffn and vocabulary over `tensor`,
@@ -121,7 +121,7 @@ def check_model(cfg: schema.Model, layout: Layout) -> None:
         )
 
 
-def pad_experts(cfg: schema.Model, layout: Layout) -> schema.Model:
+def pad_experts(cfg: ModelConfig, layout: Layout) -> ModelConfig:
     """`cfg` holding as many experts as the mesh divides, for parameters that are only in memory.
 
     A training run is told instead: its checkpoints have the shapes that they are written with.
@@ -134,7 +134,7 @@ def pad_experts(cfg: schema.Model, layout: Layout) -> schema.Model:
     return dataclasses.replace(cfg, moe=moe)
 
 
-def _sizes(cfg: schema.Model) -> list[tuple[str, str, int]]:
+def _sizes(cfg: ModelConfig) -> list[tuple[str, str, int]]:
     """(logical axis, field, size) of everything that a mesh divides."""
     sizes = [
         ("heads", "num_attention_heads", cfg.num_attention_heads),
@@ -156,7 +156,7 @@ def _sizes(cfg: schema.Model) -> list[tuple[str, str, int]]:
     return sizes
 
 
-def legal_tensor_sizes(cfg: schema.Model, *, limit: int = 64) -> tuple[int, ...]:
+def legal_tensor_sizes(cfg: ModelConfig, *, limit: int = 64) -> tuple[int, ...]:
     """Sizes of the `tensor` axis that divide heads, kv heads, ffn and vocabulary alike."""
     over = ("heads", "kv_heads", "ffn", "vocab")
     common = math.gcd(*(size for logical, _, size in _sizes(cfg) if logical in over))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from configs import schema
-from qwen_jax.tokenizer import Tokenizer
+from configs.sampling import SamplingParams
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prompt:
     """Tokens to continue until one of `stop`, which the answer does not hold, or the end."""
 
     tokens: tuple[int, ...]
-    sampling: schema.Sampling
+    sampling: SamplingParams
     stop: tuple[str, ...] = ()
 
 

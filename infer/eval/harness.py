@@ -17,11 +17,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from configs import schema
+from configs.sampling import SamplingParams
 from infer.eval.backend import Backend, Pair, Prompt
 from infer.eval.task import Style
-from qwen_jax import chat
-from qwen_jax import chat_template as chat_templates
+from qwen_jax.text.chat import encoding as chat
+from qwen_jax.text.chat import jinja_template as chat_templates
 
 _MAX_NEW_TOKENS = 256  # where a task says nothing; the harness's own default
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -38,12 +38,12 @@ class LanguageModel(TemplateLM):
         backend: Backend,
         *,
         name: str,
-        settings: schema.Sampling | None = None,
+        settings: SamplingParams | None = None,
         max_gen_toks: int = _MAX_NEW_TOKENS,
     ) -> None:
         super().__init__()
         self._backend, self._name = backend, name
-        self._settings = settings or schema.Sampling()
+        self._settings = settings or SamplingParams()
         self._max_gen_toks = max_gen_toks
 
     @property

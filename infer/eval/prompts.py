@@ -2,8 +2,8 @@
 
 from infer.eval.backend import Pair
 from infer.eval.task import Item, Task
-from qwen_jax import chat
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.chat import encoding as chat
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 _BETWEEN_SHOTS = "\n\n"
 

@@ -19,10 +19,11 @@ from typing import Any, TextIO, TypeVar
 
 from rich import progress
 
-from configs import schema
-from infer.eval import prompts, scoring
+from configs.sampling import SamplingParams
+from infer.eval import prompts
 from infer.eval.backend import Backend, Pair, Prompt
 from infer.eval.task import Answer, Item, Task
+from qwen_jax.tasks import aggregate
 
 _Question = TypeVar("_Question", Pair, Prompt)
 
@@ -32,8 +33,8 @@ class Result:
     """What a run found. Metrics by name; those of each group where the task has groups."""
 
     task: str
-    metrics: dict[str, scoring.Estimate]
-    groups: dict[str, dict[str, scoring.Estimate]]
+    metrics: dict[str, aggregate.Estimate]
+    groups: dict[str, dict[str, aggregate.Estimate]]
     count: int  # items
     truncated: int  # items of which the beginning was cut off, as the model could not hold it
 
@@ -57,7 +58,7 @@ def run(
     task: Task,
     folder: str | Path,
     *,
-    sampling: schema.Sampling,
+    sampling: SamplingParams,
     subject: Mapping[str, Any],
     show_progress: bool = True,
 ) -> Result:
@@ -101,12 +102,12 @@ def summarise(task: Task, records: Sequence[Mapping[str, Any]]) -> Result:
     )
 
 
-def _estimates(records: Sequence[Mapping[str, Any]]) -> dict[str, scoring.Estimate]:
+def _estimates(records: Sequence[Mapping[str, Any]]) -> dict[str, aggregate.Estimate]:
     names = records[0]["metrics"]
-    return {name: scoring.estimate([r["metrics"][name] for r in records]) for name in names}
+    return {name: aggregate.estimate([r["metrics"][name] for r in records]) for name in names}
 
 
-def _head(task: Task, sampling: schema.Sampling, subject: Mapping[str, Any]) -> dict[str, Any]:
+def _head(task: Task, sampling: SamplingParams, subject: Mapping[str, Any]) -> dict[str, Any]:
     head = {
         "task": task.name,
         "asked": task.fingerprint,
@@ -140,7 +141,7 @@ def _resume(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _records(
-    backend: Backend, task: Task, items: Sequence[Item], *, sampling: schema.Sampling
+    backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
     """Judged items, in the order in which they are ready.
 
@@ -160,7 +161,7 @@ def _records(
 
 
 def _ask_choices(
-    backend: Backend, task: Task, items: Sequence[Item], *, sampling: schema.Sampling
+    backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
 ) -> Iterator[_Asked]:
     del sampling
     owners: dict[int, tuple[_Asked, int]] = {}
@@ -177,7 +178,7 @@ def _ask_choices(
 
 
 def _ask_texts(
-    backend: Backend, task: Task, items: Sequence[Item], *, sampling: schema.Sampling
+    backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
 ) -> Iterator[_Asked]:
     owners: dict[int, tuple[_Asked, int]] = {}
     room = backend.max_length - task.max_tokens
@@ -199,7 +200,7 @@ def _ask_texts(
     yield from _collect(backend.generate(questions()), owners)
 
 
-def _sampling(given: schema.Sampling, task: Task, item: Item, part: int) -> schema.Sampling:
+def _sampling(given: SamplingParams, task: Task, item: Item, part: int) -> SamplingParams:
     seed = zlib.crc32(f"{given.seed}:{item.id}:{part}".encode())
     return dataclasses.replace(given, max_tokens=task.max_tokens, seed=seed)
 

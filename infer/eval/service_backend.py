@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from configs import schema
+from configs import sampling as sampling_config
+from configs.sampling import SamplingParams
+from infer.engine.request import Request, TokenLogprobs
 from infer.eval.backend import Pair, Prompt, Score, prefix_id
-from infer.request import Request, TokenLogprobs
-from infer.service import Service, TextRequest
-from qwen_jax.tokenizer import Tokenizer
+from infer.text.service import Service, TextRequest
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 
 class ServiceBackend:
@@ -83,8 +84,8 @@ class ServiceBackend:
 
     def _submit(self, group: Sequence[tuple[int, Pair]]) -> None:
         index, pair = group[0]
-        top = 1 if len(group) == 1 else schema.MOST_LOGPROBS
-        sampling = schema.Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=top)
+        top = 1 if len(group) == 1 else sampling_config.MOST_LOGPROBS
+        sampling = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=top)
         tokens = (*pair.context, *pair.continuation)
         self._service.engine.submit(Request(id=str(index), tokens=tokens, sampling=sampling))
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from infer.eval import code, gsm8k, ifeval, mmlu, sandbox
 from infer.eval.task import Style, Task
+from qwen_jax.tasks import code, gsm8k, ifeval, mmlu, sandbox
 
 _LOADERS = {
     "gsm8k": gsm8k.load,

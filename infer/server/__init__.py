@@ -4,6 +4,6 @@
 (`engine_thread`), the event loop has the clients (`app`, over `connections`); they meet in queues.
 """
 
-from infer.server.run import run
+from infer.server.serve import run
 
 __all__ = ["run"]

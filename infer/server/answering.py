@@ -11,16 +11,17 @@ from typing import Any
 
 from starlette.requests import Request
 
-from infer import openai_answers, openai_format
-from infer.server import bodies, engine_thread, errors
-from infer.server.errors import HttpError
-from infer.server.metrics import Call as Measured
-from infer.server.state import Sender, State, leaving, until_left
-from infer.service import TextRequest
-from infer.updates import Answers, Update, Usage
-from qwen_jax import tool_calls
+from infer.openai import parsing, responses
+from infer.server import engine_thread
+from infer.server.http import bodies, errors
+from infer.server.http.errors import HttpError
+from infer.server.prometheus import Call as Measured
+from infer.server.shared_state import Sender, State, leaving, until_left
+from infer.text.outputs import Answers, Update, Usage
+from infer.text.service import TextRequest
+from qwen_jax.text.chat import tool_calls
 
-Parse = Callable[..., openai_format.Call]
+Parse = Callable[..., parsing.Call]
 
 
 class Generate:
@@ -56,13 +57,13 @@ class Generate:
                 watching.cancel()
                 state.engine.close(stream)
 
-    def _read(self, body: dict[str, Any], id: str) -> openai_format.Call:
+    def _read(self, body: dict[str, Any], id: str) -> parsing.Call:
         """Requests without a seed are not the same twice."""
         defaults = self._state.service.defaults
         defaults = dataclasses.replace(defaults, seed=secrets.randbits(32))
         return self._parse(body, id=id, defaults=defaults)
 
-    def _encode(self, call: openai_format.Call) -> list[TextRequest]:
+    def _encode(self, call: parsing.Call) -> list[TextRequest]:
         """Prompts as tokens, and grammars compiled: the engine's thread has the engine alone."""
         self._state.service.constraint(call.requests[0].constraint)  # all requests have the same
         return [
@@ -79,7 +80,7 @@ class Generate:
 class _Answer:
     """One call's answer, on its way."""
 
-    def __init__(self, call: openai_format.Call, *, id: str, model: str) -> None:
+    def __init__(self, call: parsing.Call, *, id: str, model: str) -> None:
         self._call = call
         self._numbers = {request.id: number for number, request in enumerate(call.requests)}
         self._about = {"id": id, "created": int(time.time()), "model": model}
@@ -99,7 +100,7 @@ class _Answer:
             measured.saw(updates)
             for update in updates:
                 answers[self._numbers[update.id]].add(update)
-        body = openai_answers.response(
+        body = responses.response(
             self._call,
             answers,
             split_tool_calls=tool_calls.split,
@@ -115,7 +116,7 @@ class _Answer:
             await sender.begin_events()
             await sender.events([event for u in updates for event in self._events(u)])
         if self._call.usage != "none":
-            chunk = openai_answers.usage_chunk(self._call, self._usages, **self._about)
+            chunk = responses.usage_chunk(self._call, self._usages, **self._about)
             await sender.events([chunk])
         await sender.end_events()
 
@@ -125,12 +126,12 @@ class _Answer:
             self._usages.append(update.usage)
         if self._call.kind == "chat" and update.index not in self._begun:
             self._begun.add(update.index)
-            yield openai_answers.first_chunk(self._call, update.index, **self._about)
+            yield responses.first_chunk(self._call, update.index, **self._about)
         calls: list[dict[str, Any]] = []
         if self._call.requests[0].tools:
             update, calls = self._tools[update.index].take(update)
         if calls or self._shows(update):
-            event = openai_answers.chunk(self._call, update, number=number, **self._about)
+            event = responses.chunk(self._call, update, number=number, **self._about)
             if calls:
                 event["choices"][0]["delta"]["tool_calls"] = calls
             if self._tools[update.index].num_calls and update.finish_reason == "stop":

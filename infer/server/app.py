@@ -8,19 +8,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from infer import openai_format
+from infer.openai import parsing
 from infer.server import description
 from infer.server.answering import Generate
-from infer.server.embedding import Embed
-from infer.server.errors import HttpError, json_response
-from infer.server.state import Endpoint, State
+from infer.server.embeddings import Embed
+from infer.server.http.errors import HttpError, json_response
+from infer.server.shared_state import Endpoint, State
 
 
 def build(state: State) -> Starlette:
     """The ASGI application. `/v1` asks for the API key; health, readiness and metrics do not."""
     generates = {
-        "chat/completions": Generate(state, openai_format.parse_chat, prefix="chatcmpl"),
-        "completions": Generate(state, openai_format.parse_completion, prefix="cmpl"),
+        "chat/completions": Generate(state, parsing.parse_chat, prefix="chatcmpl"),
+        "completions": Generate(state, parsing.parse_completion, prefix="cmpl"),
     }
     posts = {**generates, "embeddings": Embed(state)}
     created = int(time.time())

@@ -1,12 +1,12 @@
 """The server's own description in OpenAPI 3.1: which calls there are, and which bodies they take.
 
 Bodies are described by what is honoured; labels that have no effect, and parameters that are taken
-only where they ask for what is done anyway, are in `infer/openai_format.py`.
+only where they ask for what is done anyway, are in `infer/openai/parsing.py`.
 """
 
 from typing import Any
 
-from configs import schema
+from configs import sampling
 
 Schema = dict[str, Any]
 
@@ -134,7 +134,7 @@ _SAMPLING: dict[str, Schema] = {
     "ignore_eos": _BOOLEAN,
     "seed": _integer(),
     "n": _integer(1, 128),
-    "prompt_logprobs": _integer(0, schema.MOST_LOGPROBS),
+    "prompt_logprobs": _integer(0, sampling.MOST_LOGPROBS),
     "stream": _BOOLEAN,
     "stream_options": {"type": "object", "properties": {"include_usage": _BOOLEAN}},
     "return_token_ids": _BOOLEAN,
@@ -160,7 +160,7 @@ def bodies(model_name: str) -> dict[str, Schema]:
                 "parallel_tool_calls": _BOOLEAN,
                 "max_completion_tokens": _integer(1),
                 "logprobs": _BOOLEAN,
-                "top_logprobs": _integer(0, schema.MOST_LOGPROBS),
+                "top_logprobs": _integer(0, sampling.MOST_LOGPROBS),
                 **_SAMPLING,
             },
             "required": ["messages"],
@@ -172,7 +172,7 @@ def bodies(model_name: str) -> dict[str, Schema]:
                 "prompt": _PROMPT,
                 "echo": _BOOLEAN,
                 "best_of": _integer(1, 128),
-                "logprobs": _integer(0, schema.MOST_LOGPROBS),
+                "logprobs": _integer(0, sampling.MOST_LOGPROBS),
                 **_SAMPLING,
             },
             "required": ["prompt"],

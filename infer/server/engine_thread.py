@@ -15,8 +15,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from infer.service import Embeddings, Service, TextRequest
-from infer.updates import Update
+from infer.text.outputs import Update
+from infer.text.service import Embeddings, Service, TextRequest
 
 log = logging.getLogger(__name__)
 

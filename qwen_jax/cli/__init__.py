@@ -8,9 +8,10 @@ the keyboard.
 import os
 import sys
 
-# Each adds its commands.
-from qwen_jax.cli import answers, evaluation, files, runs, serving  # noqa: F401
 from qwen_jax.cli.apps import app, checkpoint_app, convert_app, registry, tokenizer_app, train_app
+
+# Each adds its commands.
+from qwen_jax.cli.commands import answers, evaluation, files, runs, serving  # noqa: F401
 
 app.command(train_app, name="train", help="Train a recipe; any field: --data.paths ...")
 app.command(convert_app, name="convert", help="Hugging Face folders to and fro.")

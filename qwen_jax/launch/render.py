@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from configs import launch, topologies, xla_flags
+from configs.hardware import launch, topologies, xla_flags
 
 TEMPLATES: Mapping[launch.Target, tuple[str, ...]] = {
     "queued-resource": ("create.sh", "startup.sh", "watch.sh", "ssh.sh", "delete.sh"),

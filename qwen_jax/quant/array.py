@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qwen_jax.quant import words
+from qwen_jax.quant import packed_words
 
 Format = Literal["int8", "int4", "fp8"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -61,7 +61,7 @@ class QuantArray:
     def num_inputs(self) -> int:
         per_stored = 2 if self.format == "int4" else 1
         if self.is_words:
-            per_stored = 32 // words.bits(self.format)
+            per_stored = 32 // packed_words.bits(self.format)
         return self.values.shape[self.axis] * per_stored
 
     @property
@@ -183,7 +183,7 @@ def unpack(packed: jax.Array, *, axis: int, dtype: jnp.dtype) -> jax.Array:
 def whole(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
     """The values v alone, [..., C, O...] as `dtype`, which holds each of them exactly."""
     if q.is_words:
-        return words.unpack(q.values, q.format).astype(dtype)
+        return packed_words.unpack(q.values, q.format).astype(dtype)
     if q.format == "int4":
         return unpack(q.values, axis=q.axis, dtype=dtype)
     return q.values.astype(dtype)
@@ -195,7 +195,7 @@ def in_words(q: QuantArray) -> QuantArray:
     last = lambda x: None if x is None else jnp.moveaxis(x, q.axis, -1)  # noqa: E731
     return dataclasses.replace(
         q,
-        values=words.pack(last(values), q.format),
+        values=packed_words.pack(last(values), q.format),
         scales=last(q.scales),
         zeros=last(q.zeros),
         axis=-1,
@@ -238,7 +238,7 @@ def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -
         return jnp.asarray(table).at[index].get(fill_value=jnp.nan, **fill).astype(dtype)
     values, at = table.values, index
     if table.is_words:  # of a whole tile, whose rows lie together
-        tile = words.tile(table.format)
+        tile = packed_words.tile(table.format)
         values, at = values.reshape(-1, tile, values.shape[-1]), index // tile
     rows = dataclasses.replace(table, values=values.at[at].get(fill_value=0, **fill))
     rows = whole(rows, jnp.float32)

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen2_5, schema
-from infer import loading
-from qwen_jax import decode_params, model, tokenizer_train
+from configs.models import qwen2_5
+from configs.sampling import SamplingParams
+from infer.text import loading
+from qwen_jax.decode import weights
+from qwen_jax.model import transformer
+from qwen_jax.text import tokenizer_training
 
 CFG = dataclasses.replace(
     qwen2_5.tiny(),
@@ -25,17 +28,15 @@ CFG = dataclasses.replace(
 
 @pytest.fixture(scope="session")
 def loaded() -> loading.Loaded:
-    leaves, tree = jax.tree.flatten(model.shapes(CFG))
+    leaves, tree = jax.tree.flatten(transformer.shapes(CFG))
     rng = np.random.default_rng(0)
     drawn = [jnp.asarray(rng.normal(0, 0.3, x.shape).astype(np.float32)) for x in leaves]
-    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    words = tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=278)
     return loading.Loaded(
         cfg=CFG,
-        params=decode_params.prepare(
-            CFG, tree.unflatten(drawn), dtype=jnp.float32, form="unstacked"
-        ),
+        params=weights.prepare(CFG, tree.unflatten(drawn), dtype=jnp.float32, form="unstacked"),
         tokenizer=words,
-        defaults=schema.Sampling(max_tokens=12, temperature=0.0),
+        defaults=SamplingParams(max_tokens=12, temperature=0.0),
         eos_ids=(5, *words.eos_ids),
         dtype=jnp.float32,
     )
@@ -46,7 +47,7 @@ def hf_folder(tmp_path_factory, loaded) -> Path:
     """Another model of the same shape, as a Hugging Face folder with tokenizer and defaults."""
     for package in ("torch", "transformers"):
         pytest.importorskip(package)
-    from tests import hf_folder
+    from tests.support import hf_folder
 
     return hf_folder.write(
         tmp_path_factory.mktemp("models") / "random",

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from configs import schema
-from infer import service as service_lib
-from infer.request import Event, Request, TokenLogprobs
-from qwen_jax import tokenizer_train
-from qwen_jax.tokenizer import Tokenizer
+from configs.sampling import SamplingParams
+from infer.engine.request import Event, Request, TokenLogprobs
+from infer.text import service as service_lib
+from qwen_jax.text import tokenizer_training
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
-SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
+SETTINGS = SamplingParams(max_tokens=40, temperature=0.0)
 
 
 @functools.cache
 def words() -> Tokenizer:
     """Bytes, a few merges, and Qwen's control tokens."""
-    return tokenizer_train.train_bpe(["a few words, to have a corpus of words"], vocab_size=283)
+    return tokenizer_training.train_bpe(["a few words, to have a corpus of words"], vocab_size=283)
 
 
 def service(

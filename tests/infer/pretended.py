@@ -9,8 +9,8 @@ compared with the same request's alone.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from infer.request import Request
-from infer.scheduler import Chunk, Decode, Prefill
+from infer.engine.request import Request
+from infer.engine.scheduler import Chunk, Decode, Prefill
 
 VOCABULARY = 1000
 END = 7  # drawn once in VOCABULARY / ENDS tokens, on average

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import schema
-from infer.loading import Loaded
-from qwen_jax import model, sampling
+from configs.models.architecture import ModelConfig
+from configs.sampling import SamplingParams
+from infer.text.loading import Loaded
+from qwen_jax.decode import sampling
+from qwen_jax.model import transformer
 
 
-def logits(cfg: schema.Model, params: dict, tokens: Sequence[int]) -> np.ndarray:
+def logits(cfg: ModelConfig, params: dict, tokens: Sequence[int]) -> np.ndarray:
     """[T, V] in float32, of stacked or unstacked parameters. Few lengths are compiled."""
     if isinstance(params["layers"], tuple):
         params = {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
@@ -22,13 +24,13 @@ def logits(cfg: schema.Model, params: dict, tokens: Sequence[int]) -> np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _logits(cfg: schema.Model, params: dict, tokens_BT: jax.Array) -> jax.Array:
+def _logits(cfg: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        hidden_BTD = model.apply(cfg, params, tokens_BT, attention="reference").hidden_BTD
-        return model.unembed(cfg, params, hidden_BTD).astype(jnp.float32)
+        hidden_BTD = transformer.apply(cfg, params, tokens_BT, attention="reference").hidden_BTD
+        return transformer.unembed(cfg, params, hidden_BTD).astype(jnp.float32)
 
 
-def answer(loaded: Loaded, tokens: Sequence[int], *, settings: schema.Sampling) -> list[int]:
+def answer(loaded: Loaded, tokens: Sequence[int], *, settings: SamplingParams) -> list[int]:
     """The tokens drawn after this prompt, up to the one that ends it."""
     drawn: list[int] = []
     ends = {*settings.stop_token_ids, *(() if settings.ignore_eos else loaded.eos_ids)}

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import qwen2_5, schema
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
 from partitioning import mesh, rules, sharding
-from qwen_jax import model
-from qwen_jax.attention import context
+from qwen_jax.model import transformer
+from qwen_jax.ops.attention import context_parallelism
 from tests.multidevice import hlo
 from train.losses import language_model
 
@@ -51,13 +52,13 @@ def layout(text: str) -> sharding.Layout:
 
 def loss(params, tokens, targets, weights, segments, positions, *, cfg, dtype, layout, options):
     arrange = functools.partial(
-        context.arrange, variant=options.get("context_parallel"), layout=layout
+        context_parallelism.arrange, variant=options.get("context_parallel"), layout=layout
     )
     with jax.named_scope("arrange"):
         rows = map(arrange, (tokens, targets, weights, segments, positions))
         tokens, targets, weights, segments, positions = rows
     with jax.named_scope("model"):
-        hidden_BTD = model.apply(
+        hidden_BTD = transformer.apply(
             cfg,
             params,
             tokens,
@@ -70,7 +71,7 @@ def loss(params, tokens, targets, weights, segments, positions, *, cfg, dtype, l
     with jax.named_scope("loss"):
         sums = language_model.cross_entropy(
             hidden_BTD,
-            model.output_kernel(cfg, params),
+            transformer.output_kernel(cfg, params),
             targets,
             weights,
             z_loss=1e-3,
@@ -81,9 +82,9 @@ def loss(params, tokens, targets, weights, segments, positions, *, cfg, dtype, l
 
 
 @functools.cache
-def random_params(cfg: schema.Model) -> dict:
+def random_params(cfg: ModelConfig) -> dict:
     """Parameters of which none is zero, biases included."""
-    shapes = model.shapes(cfg)
+    shapes = transformer.shapes(cfg)
     leaves, tree = jax.tree.flatten(shapes)
     random = np.random.default_rng(1)
     return jax.tree.unflatten(
@@ -92,7 +93,7 @@ def random_params(cfg: schema.Model) -> dict:
 
 
 @functools.cache
-def one_device(cfg: schema.Model):
+def one_device(cfg: ModelConfig):
     """(loss, gradients) without any layout."""
     run = functools.partial(loss, cfg=cfg, dtype=jnp.float32, layout=None, options={})
     return jax.jit(jax.value_and_grad(run))(random_params(cfg), *batch())
@@ -102,7 +103,7 @@ def one_device(cfg: schema.Model):
 def program(
     text: str,
     *,
-    cfg: schema.Model = MODEL,
+    cfg: ModelConfig = MODEL,
     dtype: str = "float32",
     layer_loop: str = "scan",
     remat: str = "full",
@@ -111,7 +112,7 @@ def program(
     """Loss and gradients compiled for a mesh, by default with every layer recomputed."""
     placed = layout(text)
     sharding.check_model(cfg, placed)
-    of_params = sharding.shardings(model.axes(cfg), placed)
+    of_params = sharding.shardings(transformer.axes(cfg), placed)
     of_batch = sharding.sharding(("batch", "length"), placed)
     options = {
         "remat_policy": remat,
@@ -124,4 +125,4 @@ def program(
         in_shardings=(of_params, *[of_batch] * 5),
         out_shardings=(None, of_params),
     )
-    return hlo.compile_and_read(step.lower(model.shapes(cfg), *batch()), placed.mesh)
+    return hlo.compile_and_read(step.lower(transformer.shapes(cfg), *batch()), placed.mesh)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from partitioning import mesh, ring, rules, sharding
-from qwen_jax.attention import api, context
+from qwen_jax.ops.attention import api, context_parallelism
 from tests.multidevice import cases, hlo
 
 B, T, N, K, H = 4, 64, 8, 8, 32
@@ -43,7 +43,7 @@ def _segments() -> np.ndarray:
 
 
 def _arranged(x, variant: str, n: int) -> np.ndarray:
-    if not context.is_zigzag(variant):
+    if not context_parallelism.is_zigzag(variant):
         return np.asarray(x)
     chunks = np.split(np.asarray(x), 2 * n, axis=1)
     return np.concatenate([chunks[c] for c in ring.chunk_order(n)], axis=1)
@@ -149,7 +149,7 @@ def test_memory_of_a_device_falls_as_one_over_their_number():
 def test_zigzag_order():
     layout = _layout("context=4,data=2")
     x_BT = np.arange(B * T, dtype=np.int32).reshape(B, T)
-    got = jax.jit(lambda x: context.arrange(x, "ring", layout=layout))(x_BT)
+    got = jax.jit(lambda x: context_parallelism.arrange(x, "ring", layout=layout))(x_BT)
     np.testing.assert_array_equal(got, _arranged(x_BT, "ring", 4))
     assert ring.chunk_order(4) == (0, 7, 1, 6, 2, 5, 3, 4)
 
@@ -213,16 +213,16 @@ def test_bad_meshes_are_named():
     with pytest.raises(
         ValueError, match="length 72 .* 16 chunks.*use a multiple of 16, such as 64"
     ):
-        context.choose("ring", length=72, layout=layout)
+        context_parallelism.choose("ring", length=72, layout=layout)
     with pytest.raises(ValueError, match="unknown context_parallel 'rings'"):
-        context.choose("rings", length=64, layout=layout)
+        context_parallelism.choose("rings", length=64, layout=layout)
     with pytest.raises(ValueError, match="length 60 is not divisible by context=8"):
-        context.choose("ulysses", length=60, layout=layout)
+        context_parallelism.choose("ulysses", length=60, layout=layout)
     with pytest.raises(ValueError, match="each has 2 key-value heads; use context_parallel=ring"):
         jax.eval_shape(_with_gradients("ulysses", layout), *_inputs(2), None)
     q, k, v, _ = _inputs()
     with pytest.raises(ValueError, match="ring computes causal attention with segment ids"):
         api.attention(q, k, v, mask=api.Mask(causal=False), context_parallel="ring", layout=layout)
-    assert context.choose("auto", length=8 * 2048, layout=layout) == "ring"
-    assert context.choose("auto", length=8 * 1024, layout=layout) == "all_gather"
-    assert context.choose("auto", length=64, layout=_layout("fsdp=8")) is None
+    assert context_parallelism.choose("auto", length=8 * 2048, layout=layout) == "ring"
+    assert context_parallelism.choose("auto", length=8 * 1024, layout=layout) == "all_gather"
+    assert context_parallelism.choose("auto", length=64, layout=_layout("fsdp=8")) is None

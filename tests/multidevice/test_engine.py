@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen2_moe, schema
-from infer import draft
-from infer import engine as engine_lib
-from infer.request import Request
+from configs.engine import EngineConfig
+from configs.models import qwen2_moe
+from configs.models.architecture import ModelConfig
+from configs.sampling import SamplingParams
+from infer.engine import engine as engine_lib
+from infer.engine.request import Request
+from infer.speculation import draft
 from partitioning import mesh, rules, sharding
-from qwen_jax import decode_params, model
+from qwen_jax.decode import weights
+from qwen_jax.model import transformer
 from tests.multidevice import cases
 
 DENSE = dataclasses.replace(cases.MODEL, num_hidden_layers=2, vocab_size=256)
 SPARSE = dataclasses.replace(qwen2_moe.tiny(), num_hidden_layers=2)
-SETTINGS = schema.Engine(
+SETTINGS = EngineConfig(
     num_slots=3,
     page_size=16,
     num_pages=24,
@@ -29,13 +33,13 @@ SETTINGS = schema.Engine(
 )
 
 
-def requests(cfg: schema.Model) -> list[Request]:
+def requests(cfg: ModelConfig) -> list[Request]:
     rng = np.random.default_rng(1)
     settings = [
-        schema.Sampling(temperature=0.0, max_tokens=12),
-        schema.Sampling(temperature=1.0, top_p=0.9, seed=2, max_tokens=9, repetition_penalty=1.2),
-        schema.Sampling(temperature=0.0, max_tokens=20, logprobs=1),
-        schema.Sampling(temperature=0.7, top_k=9, seed=3, max_tokens=7),
+        SamplingParams(temperature=0.0, max_tokens=12),
+        SamplingParams(temperature=1.0, top_p=0.9, seed=2, max_tokens=9, repetition_penalty=1.2),
+        SamplingParams(temperature=0.0, max_tokens=20, logprobs=1),
+        SamplingParams(temperature=0.7, top_k=9, seed=3, max_tokens=7),
     ]
     return [
         Request(
@@ -52,26 +56,26 @@ def small(layout: sharding.Layout | None) -> draft.Draft:
     cfg = dataclasses.replace(
         DENSE, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=1
     )
-    params = jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(1)))
-    params = decode_params.prepare(cfg, params, dtype=jnp.float32)
+    params = jax.tree.map(lambda x: 4 * x, transformer.init(cfg, jax.random.key(1)))
+    params = weights.prepare(cfg, params, dtype=jnp.float32)
     if layout is None:
         return draft.Draft(cfg, params)
     own = sharding.Layout(layout.mesh, rules.REPLICATED)
     return draft.Draft(cfg, jax.device_put(params, jax.NamedSharding(own.mesh, jax.P())), own)
 
 
-def answers(cfg: schema.Model, text: str, **changes) -> dict[str, list[int]]:
+def answers(cfg: ModelConfig, text: str, **changes) -> dict[str, list[int]]:
     layout = None
-    params = jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 4 * x, transformer.init(cfg, jax.random.key(0)))
     if text:
         config = mesh.parse(text)
         devices = jax.devices()[: config.tensor * config.expert * abs(config.fsdp) * config.data]
         layout = sharding.Layout(
             mesh.make(config, devices=devices), rules.rule_set("engine", kv_heads=config.kv_heads)
         )
-        params = jax.device_put(params, sharding.shardings(model.axes(cfg), layout))
-    form = decode_params.best_form(layout)
-    params = decode_params.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
+        params = jax.device_put(params, sharding.shardings(transformer.axes(cfg), layout))
+    form = weights.best_form(layout)
+    params = weights.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
     settings = dataclasses.replace(SETTINGS, **changes)
     guesser = small(layout) if settings.speculation == "draft" else None
     engine = engine_lib.Engine(

@@ -24,13 +24,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import schema
+from configs.models.architecture import ModelConfig, MoEConfig
 from partitioning import sharding
-from qwen_jax import model
+from qwen_jax.model import transformer
 from tests.multidevice import cases, hlo
-from train import step
+from train.core import step
 
-MOE = schema.MoE(
+MOE = MoEConfig(
     num_experts=12,
     num_experts_per_tok=3,
     moe_intermediate_size=32,
@@ -41,7 +41,7 @@ MOE = schema.MoE(
 MODEL = dataclasses.replace(cases.MODEL, moe=MOE)
 
 
-def changed(**fields) -> schema.Model:
+def changed(**fields) -> ModelConfig:
     return dataclasses.replace(MODEL, moe=dataclasses.replace(MOE, **fields))
 
 
@@ -52,14 +52,14 @@ ROOMY = changed(capacity_factor=4.0)
 
 def loss(params, tokens, targets, weights, segments, positions, *, cfg, layout, options):
     with jax.named_scope("model"):
-        output = model.apply(
+        output = transformer.apply(
             cfg, params, tokens, segment_ids_BT=segments, positions_BT=positions, layout=layout,
             **options,
         )  # fmt: skip
     with jax.named_scope("loss"):
         sums = cases.language_model.cross_entropy(
             output.hidden_BTD,
-            model.output_kernel(cfg, params),
+            transformer.output_kernel(cfg, params),
             targets,
             weights,
             chunk=cases.CHUNK,
@@ -71,17 +71,17 @@ def loss(params, tokens, targets, weights, segments, positions, *, cfg, layout, 
 
 
 @functools.cache
-def one_device(cfg: schema.Model):
+def one_device(cfg: ModelConfig):
     run = functools.partial(loss, cfg=cfg, layout=None, options={})
     run = jax.jit(jax.value_and_grad(run, has_aux=True))
     return run(cases.random_params(cfg), *cases.batch())
 
 
 @functools.cache
-def program(text: str, cfg: schema.Model) -> hlo.Program:
+def program(text: str, cfg: ModelConfig) -> hlo.Program:
     placed = cases.layout(text)
     sharding.check_model(cfg, placed)
-    of_params = sharding.shardings(model.axes(cfg), placed)
+    of_params = sharding.shardings(transformer.axes(cfg), placed)
     of_batch = sharding.sharding(("batch", "length"), placed)
     run = functools.partial(loss, cfg=cfg, layout=placed, options={"remat_policy": "full"})
     jitted = jax.jit(
@@ -89,7 +89,7 @@ def program(text: str, cfg: schema.Model) -> hlo.Program:
         in_shardings=(of_params, *[of_batch] * 5),
         out_shardings=(None, of_params),
     )
-    return hlo.compile_and_read(jitted.lower(model.shapes(cfg), *cases.batch()), placed.mesh)
+    return hlo.compile_and_read(jitted.lower(transformer.shapes(cfg), *cases.batch()), placed.mesh)
 
 
 MATRICES = {

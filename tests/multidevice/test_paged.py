@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from partitioning import mesh, rules, sharding
-from qwen_jax import paged_cache
-from qwen_jax.attention import paged, paged_gpu
+from qwen_jax.ops.attention.paged import api as paged
+from qwen_jax.ops.attention.paged import gpu as paged_gpu
+from qwen_jax.ops.attention.paged import kv_pages
 from tests.multidevice import hlo
-from tests.qwen_jax.attention import paged_cases
+from tests.qwen_jax.ops.attention.paged import paged_cases
 
 B, T, S, M, H = 4, 8, 16, 4, 16
 LENGTHS_B, STARTS_B = np.array([1, 60, 0, 33], np.int32), np.array([0, 20, 50, 7], np.int32)
@@ -44,7 +45,7 @@ def _on(layout: sharding.Layout, **arrays):
         "q": ("batch", None, "act_heads"),
         "k": ("batch", None, "act_kv_heads"),
         "v": ("batch", None, "act_kv_heads"),
-        "kv": paged_cache.AXES,
+        "kv": kv_pages.AXES,
     }
     return [
         jax.device_put(x, sharding.sharding(axes.get(name, ("batch",)), layout))
@@ -118,8 +119,8 @@ def test_writing_sends_nothing(text, K):
     (k, v, kv) = _on(layout, k=k, v=v, kv=kv)
 
     def write(kv, k, v):
-        pages = paged_cache.Pages((paged_cache.write(kv, k, v, **rows),))
-        return paged_cache.constrain(pages, layout).layers[0]
+        pages = kv_pages.Pages((kv_pages.write(kv, k, v, **rows),))
+        return kv_pages.constrain(pages, layout).layers[0]
 
     compiled = jax.jit(write, donate_argnums=0).lower(kv, k, v).compile()
     assert not _sent(compiled)

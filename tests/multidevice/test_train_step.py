@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import schema
+from configs.optimizer import OptimizerConfig
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
 from tests.train import conftest as helpers
-from train import batches, state, step
+from train.core import batches, state, step
 
 CFG = helpers.tiny_model()
 # The large eps keeps Adam from dividing gradients that are all rounding by themselves.
-ADAM = schema.Optimizer(schedule="constant", warmup_steps=0, eps=1e-3)
+ADAM = OptimizerConfig(schedule="constant", warmup_steps=0, eps=1e-3)
 CONFIG = helpers.tiny_config(batch_size=16, accumulate_steps=2, optimizer=ADAM)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from partitioning import rules, sharding
-from qwen_jax import model
+from qwen_jax.model import transformer
 from tests.multidevice import cases, hlo
 
 DATA = {
@@ -160,21 +160,23 @@ def test_decoding_gathers_no_weights():
 
     def logits(params, tokens_BT):
         with jax.named_scope("model"):
-            hidden_BTD = model.apply(cases.MODEL, params, tokens_BT, layout=layout).hidden_BTD
-            return model.unembed(cases.MODEL, params, hidden_BTD[:, -1:])
+            hidden_BTD = transformer.apply(cases.MODEL, params, tokens_BT, layout=layout).hidden_BTD
+            return transformer.unembed(cases.MODEL, params, hidden_BTD[:, -1:])
 
-    of_params = sharding.shardings(model.axes(cases.MODEL), layout)
+    of_params = sharding.shardings(transformer.axes(cases.MODEL), layout)
     of_tokens = sharding.sharding(("batch", "length"), layout)
     step = jax.jit(logits, in_shardings=(of_params, of_tokens))
     tokens_BT = cases.batch()[0]
-    program = hlo.compile_and_read(step.lower(model.shapes(cases.MODEL), tokens_BT), layout.mesh)
+    program = hlo.compile_and_read(
+        step.lower(transformer.shapes(cases.MODEL), tokens_BT), layout.mesh
+    )
     assert program.count() == {
         ("model", "once", "all-reduce", "tensor"): 1,
         ("model", "looped", "all-reduce", "tensor"): 2,
     }
     params = cases.random_params(cases.MODEL)
-    alone = model.apply(cases.MODEL, params, tokens_BT).hidden_BTD[:, -1:]
-    want = np.asarray(model.unembed(cases.MODEL, params, alone))
+    alone = transformer.apply(cases.MODEL, params, tokens_BT).hidden_BTD[:, -1:]
+    want = np.asarray(transformer.unembed(cases.MODEL, params, alone))
     gap = np.linalg.norm(np.asarray(program.run(params, tokens_BT)) - want)
     assert gap / np.linalg.norm(want) < 1e-5
 

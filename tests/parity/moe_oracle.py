@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import transformers
 
-from configs import qwen2_moe, schema
+from configs.models import qwen2_moe
+from configs.models.architecture import ModelConfig, MoEConfig
 from tests.parity import oracle
 
 BASE = dataclasses.replace(
@@ -26,7 +27,7 @@ BASE = dataclasses.replace(
     bos_token_id=None,
     pad_token_id=None,
     eos_token_ids=(),
-    moe=schema.MoE(
+    moe=MoEConfig(
         num_experts=10,
         num_experts_per_tok=3,
         moe_intermediate_size=48,
@@ -36,7 +37,7 @@ BASE = dataclasses.replace(
 )
 
 
-def changed(**fields) -> schema.Model:
+def changed(**fields) -> ModelConfig:
     """`BASE` with other fields of its experts."""
     return dataclasses.replace(BASE, moe=dataclasses.replace(BASE.moe, **fields))
 
@@ -49,7 +50,7 @@ MODELS = {
 }
 
 
-def build(cfg: schema.Model, *, seed: int = 0) -> transformers.Qwen2MoeForCausalLM:
+def build(cfg: ModelConfig, *, seed: int = 0) -> transformers.Qwen2MoeForCausalLM:
     """A random model whose router is far from undecided, as in `oracle.build`."""
     dense = oracle.huggingface_config(dataclasses.replace(cfg, moe=None))
     shared = {
@@ -93,7 +94,7 @@ def build(cfg: schema.Model, *, seed: int = 0) -> transformers.Qwen2MoeForCausal
     return model
 
 
-def params_from(tensors: dict[str, torch.Tensor], cfg: schema.Model) -> dict:
+def params_from(tensors: dict[str, torch.Tensor], cfg: ModelConfig) -> dict:
     """Our tree from tensors named as in a Qwen2Moe state dict (weights or gradients), float32."""
     sparse = [f"model.layers.{i}." for i in cfg.sparse_layers]
     dense = [f"model.layers.{i}." for i in cfg.dense_layers]
@@ -114,7 +115,7 @@ def _stack(arrays: dict, prefixes: list[str], name: str, convert=lambda w: w) ->
     return np.stack([convert(arrays[prefix + name]) for prefix in prefixes])
 
 
-def _attention(arrays: dict, cfg: schema.Model, prefixes: list[str]) -> dict:
+def _attention(arrays: dict, cfg: ModelConfig, prefixes: list[str]) -> dict:
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
 
@@ -143,7 +144,7 @@ def _swiglu(arrays: dict, prefixes: list[str]) -> dict:
     }
 
 
-def _experts(arrays: dict, cfg: schema.Model, prefixes: list[str]) -> dict:
+def _experts(arrays: dict, cfg: ModelConfig, prefixes: list[str]) -> dict:
     F = cfg.moe.moe_intermediate_size
     prefixes = [prefix + "mlp." for prefix in prefixes]
     both = _stack(arrays, prefixes, "experts.gate_up_proj").swapaxes(2, 3)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import transformers
 
-from configs import qwen2_5, schema
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
 
 VOCAB = 211  # a prime: nothing divides it by accident
 
 
-def shrink(preset: str) -> schema.Model:
+def shrink(preset: str) -> ModelConfig:
     """The preset's head size, query heads per key-value head, tying, eps and base; little else."""
     full = qwen2_5.preset(preset)
     return dataclasses.replace(
@@ -34,9 +35,9 @@ def shrink(preset: str) -> schema.Model:
     )
 
 
-def families() -> dict[str, schema.Model]:
+def families() -> dict[str, ModelConfig]:
     """One shrunken model per distinct shape among all presets, by the first preset that has it."""
-    found: dict[tuple, tuple[str, schema.Model]] = {}
+    found: dict[tuple, tuple[str, ModelConfig]] = {}
     for name in qwen2_5.PRESETS:
         if name.startswith("tiny"):
             continue
@@ -52,7 +53,7 @@ def families() -> dict[str, schema.Model]:
     return dict(found.values())
 
 
-def huggingface_config(cfg: schema.Model) -> transformers.Qwen2Config:
+def huggingface_config(cfg: ModelConfig) -> transformers.Qwen2Config:
     """The same model as transformers describes it."""
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     positions = cfg.max_position_embeddings
@@ -81,7 +82,7 @@ def huggingface_config(cfg: schema.Model) -> transformers.Qwen2Config:
     )
 
 
-def build(cfg: schema.Model, *, seed: int = 0) -> transformers.Qwen2ForCausalLM:
+def build(cfg: ModelConfig, *, seed: int = 0) -> transformers.Qwen2ForCausalLM:
     """A random model in which every parameter matters: biases non-zero, norm scales far from 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,7 +101,7 @@ def build(cfg: schema.Model, *, seed: int = 0) -> transformers.Qwen2ForCausalLM:
     return model
 
 
-def params_from(tensors: dict[str, torch.Tensor], cfg: schema.Model) -> dict:
+def params_from(tensors: dict[str, torch.Tensor], cfg: ModelConfig) -> dict:
     """Our tree from tensors named as in a Qwen2 state dict (weights or gradients), in float32."""
     D, H, L = cfg.hidden_size, cfg.head_dim, cfg.num_hidden_layers
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
@@ -143,12 +144,12 @@ def params_from(tensors: dict[str, torch.Tensor], cfg: schema.Model) -> dict:
     return tree
 
 
-def params(model: transformers.Qwen2ForCausalLM, cfg: schema.Model) -> dict:
+def params(model: transformers.Qwen2ForCausalLM, cfg: ModelConfig) -> dict:
     """Its weights in our tree."""
     return params_from(dict(model.named_parameters()), cfg)
 
 
-def gradients(model: transformers.Qwen2ForCausalLM, cfg: schema.Model) -> dict:
+def gradients(model: transformers.Qwen2ForCausalLM, cfg: ModelConfig) -> dict:
     """Its gradients in our tree, after `backward()`."""
     return params_from({name: p.grad for name, p in model.named_parameters()}, cfg)
 

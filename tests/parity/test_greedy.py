@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import answers
 from tests.parity import oracle
+from tests.support import answers
 
 NEW = 48
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 
-from qwen_jax import model, module, moe, rope, stack
-from qwen_jax.attention import api
-from tests import answers
+from qwen_jax.model import module, moe, rope, stack, transformer
+from qwen_jax.ops.attention import api
 from tests.parity import moe_oracle, oracle
+from tests.support import answers
 from train.losses import language_model
 
 B, T = 2, 33
@@ -55,13 +55,13 @@ def shape(request):
 
 
 def test_parameter_tree_is_the_models_own(pair):
-    expected = model.shapes(pair.cfg)
+    expected = transformer.shapes(pair.cfg)
     assert jax.tree.map(jnp.shape, pair.params) == jax.tree.map(jnp.shape, expected)
 
 
 def test_logits(pair):
-    output = model.apply(pair.cfg, pair.params, pair.tokens_BT)
-    got = model.unembed(pair.cfg, pair.params, output.hidden_BTD)
+    output = transformer.apply(pair.cfg, pair.params, pair.tokens_BT)
+    got = transformer.unembed(pair.cfg, pair.params, output.hidden_BTD)
     oracle.assert_close(got, oracle.logits(pair.theirs, pair.tokens_BT))
 
 
@@ -92,8 +92,10 @@ def test_gradients_of_every_parameter_with_the_balance_loss(shape):
     @jax.jit
     @jax.value_and_grad
     def ours(params):
-        output = model.apply(shape.cfg, params, jnp.asarray(shape.tokens_BT), remat_policy="full")
-        kernel_DV = model.output_kernel(shape.cfg, params)
+        output = transformer.apply(
+            shape.cfg, params, jnp.asarray(shape.tokens_BT), remat_policy="full"
+        )
+        kernel_DV = transformer.output_kernel(shape.cfg, params)
         sums = language_model.cross_entropy(
             output.hidden_BTD, kernel_DV, targets_BT, jnp.ones((B, T)), chunk=16
         )
@@ -125,7 +127,7 @@ def test_balance_loss_is_transformers_load_balancing_loss(padded):
             logits, pair.cfg.moe.num_experts, pair.cfg.moe.num_experts_per_tok,
             torch.from_numpy(mask_BT) if padded else None,
         )  # fmt: skip
-    stats = model.apply(
+    stats = transformer.apply(
         pair.cfg, pair.params, pair.tokens_BT, segment_ids_BT=jnp.asarray(mask_BT)
     ).router
     got = moe.losses(pair.cfg.moe, stats)
@@ -159,8 +161,8 @@ def test_greedy_tokens_of_an_engine(shape):
 def test_the_comparison_sees_a_wrong_config(change):
     pair = _pair("as published")
     cfg = moe_oracle.changed(**change)
-    output = model.apply(cfg, pair.params, pair.tokens_BT)
-    got = model.unembed(cfg, pair.params, output.hidden_BTD)
+    output = transformer.apply(cfg, pair.params, pair.tokens_BT)
+    got = transformer.unembed(cfg, pair.params, output.hidden_BTD)
     norm, largest = oracle.difference(got, oracle.logits(pair.theirs, pair.tokens_BT))
     assert min(norm, largest) > 1e-3
 
@@ -174,9 +176,9 @@ def _residual_stream(cfg, params, tokens_BT):
 
     @jax.jit
     def run(layer, x_BTD):
-        return model.block(cfg, layer)(x_BTD, turn=turn, attend=attend, layout=None)[0]
+        return transformer.block(cfg, layer)(x_BTD, turn=turn, attend=attend, layout=None)[0]
 
-    stream = [model.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
+    stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
     for layer in stack.in_order(cfg, params, module.unstack)[:-1]:
         stream.append(run(layer, stream[-1]))
     return stream

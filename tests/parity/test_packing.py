@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import model
+from qwen_jax.model import transformer
 from tests.parity import oracle
 from train.losses import language_model
 
@@ -33,7 +33,7 @@ def _packed():
 
 
 def _hidden(params, tokens, positions=None, segments=None):
-    return model.apply(
+    return transformer.apply(
         CFG, params, jnp.asarray(tokens), positions_BT=positions, segment_ids_BT=segments
     ).hidden_BTD
 
@@ -41,7 +41,7 @@ def _hidden(params, tokens, positions=None, segments=None):
 def test_packed_logits_equal_each_document_alone(theirs):
     params = oracle.params(theirs, CFG)
     tokens, positions, segments = _packed()
-    packed = model.unembed(CFG, params, _hidden(params, tokens, positions, segments))
+    packed = transformer.unembed(CFG, params, _hidden(params, tokens, positions, segments))
     assert np.isfinite(packed).all(), "padding must not make NaN"
     for number in range(1, len(LENGTHS) + 1):
         where = segments[0] == number
@@ -49,7 +49,7 @@ def test_packed_logits_equal_each_document_alone(theirs):
         oracle.assert_close(packed[:, where], alone)
         # Without segment ids the later documents would see the earlier ones.
         if number > 1:
-            leaking = model.unembed(CFG, params, _hidden(params, tokens, positions))[:, where]
+            leaking = transformer.unembed(CFG, params, _hidden(params, tokens, positions))[:, where]
             assert oracle.difference(leaking, alone)[0] > 1e-2
 
 
@@ -62,7 +62,7 @@ def test_packed_gradients_equal_the_documents_sum(theirs):
 
     def loss(params, tokens, positions, segments, targets, weights):
         hidden_BTD = _hidden(params, tokens, positions, segments)
-        kernel_DV = model.output_kernel(CFG, params)
+        kernel_DV = transformer.output_kernel(CFG, params)
         return language_model.cross_entropy(hidden_BTD, kernel_DV, targets, weights).loss
 
     # Alone: one document a row, right-padded, with neither segments nor positions of its own.
@@ -93,7 +93,7 @@ def test_no_logit_depends_on_the_future_or_on_another_document(theirs):
 
     def logits(table_VD):
         changed = params | {"embed": {"weight": table_VD}}
-        return model.unembed(CFG, changed, _hidden(changed, tokens, positions, segments))[0]
+        return transformer.unembed(CFG, changed, _hidden(changed, tokens, positions, segments))[0]
 
     out_TV, pull = jax.vjp(logits, params["embed"]["weight"])
     direction_V = np.random.default_rng(1).normal(size=out_TV.shape[1]).astype(np.float32)

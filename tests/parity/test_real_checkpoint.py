@@ -17,10 +17,13 @@ import pytest
 import torch
 import transformers
 
-from configs import huggingface, schema
-from qwen_jax import chat, model, tokenizer
-from qwen_jax.convert import loader
-from tests import answers, real_checkpoint
+from configs.models import huggingface
+from configs.models.architecture import ModelConfig
+from qwen_jax.checkpoint.huggingface import loader
+from qwen_jax.model import transformer
+from qwen_jax.text.chat import encoding as chat
+from qwen_jax.text.tokenizer import tokenizer
+from tests.support import answers, real_checkpoint
 from train.losses import language_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes of one core for the oracle
@@ -64,7 +67,7 @@ def theirs(folder):
 
 
 @pytest.fixture(scope="module")
-def cfg(folder) -> schema.Model:
+def cfg(folder) -> ModelConfig:
     return huggingface.read_model(json.loads((folder / "config.json").read_text()))
 
 
@@ -99,8 +102,8 @@ def test_perplexity(folder, theirs, cfg, params):
 
     @jax.jit
     def ours(params, tokens_BT, targets_BT, weights_BT):
-        hidden_BTD = model.apply(cfg, params, tokens_BT).hidden_BTD
-        kernel_DV = model.output_kernel(cfg, params)
+        hidden_BTD = transformer.apply(cfg, params, tokens_BT).hidden_BTD
+        kernel_DV = transformer.output_kernel(cfg, params)
         return language_model.cross_entropy(
             hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk=128
         ).cross_entropy

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen2_5, schema
-from qwen_jax import model, rope
+from configs import schema
+from configs.models import qwen2_5
+from configs.models.architecture import YarnConfig
+from qwen_jax.model import rope, transformer
 from tests.parity import oracle
 
 THETAS = (1e4, 1e5, 1e6, 1e7)
 HEAD_DIMS = (64, 128)
-YARN = schema.Yarn(factor=4.0, original_max_position_embeddings=32768)
+YARN = YarnConfig(factor=4.0, original_max_position_embeddings=32768)
 SCALINGS = (
     None,
     YARN,
@@ -34,11 +36,11 @@ CASES = [
 # Runs apart, because torch chooses its kernels once a process.
 _FREQUENCIES = """
 import json, sys
-from configs import schema
+from configs.models import architecture
 from tests.parity import oracle
 from transformers.models.qwen2 import modeling_qwen2
 for line in sys.stdin:
-    cfg = oracle.huggingface_config(schema.model_from_dict(json.loads(line)))
+    cfg = oracle.huggingface_config(architecture.model_from_dict(json.loads(line)))
     rope = modeling_qwen2.Qwen2RotaryEmbedding(cfg)
     print("=", json.dumps([rope.inv_freq.numpy().tobytes().hex(), rope.attention_scaling]))
 """
@@ -112,8 +114,8 @@ def test_logits_beyond_100_000_tokens(preset, scaling):
 
     @jax.jit
     def ours(params, tokens_BT, positions_BT):
-        hidden_BTD = model.apply(cfg, params, tokens_BT, positions_BT=positions_BT).hidden_BTD
-        return model.unembed(cfg, params, hidden_BTD)
+        hidden_BTD = transformer.apply(cfg, params, tokens_BT, positions_BT=positions_BT).hidden_BTD
+        return transformer.unembed(cfg, params, hidden_BTD)
 
     got = ours(params, jnp.asarray(tokens_BT), jnp.asarray(positions_BT))
     want = oracle.logits(theirs, tokens_BT, positions_BT)
@@ -134,14 +136,14 @@ def _rebuilt(source, cfg):
 
 def test_length_limit_counts_the_extension():
     cfg = dataclasses.replace(oracle.shrink("qwen2.5-7b-instruct"), max_position_embeddings=32768)
-    model.check_length(cfg, 32768)
+    transformer.check_length(cfg, 32768)
     with pytest.raises(ValueError, match="32769 exceeds max_position_embeddings=32768"):
-        model.check_length(cfg, 32769)
+        transformer.check_length(cfg, 32769)
     extended = dataclasses.replace(cfg, rope_scaling=YARN)
-    model.check_length(extended, 131072)
+    transformer.check_length(extended, 131072)
     with pytest.raises(ValueError, match="131073 exceeds rope_scaling"):
-        model.check_length(extended, 131073)
+        transformer.check_length(extended, 131073)
     chunked = qwen2_5.preset("qwen2.5-7b-instruct-1m")
-    model.check_length(chunked, 262144)
+    transformer.check_length(chunked, 262144)
     with pytest.raises(ValueError, match="chunk_size=262144"):
-        model.check_length(chunked, 262145)
+        transformer.check_length(chunked, 262145)

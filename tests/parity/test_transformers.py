@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_jax import model, rope
-from qwen_jax.attention import api
+from qwen_jax.model import rope, transformer
+from qwen_jax.ops.attention import api
 from tests.parity import oracle
 from train.losses import language_model
 
@@ -65,7 +65,7 @@ def test_the_families_cover_what_the_presets_differ_in():
 
 
 def test_parameter_tree_is_the_models_own(pair):
-    expected = model.shapes(pair.cfg)
+    expected = transformer.shapes(pair.cfg)
     assert jax.tree.structure(pair.params) == jax.tree.structure(expected)
     assert jax.tree.map(jnp.shape, pair.params) == jax.tree.map(jnp.shape, expected)
 
@@ -86,7 +86,7 @@ def test_activations_of_every_layer(shape):
     assert len(out.hidden_states) == len(ours) == shape.cfg.num_hidden_layers + 1
     for got, want in zip(ours[:-1], out.hidden_states[:-1], strict=True):
         oracle.assert_close(got, want.numpy())
-    hidden_BTD = model.apply(shape.cfg, shape.params, shape.tokens_BT).hidden_BTD
+    hidden_BTD = transformer.apply(shape.cfg, shape.params, shape.tokens_BT).hidden_BTD
     oracle.assert_close(hidden_BTD, out.hidden_states[-1].numpy())
 
 
@@ -106,10 +106,10 @@ def test_gradients_of_every_parameter(shape):
     @jax.jit
     @jax.value_and_grad
     def ours(params):
-        hidden_BTD = model.apply(
+        hidden_BTD = transformer.apply(
             shape.cfg, params, jnp.asarray(shape.tokens_BT), remat_policy="full"
         ).hidden_BTD
-        kernel_DV = model.output_kernel(shape.cfg, params)
+        kernel_DV = transformer.output_kernel(shape.cfg, params)
         sums = language_model.cross_entropy(hidden_BTD, kernel_DV, targets_BT, weights_BT, chunk=16)
         return sums.loss / sums.weight
 
@@ -169,8 +169,8 @@ def test_the_comparison_sees_a_parameter_that_is_ignored(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(cfg, params, tokens_BT):
-    hidden_BTD = model.apply(cfg, params, tokens_BT).hidden_BTD
-    return model.unembed(cfg, params, hidden_BTD)
+    hidden_BTD = transformer.apply(cfg, params, tokens_BT).hidden_BTD
+    return transformer.unembed(cfg, params, hidden_BTD)
 
 
 def _residual_stream(cfg, params, tokens_BT):
@@ -182,10 +182,10 @@ def _residual_stream(cfg, params, tokens_BT):
 
     @jax.jit
     def run(layer, x_BTD):
-        block = model.parts(cfg)["layers"].bind(layer)
+        block = transformer.parts(cfg)["layers"].bind(layer)
         return block(x_BTD, turn=turn, attend=attend, layout=None)[0]
 
-    stream = [model.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
+    stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
     for i in range(cfg.num_hidden_layers):
         stream.append(run(jax.tree.map(lambda w, i=i: w[i], params["layers"]), stream[-1]))
     return stream

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import schema
+from configs import mesh as mesh_config
 from partitioning import gradients, rules, sharding
 
 
@@ -20,7 +20,7 @@ class FakeMesh:
     """What `_stages` reads of a mesh."""
 
     devices: np.ndarray
-    axis_names = schema.MESH_AXES
+    axis_names = mesh_config.MESH_AXES
 
     @property
     def shape(self):
@@ -33,8 +33,8 @@ class FakeMesh:
 def layout(*, torus, fsdp):
     chips = np.empty(np.prod(torus), dtype=object)
     chips[:] = [Chip(tuple(map(int, at))) for at in np.ndindex(*torus)]
-    shape = [fsdp if axis == "fsdp" else 1 for axis in schema.MESH_AXES]
-    shape[schema.MESH_AXES.index("data")] = chips.size // fsdp
+    shape = [fsdp if axis == "fsdp" else 1 for axis in mesh_config.MESH_AXES]
+    shape[mesh_config.MESH_AXES.index("data")] = chips.size // fsdp
     return sharding.Layout(FakeMesh(chips.reshape(shape)), rules.TRAIN)
 
 
@@ -64,5 +64,5 @@ def test_an_axis_that_is_the_torus_is_split_before_its_last_side(torus, fsdp, si
 
 
 def test_devices_without_coordinates_are_one_group():
-    mesh = jax.make_mesh((1,) * 5, schema.MESH_AXES)
+    mesh = jax.make_mesh((1,) * 5, mesh_config.MESH_AXES)
     assert gradients._stages("fsdp", sharding.Layout(mesh, rules.TRAIN)) == (None,)

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import schema
+from configs import mesh as mesh_config
+from configs.mesh import MeshConfig
 from partitioning import mesh
 
 
 def test_parse():
-    assert mesh.parse("") == schema.Mesh(fsdp=1)
-    assert mesh.parse("fsdp=4,tensor=2") == schema.Mesh(fsdp=4, tensor=2)
-    assert mesh.parse("data=-1,tensor=2") == schema.Mesh(data=-1, fsdp=1, tensor=2)
+    assert mesh.parse("") == MeshConfig(fsdp=1)
+    assert mesh.parse("fsdp=4,tensor=2") == MeshConfig(fsdp=4, tensor=2)
+    assert mesh.parse("data=-1,tensor=2") == MeshConfig(data=-1, fsdp=1, tensor=2)
     assert mesh.parse("tensor=2,kv_heads=replicated").kv_heads == "replicated"
     assert mesh.parse("dcn_data=2,fsdp=-1").dcn_data == 2
 
@@ -47,10 +48,10 @@ SIZES = st.sampled_from([1, 2, 3, 4, 8])
 @given(data=SIZES, fsdp=SIZES, tensor=SIZES, dcn=SIZES, free=st.sampled_from(["", "data", "fsdp"]))
 def test_resolve_fills_the_mesh_or_raises(data, fsdp, tensor, dcn, free):
     given_sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    config = schema.Mesh(**{**given_sizes, **({free: -1} if free else {})}, dcn_data=dcn)
+    config = MeshConfig(**{**given_sizes, **({free: -1} if free else {})}, dcn_data=dcn)
     num_devices = data * fsdp * tensor * dcn
     sizes = mesh.resolve(config, num_devices)
-    assert tuple(sizes) == schema.MESH_AXES
+    assert tuple(sizes) == mesh_config.MESH_AXES
     assert math.prod(sizes.values()) * dcn == num_devices
     assert {axis: sizes[axis] for axis in given_sizes} == given_sizes
     # One device more never fits: a whole slice is missing, or a part of one.
@@ -63,10 +64,10 @@ def test_resolve_fills_the_mesh_or_raises(data, fsdp, tensor, dcn, free):
 @pytest.mark.parametrize(
     ("config", "devices", "message"),
     [
-        (schema.Mesh(fsdp=4, tensor=4), 8, "(fsdp=4, tensor=4) needs a total of 16 devices"),
-        (schema.Mesh(fsdp=-1, tensor=3), 8, "needs a multiple of 3 devices a slice"),
-        (schema.Mesh(fsdp=1), 8, "mesh (all axes 1) needs a total of 1 devices"),
-        (schema.Mesh(dcn_data=3), 8, "8 devices do not split into dcn_data=3 slices"),
+        (MeshConfig(fsdp=4, tensor=4), 8, "(fsdp=4, tensor=4) needs a total of 16 devices"),
+        (MeshConfig(fsdp=-1, tensor=3), 8, "needs a multiple of 3 devices a slice"),
+        (MeshConfig(fsdp=1), 8, "mesh (all axes 1) needs a total of 1 devices"),
+        (MeshConfig(dcn_data=3), 8, "8 devices do not split into dcn_data=3 slices"),
     ],
 )
 def test_resolve_refuses(config, devices, message):
@@ -76,6 +77,6 @@ def test_resolve_refuses(config, devices, message):
 
 
 def test_make_has_every_axis():
-    made = mesh.make(schema.Mesh(fsdp=1), devices=jax.devices()[:1])
-    assert made.axis_names == schema.MESH_AXES
+    made = mesh.make(MeshConfig(fsdp=1), devices=jax.devices()[:1])
+    assert made.axis_names == mesh_config.MESH_AXES
     assert set(made.shape.values()) == {1}

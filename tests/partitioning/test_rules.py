@@ -5,7 +5,7 @@ import re
 import pytest
 
 from partitioning import rules
-from qwen_jax import module
+from qwen_jax.model import module
 
 
 def test_the_set_of_names_is_closed():

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from configs import qwen2_5, schema
+from configs.models import qwen2_5
+from configs.models.architecture import ModelConfig
 from partitioning import mesh, rules, sharding
-from qwen_jax import model
+from qwen_jax.model import transformer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "shardings"
 # Slices as they are bought, and one host.
@@ -132,13 +133,13 @@ def test_legal_tensor_sizes_are_exactly_those_that_pass(name):
 def test_every_parameter_has_a_name_per_dimension():
     for name in qwen2_5.PRESETS:
         cfg = qwen2_5.preset(name)
-        axes, shapes = model.axes(cfg), model.shapes(cfg)
+        axes, shapes = transformer.axes(cfg), transformer.shapes(cfg)
         ranks = jax.tree.map(len, axes, is_leaf=sharding.is_axes)
         assert ranks == jax.tree.map(lambda s: len(s.shape), shapes)
 
 
-def _table(cfg: schema.Model, layout: sharding.Layout) -> list[str]:
-    rows = sharding.describe(model.axes(cfg), model.shapes(cfg), layout)
+def _table(cfg: ModelConfig, layout: sharding.Layout) -> list[str]:
+    rows = sharding.describe(transformer.axes(cfg), transformer.shapes(cfg), layout)
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import tokenizers
 
-from configs import schema
+from configs.data import DataConfig
+from configs.models.architecture import ModelConfig
+from configs.optimizer import OptimizerConfig
+from configs.train import CheckpointConfig, TrainConfig
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
-from train import loop, step
+from train.core import loop, step
 
 LENGTH, VOCAB = 16, 64
 
 
-def tiny_model() -> schema.Model:
-    return schema.Model(
+def tiny_model() -> ModelConfig:
+    return ModelConfig(
         name="test",
         vocab_size=VOCAB,
         hidden_size=32,
@@ -36,7 +39,7 @@ def tiny_model() -> schema.Model:
     )
 
 
-def tiny_config(**changes) -> schema.Train:
+def tiny_config(**changes) -> TrainConfig:
     values = {
         "num_steps": 8,
         "batch_size": 4,
@@ -46,13 +49,13 @@ def tiny_config(**changes) -> schema.Train:
         "loss_chunk": 8,
         "log_every_steps": 2,
         "eval_every_steps": 4,
-        "data": schema.Data(sequence_length=LENGTH),
-        "optimizer": schema.Optimizer(
+        "data": DataConfig(sequence_length=LENGTH),
+        "optimizer": OptimizerConfig(
             peak_learning_rate=3e-3, schedule="constant", warmup_steps=2, weight_decay=0.1
         ),
-        "checkpoint": schema.Checkpoint(every_steps=3, keep=2),
+        "checkpoint": CheckpointConfig(every_steps=3, keep=2),
     }
-    return schema.Train(**{**values, **changes})
+    return TrainConfig(**{**values, **changes})
 
 
 def random_batch(seed: int, rows: int) -> dict[str, np.ndarray]:
@@ -101,27 +104,27 @@ class Numbers:
 
 
 @functools.lru_cache
-def _program(config: schema.Train, cfg: schema.Model) -> step.Program:
+def _program(config: TrainConfig, cfg: ModelConfig) -> step.Program:
     layout = Layout(mesh.make(config.mesh), rules.rule_set("train"))
     return step.make(cfg, config, layout)
 
 
-def program(config: schema.Train, cfg: schema.Model | None = None) -> step.Program:
+def program(config: TrainConfig, cfg: ModelConfig | None = None) -> step.Program:
     """The program of `config`; those that differ only in what the loop reads are one."""
     plain = {
         f.name: f.default
-        for f in dataclasses.fields(schema.Train)
+        for f in dataclasses.fields(TrainConfig)
         if f.name in ("init_from", "output", "log_every_steps", "eval_every_steps", "profile_steps")
         or f.name.startswith("spike")
     }
     if config.optimizer.schedule == "constant":
         plain["num_steps"] = 1
-    plain |= {"model": "", "checkpoint": schema.Checkpoint()}
-    plain["data"] = schema.Data(sequence_length=config.data.sequence_length)
+    plain |= {"model": "", "checkpoint": CheckpointConfig()}
+    plain["data"] = DataConfig(sequence_length=config.data.sequence_length)
     return _program(dataclasses.replace(config, **plain), cfg or tiny_model())
 
 
-def run(config: schema.Train, *, cfg: schema.Model | None = None, **source) -> loop.Result:
+def run(config: TrainConfig, *, cfg: ModelConfig | None = None, **source) -> loop.Result:
     built = program(config, cfg)
     inputs = loop.Inputs(
         source=Numbers(config.batch_size, **source),

@@ -10,26 +10,30 @@ import time
 from pathlib import Path
 
 from configs import schema
+from configs.cluster import ClusterConfig
+from configs.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("tokens_per_second", "tflops_causal", "tflops_full")
 
 PROGRAM = """
 import dataclasses, json, sys
-from configs import schema
-from partitioning import distributed, watch
-from train import pretrain
+from configs.models import architecture
+from configs.train import TrainConfig
+from partitioning.processes import cluster
+from partitioning.processes import watch
+from train.recipes import pretrain
 values = json.loads(sys.argv[1])
-plain = schema.Train()
+plain = TrainConfig()
 for name, value in values.items():
     kind = type(getattr(plain, name))
     if dataclasses.is_dataclass(kind):
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         values[name] = kind(**fields)
-values["model"] = schema.model_from_dict(values["model"])
-config = schema.Train(**values)
+values["model"] = architecture.model_from_dict(values["model"])
+config = TrainConfig(**values)
 try:
-    with distributed.joined(config.cluster):
+    with cluster.joined(config.cluster):
         code = pretrain.run(config).exit_code
 except watch.Lost as error:  # as the command line does
     code = error.exit_code
@@ -39,7 +43,7 @@ sys.exit(code)
 
 
 def start(
-    config: schema.Train,
+    config: TrainConfig,
     cache: Path,
     *,
     log: Path | None = None,
@@ -82,7 +86,7 @@ class Group:
     """Processes that train together; `logs` holds what each one says."""
 
     def __init__(
-        self, config: schema.Train, cache: Path, count: int,
+        self, config: TrainConfig, cache: Path, count: int,
         *, leave_out=(), change=None, logs: Path | None = None, **cluster,
     ):  # fmt: skip
         change = change or {}  # of settings, by process
@@ -99,7 +103,7 @@ class Group:
             n: start(
                 dataclasses.replace(
                     config,
-                    cluster=schema.Cluster(process_id=n, **settings),
+                    cluster=ClusterConfig(process_id=n, **settings),
                     **change.get(n, {}),
                 ),
                 cache, log=self.logs[n],

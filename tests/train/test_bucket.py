@@ -6,8 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import schema
-from qwen_jax import checkpoint, paths, tokenizer, verify
+from configs.data import DataConfig
+from configs.train import CheckpointConfig
+from qwen_jax import storage
+from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import verify
+from qwen_jax.text.tokenizer import tokenizer
 from tests.train import bucket, processes
 
 
@@ -33,7 +37,7 @@ def test_a_run_in_a_bucket(standin, tmp_path, helpers):
     expected = helpers.run(local)
     assert helpers.run(dataclasses.replace(remote, num_steps=4)).step == 4
     assert helpers.run(remote).train["loss"] == expected.train["loss"]
-    output = paths.folder(remote.output)
+    output = storage.folder(remote.output)
     assert [(step.number, step.state) for step in verify.steps(output)] == [
         (6, "whole"), (8, "whole"),
     ]  # fmt: skip
@@ -50,14 +54,14 @@ def test_a_run_in_a_bucket(standin, tmp_path, helpers):
         checkpoint.load_params(output),
         checkpoint.load_params(tmp_path),
     )
-    paths.copy_tree(output, tmp_path / "copy")
+    storage.copy_tree(output, tmp_path / "copy")
     assert processes.metrics(tmp_path / "copy") == processes.metrics(tmp_path)
     assert problems(tmp_path / "copy") == []
 
     values = np.asarray(checkpoint.load_params(output)["embed"]["weight"]).tobytes()
     damaged = next(
         file
-        for file in paths.files(output / "checkpoints" / "8" / "params")
+        for file in storage.files(output / "checkpoints" / "8" / "params")
         if values in file.read_bytes()
     )
     wrong = bytes(len(values))
@@ -68,7 +72,7 @@ def test_a_run_in_a_bucket(standin, tmp_path, helpers):
 
 
 def test_what_is_not_there(standin):
-    empty = paths.folder(f"{standin}/empty")
+    empty = storage.folder(f"{standin}/empty")
     with pytest.raises(ValueError, match="gs://bucket/empty is not a folder"):
         checkpoint.resolve(empty)
     with pytest.raises(ValueError, match="gs://bucket/empty is no training run"):
@@ -80,13 +84,13 @@ def test_processes_that_share_a_bucket(standin, tmp_path, helpers):
     """Two, then one: the losses of a run on a disk; tokenizer and assets in the bucket, too."""
     helpers.write_text(tmp_path / "text", documents=200)
     helpers.write_tokenizer(tmp_path / "tokenizer")
-    paths.copy_tree(tmp_path / "tokenizer", paths.folder(f"{standin}/tokenizer"))
+    storage.copy_tree(tmp_path / "tokenizer", storage.folder(f"{standin}/tokenizer"))
     config = helpers.tiny_config(
         model=dataclasses.replace(helpers.tiny_model(), vocab_size=260, eos_token_ids=(256,)),
         output=f"{standin}/shared",
         num_steps=6,
-        checkpoint=schema.Checkpoint(every_steps=2, keep=2),
-        data=schema.Data(
+        checkpoint=CheckpointConfig(every_steps=2, keep=2),
+        data=DataConfig(
             paths=(str(tmp_path / "text"),), tokenizer=f"{standin}/tokenizer",
             sequence_length=32, eval_fraction=0.1,
         ),
@@ -100,7 +104,7 @@ def test_processes_that_share_a_bucket(standin, tmp_path, helpers):
 
     alone = dataclasses.replace(longer, output=str(tmp_path / "alone"))
     assert processes.start(alone, tmp_path / "cache").wait() == 0
-    paths.copy_tree(paths.folder(config.output), tmp_path / "copy")
+    storage.copy_tree(storage.folder(config.output), tmp_path / "copy")
     steps = [
         {row["step"]: row["loss"] for row in processes.metrics(folder) if row["kind"] == "train"}
         for folder in (tmp_path / "copy", alone.output)

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from configs import schema
+from configs.data import DataConfig
+from configs.train import CheckpointConfig, TrainConfig
 from tests.train import processes
 
 EVERY = 2  # steps between checkpoints: most of the time one is being written
@@ -29,15 +31,15 @@ def config(tmp_path, helpers):
         model=dataclasses.replace(helpers.tiny_model(), vocab_size=257, eos_token_ids=(256,)),
         eval_every_steps=20,
         eval_batches=2,
-        checkpoint=schema.Checkpoint(every_steps=EVERY, keep=2),
-        data=schema.Data(
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
+        data=DataConfig(
             paths=(str(tmp_path / "text"),), tokenizer=str(tmp_path / "tokenizer"),
             sequence_length=32, eval_fraction=0.1,
         ),
     )  # fmt: skip
 
 
-def finish(config: schema.Train, cache: Path) -> list[dict]:
+def finish(config: TrainConfig, cache: Path) -> list[dict]:
     code = processes.start(config, cache).wait()
     assert code == 0, Path(f"{config.output}.log").read_text()
     return processes.metrics(config.output)
@@ -48,7 +50,7 @@ def last_checkpoint(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_at(step: int, wait: float, config: schema.Train, cache: Path) -> None:
+def kill_at(step: int, wait: float, config: TrainConfig, cache: Path) -> None:
     """Start the run, and kill it `wait` seconds after it has done `step`."""
     process = processes.start(config, cache)
     while processes.last_step(Path(config.output)) < step:
@@ -63,7 +65,7 @@ def half_written(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*tmp*"))
 
 
-def check(config: schema.Train, tmp_path: Path, *, kills: int, seed: int) -> int:
+def check(config: TrainConfig, tmp_path: Path, *, kills: int, seed: int) -> int:
     """Kill and restart; compare with the run that was left alone. How many kills hit a save?"""
     cache, moments = tmp_path / "cache", random.Random(seed)
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
@@ -108,7 +110,7 @@ def test_a_save_that_fails_half_way_is_said_and_leaves_nothing_behind(config, tm
         cwd=processes.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and "train.state.DiskFull: no space left" in done.stderr
+    assert done.returncode == 1 and "train.core.state.DiskFull: no space left" in done.stderr
     assert last_checkpoint(tmp_path / "run") == 0
     rows = finish(config, tmp_path / "cache")
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from configs import schema
+from configs.mesh import MeshConfig
+from configs.models.architecture import ModelConfig, MoEConfig
+from configs.train import CheckpointConfig
 from partitioning import mesh, rules
 from partitioning.sharding import Layout
 from tests.train import conftest as helpers
-from train import state as state_lib
-from train import step
+from train.core import state as state_lib
+from train.core import step
 
-MOE = schema.MoE(
+MOE = MoEConfig(
     num_experts=6,
     num_experts_per_tok=2,
     moe_intermediate_size=16,
@@ -25,11 +27,11 @@ MOE = schema.MoE(
     bias_update_rate=0.25,
 )
 CFG = dataclasses.replace(helpers.tiny_model(), moe=MOE)
-ONE = Layout(mesh.make(schema.Mesh(), devices=jax.devices()[:1]), rules.TRAIN)
+ONE = Layout(mesh.make(MeshConfig(), devices=jax.devices()[:1]), rules.TRAIN)
 
 
 @functools.cache
-def program(cfg: schema.Model = CFG, *, accumulate_steps: int = 1) -> step.Program:
+def program(cfg: ModelConfig = CFG, *, accumulate_steps: int = 1) -> step.Program:
     return step.make(cfg, helpers.tiny_config(accumulate_steps=accumulate_steps), ONE)
 
 
@@ -77,7 +79,7 @@ def test_the_bias_is_moved_by_the_load_of_the_whole_batch_and_saved(tmp_path):
     load_LE = np.asarray(sums.router_load_LE)
     assert load_LE.sum() == 2 * 4 * helpers.LENGTH * 2
     np.testing.assert_array_equal(bias_LE, 0.25 * np.sign(load_LE.mean(1)[:, None] - load_LE))
-    with state_lib.Store(tmp_path, schema.Checkpoint(), CFG, made.state) as store:
+    with state_lib.Store(tmp_path, CheckpointConfig(), CFG, made.state) as store:
         store.save(1, state, {})
         restored = store.restore()
     np.testing.assert_array_equal(restored.state.params["layers"]["moe"]["router"]["bias"], bias_LE)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import schema
+from configs.cluster import ClusterConfig
+from configs.data import DataConfig
+from configs.mesh import MeshConfig
+from configs.train import CheckpointConfig, TrainConfig
 from tests.train import processes
 
 ROUNDING = 1e-5  # relative, after a few steps
@@ -28,18 +31,18 @@ def config(tmp_path, helpers):
         num_steps=6,
         eval_every_steps=3,
         eval_batches=2,
-        checkpoint=schema.Checkpoint(every_steps=2, keep=2),
-        data=schema.Data(
+        checkpoint=CheckpointConfig(every_steps=2, keep=2),
+        data=DataConfig(
             paths=(str(tmp_path / "text"),), tokenizer=str(tmp_path / "tokenizer"),
             sequence_length=32, eval_fraction=0.1,
         ),
     )  # fmt: skip
 
 
-def alone(config: schema.Train, cache: Path) -> list[dict]:
+def alone(config: TrainConfig, cache: Path) -> list[dict]:
     """The metrics of the same run in one process."""
     config = dataclasses.replace(
-        config, output=f"{config.output}-alone", mesh=schema.Mesh(), cluster=schema.Cluster()
+        config, output=f"{config.output}-alone", mesh=MeshConfig(), cluster=ClusterConfig()
     )
     assert processes.start(config, cache).wait() == 0
     return processes.metrics(config.output)
@@ -75,7 +78,7 @@ def test_two_processes_one_killed_and_gone_on_with_in_one(config, tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_one_saves_in_all(config, tmp_path):
     cache = tmp_path / "cache"
-    config = dataclasses.replace(config, num_steps=10_000, mesh=schema.Mesh(data=2, fsdp=1))
+    config = dataclasses.replace(config, num_steps=10_000, mesh=MeshConfig(data=2, fsdp=1))
     group = processes.Group(config, cache, 2)
     group.reach(3)
     group.processes[1].send_signal(signal.SIGTERM)
@@ -113,10 +116,10 @@ def test_four_then_two_then_one(config, tmp_path):
 @pytest.mark.parametrize(
     ("count", "mesh"),
     [
-        (2, schema.Mesh(tensor=2)),
-        (2, schema.Mesh(context=2)),
-        (4, schema.Mesh(fsdp=2, tensor=2)),
-        (4, schema.Mesh(data=2, fsdp=2)),
+        (2, MeshConfig(tensor=2)),
+        (2, MeshConfig(context=2)),
+        (4, MeshConfig(fsdp=2, tensor=2)),
+        (4, MeshConfig(data=2, fsdp=2)),
     ],
 )
 def test_meshes_over_processes(config, tmp_path, count, mesh):

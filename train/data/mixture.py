@@ -9,7 +9,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from configs import schema
+from configs.data import DataConfig
 from train.data import sources
 
 _BYTES_A_TOKEN = 16  # two to four times what tokenizers reach on ordinary text
@@ -24,7 +24,7 @@ class Splits:
     evaluation: tuple[sources.Corpus, ...]
 
 
-def open_splits(config: schema.Data) -> Splits:
+def open_splits(config: DataConfig) -> Splits:
     """The documents of `config.paths`, less those held out.
 
     With `eval_paths` the held-out documents are theirs. Otherwise `eval_fraction` of each path is
@@ -67,7 +67,7 @@ def held_out(corpus: sources.Corpus, *, fraction: float) -> np.ndarray:
 
 
 def training_streams(
-    corpora: Sequence[sources.Corpus], config: schema.Data, *, rows: Iterable[int], batch_size: int
+    corpora: Sequence[sources.Corpus], config: DataConfig, *, rows: Iterable[int], batch_size: int
 ) -> list[grain.MapDataset]:
     """For each of `rows`, the documents that feed this row of every batch, without end.
 
@@ -108,7 +108,7 @@ def evaluation_order(corpora: Sequence[sources.Corpus]) -> grain.MapDataset:
 
 
 def _order(
-    corpora: Sequence[sources.Corpus], config: schema.Data, *, name: str, batch_size: int
+    corpora: Sequence[sources.Corpus], config: DataConfig, *, name: str, batch_size: int
 ) -> grain.MapDataset:
     order = grain.MapDataset.concatenate([grain.MapDataset.source(corpus) for corpus in corpora])
     if config.shuffle:
@@ -206,7 +206,7 @@ def _hash(salts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _seed(config: schema.Data, name: str) -> int:
+def _seed(config: DataConfig, name: str) -> int:
     """A seed of 31 bits: Grain adds the epoch to it, so that near seeds would share orders."""
     digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1

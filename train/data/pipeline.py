@@ -22,7 +22,7 @@ import grain.experimental
 import numpy as np
 from absl import flags
 
-from configs import schema
+from configs.data import DataConfig
 from train.data import mixture, packing, streams, transforms
 
 Batch = streams.Batch
@@ -30,7 +30,7 @@ _STATE_FORMAT = 1
 
 
 def train_iterator(
-    config: schema.Data,
+    config: DataConfig,
     *,
     tokenizer: transforms.Tokenizer,
     end_of_document_id: int,
@@ -86,7 +86,7 @@ class TrainIterator(Iterator[Batch]):
 
     def __init__(
         self,
-        config: schema.Data,
+        config: DataConfig,
         *,
         row_streams: Sequence[streams.Tokens],
         rows: range,
@@ -239,7 +239,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def eval_batches(
-    config: schema.Data,
+    config: DataConfig,
     *,
     tokenizer: transforms.Tokenizer,
     end_of_document_id: int,
@@ -275,7 +275,7 @@ def eval_batches(
 
 
 def _eval_batches(
-    tokens: streams.Tokens, config: schema.Data, *, batch_size: int, rows: range, limit: int | None
+    tokens: streams.Tokens, config: DataConfig, *, batch_size: int, rows: range, limit: int | None
 ) -> Iterator[Batch]:
     packer = packing.RowPacker(
         tokens,

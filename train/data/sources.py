@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs import schema
+from configs.data import DataConfig
 
 BLOCK_BYTES = 1 << 14
 _SCAN_BYTES = 1 << 24
@@ -196,7 +196,7 @@ def group_sizes(corpus: Corpus) -> np.ndarray:
     return np.diff(np.flatnonzero(np.concatenate([[True], changes, [True]])))
 
 
-def index_paths(paths: Sequence[str], config: schema.Data) -> list[Corpus]:
+def index_paths(paths: Sequence[str], config: DataConfig) -> list[Corpus]:
     """One corpus per path."""
     return [
         index_path(path, text_field=config.text_field, text_suffixes=config.text_suffixes)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from infer.engine.request import Event, Request, TokenLogprobs
 from infer.eval.backend import Pair, Prompt, Score
 from infer.eval.service_backend import ServiceBackend
-from infer.loading import Loaded
-from infer.request import Event, Request, TokenLogprobs
-from infer.service import Service
-from qwen_jax import model
-from qwen_jax.tokenizer import Tokenizer
+from infer.text.loading import Loaded
+from infer.text.service import Service
+from qwen_jax.model import transformer
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 from tests.infer import whole_forward
 
 
@@ -29,7 +29,9 @@ class Engine:
         return not self._waiting
 
     def submit(self, request: Request) -> None:
-        model.check_length(self._loaded.cfg, len(request.tokens) + request.sampling.max_tokens)
+        transformer.check_length(
+            self._loaded.cfg, len(request.tokens) + request.sampling.max_tokens
+        )
         self._waiting[request.id] = request
         self.most_open = max(self.most_open, len(self._waiting))
 
@@ -70,7 +72,7 @@ def logprobs(loaded: Loaded, tokens: Sequence[int]) -> np.ndarray:
 
 def backend(loaded: Loaded, *, num_open: int = 8) -> ServiceBackend:
     service = Service(Engine(loaded), tokenizer=loaded.tokenizer, defaults=loaded.defaults)
-    limit = model.max_length(loaded.cfg)
+    limit = transformer.max_length(loaded.cfg)
     return ServiceBackend(service, max_length=limit, num_open=num_open)
 
 

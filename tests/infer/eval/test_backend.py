@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from configs import schema
+from configs.sampling import SamplingParams
 from infer.eval import backend as backend_lib
 from infer.eval.backend import Pair, Prompt
 from infer.eval.service_backend import ServiceBackend
-from infer.service import Service
+from infer.text.service import Service
 from tests.infer import fake_engine
 from tests.infer.eval import standin
 
-SETTINGS = schema.Sampling(max_tokens=40, temperature=0.0)
+SETTINGS = SamplingParams(max_tokens=40, temperature=0.0)
 CONTEXT = tuple(range(40, 60))
 
 
@@ -53,7 +53,7 @@ def fake(words, text: str, *, num_open: int = 8) -> ServiceBackend:
         vocab_size=words.vocab_size,
         eos_ids=words.eos_ids,
     )
-    service = Service(engine, tokenizer=words, defaults=schema.Sampling())
+    service = Service(engine, tokenizer=words, defaults=SamplingParams())
     return ServiceBackend(service, max_length=engine.max_length, num_open=num_open)
 
 

@@ -8,15 +8,17 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from configs import schema
-from infer import loading
-from infer.eval import gsm8k
+from configs.engine import EngineConfig
+from configs.sampling import SamplingParams
 from infer.eval import task as task_lib
 from infer.eval.backend import Prompt, Score
 from infer.eval.service_backend import ServiceBackend
-from qwen_jax import chat, tokenizer_train
-from tests import real_checkpoint
+from infer.text import loading
+from qwen_jax.tasks import gsm8k
+from qwen_jax.text import tokenizer_training
+from qwen_jax.text.chat import encoding as chat
 from tests.infer.eval import standin
+from tests.support import real_checkpoint
 
 pytest.importorskip("lm_eval")
 from infer.eval import harness  # noqa: E402 (the extra `eval`)
@@ -24,7 +26,7 @@ from infer.eval import harness  # noqa: E402 (the extra `eval`)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-ENGINE = schema.Engine(
+ENGINE = EngineConfig(
     num_slots=4, page_size=16, num_pages=128, prefill_chunk=256, prefill_tokens=256, buckets="one"
 )
 
@@ -35,7 +37,7 @@ def instances(*arguments: tuple) -> list:
 
 @pytest.fixture(scope="module")
 def words():
-    return tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    return tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=278)
 
 
 class Recording(standin.Fake):
@@ -93,7 +95,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(words):
 
 def test_generation_settings_are_honoured_or_refused(words):
     backend = Recording(words, max_length=1024)
-    settings = schema.Sampling(top_p=0.5, temperature=0.5)
+    settings = SamplingParams(top_p=0.5, temperature=0.5)
     model = harness.LanguageModel(backend, name="tiny", settings=settings)
 
     def asked(**given) -> Prompt:
@@ -102,9 +104,9 @@ def test_generation_settings_are_honoured_or_refused(words):
 
     greedy = asked(until=["\n", ""], do_sample=False, top_p=0.9)
     assert greedy.stop == ("\n",) and greedy.tokens == (words.control_ids["<|im_end|>"],)
-    assert greedy.sampling == schema.Sampling(max_tokens=256, temperature=0.0, top_p=0.5)
+    assert greedy.sampling == SamplingParams(max_tokens=256, temperature=0.0, top_p=0.5)
     drawn = asked(until="x", do_sample=True, temperature=0.9, top_k=3, max_gen_toks=7)
-    assert drawn.sampling == schema.Sampling(max_tokens=7, temperature=0.9, top_k=3, top_p=0.5)
+    assert drawn.sampling == SamplingParams(max_tokens=7, temperature=0.9, top_k=3, top_p=0.5)
     with pytest.raises(ValueError, match=r"generation_kwargs \['num_beams'\] are unknown"):
         asked(until=[], num_beams=2)
 

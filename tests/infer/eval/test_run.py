@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from configs import schema
-from infer.eval import code, gsm8k, mmlu, prompts, run, sandbox
+from configs.sampling import SamplingParams
+from infer.eval import prompts, run
 from infer.eval.backend import Prompt
+from qwen_jax.tasks import code, gsm8k, mmlu, sandbox
 from tests.infer.eval import data, standin
 
-GREEDY = schema.Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 SUBJECT = {"model": "tiny", "dtype": "float32"}
 
 
@@ -91,7 +92,7 @@ def test_a_restart_asks_what_is_missing(loaded, tmp_path):
     ("changed", "message"),
     [
         ({"subject": {"model": "other"}}, "its subject differ"),
-        ({"sampling": schema.Sampling(temperature=0.5)}, "its sampling differ"),
+        ({"sampling": SamplingParams(temperature=0.5)}, "its sampling differ"),
         ({"task": {"max_tokens": 9}}, "its asked differ"),
         ({"task": {"style": "chat"}}, "its asked, style differ"),
     ],
@@ -109,7 +110,7 @@ def test_several_answers_have_seeds_of_their_own(loaded, tmp_path):
     path = data.write_lines(tmp_path / "HumanEval.jsonl", data.HUMANEVAL)
     limits = sandbox.Limits(seconds=2.0)
     task = code.load_humaneval(path, limits=limits, num_answers=3, ks=(1, 3), max_tokens=8)
-    sampling = schema.Sampling(temperature=1.0)
+    sampling = SamplingParams(temperature=1.0)
     result = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "a", sampling=sampling)
     again = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "b", sampling=sampling)
     _, *kept = sorted(records(tmp_path / "a", "humaneval"), key=lambda r: r.get("id", ""))

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 import httptools  # noqa: F401 (before any loop runs: it is slow to import)
 import pytest
 
-from configs import schema, serving
-from infer.constraints_spec import ConstraintSpec
-from infer.request import Constraint, Event, Request
-from infer.server.run import Running
-from infer.service import Service
-from qwen_jax import tokenizer_train
-from qwen_jax.tokenizer import Tokenizer
+from configs.sampling import SamplingParams
+from configs.server import ServerConfig
+from infer.constraints.spec import ConstraintSpec
+from infer.engine.request import Constraint, Event, Request
+from infer.server.serve import Running
+from infer.text.service import Service
+from qwen_jax.text import tokenizer_training
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 from tests.infer.fake_engine import FakeEngine
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away into the dark green wood. "
@@ -89,7 +90,7 @@ class Client:
 
 @pytest.fixture(scope="session")
 def words() -> Tokenizer:
-    return tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    return tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=278)
 
 
 @contextlib.contextmanager
@@ -108,13 +109,13 @@ def running_server(
     service = service or Service(
         engine,
         tokenizer=words,
-        defaults=schema.Sampling(max_tokens=8),
+        defaults=SamplingParams(max_tokens=8),
         bos_id=words.eos_ids[0],
         compile_constraint=compile_constraint,
     )
     running = Running(
         service,
-        settings=serving.Serve(**settings),
+        settings=ServerConfig(**settings),
         model_name="tiny",
         num_slots=getattr(engine, "num_slots", 4),
         warm_up=warm_up,

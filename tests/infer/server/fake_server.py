@@ -4,20 +4,21 @@ import json
 import logging
 import sys
 
-from configs import schema, serving
+from configs.sampling import SamplingParams
+from configs.server import ServerConfig
 from infer import server
-from infer.service import Service
-from qwen_jax import tokenizer_train
+from infer.text.service import Service
+from qwen_jax.text import tokenizer_training
 from tests.infer.server.conftest import Engine
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    words = tokenizer_train.train_bpe(["a few words, to have a corpus"], vocab_size=278)
+    words = tokenizer_training.train_bpe(["a few words, to have a corpus"], vocab_size=278)
     engine = Engine(words, seconds=0.02)
-    service = Service(engine, tokenizer=words, defaults=schema.Sampling())
+    service = Service(engine, tokenizer=words, defaults=SamplingParams())
     code = server.run(
         service,
-        settings=serving.Serve(port=0, **json.loads(sys.argv[1])),
+        settings=ServerConfig(port=0, **json.loads(sys.argv[1])),
         model_name="tiny",
         num_slots=4,
         warm_up=lambda: None,

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from configs import schema
-from infer import openai_format, parameters
+from configs.sampling import SamplingParams
+from infer.openai import parameters, parsing
 from infer.server import description
 from tests.infer.server import fuzzer
 
-DEFAULTS = schema.Sampling(max_tokens=40)
+DEFAULTS = SamplingParams(max_tokens=40)
 # What a parameter needs beside it.
 ALSO = {
     "top_logprobs": {"logprobs": True},
@@ -33,11 +33,11 @@ def test_what_is_described_is_taken(path, name):
         body |= {name: fuzzer.valid(body_schema["properties"][name], rng), **ALSO.get(name, {})}
         try:
             if path == "embeddings":
-                openai_format.parse_embeddings(body)
+                parsing.parse_embeddings(body)
             elif path == "completions":
-                openai_format.parse_completion(body, id="x", defaults=DEFAULTS)
+                parsing.parse_completion(body, id="x", defaults=DEFAULTS)
             else:
-                openai_format.parse_chat(body, id="x", defaults=DEFAULTS)
+                parsing.parse_chat(body, id="x", defaults=DEFAULTS)
         except parameters.ParameterError as error:
             assert "known parameter" not in str(error), error
             assert "not supported" not in str(error), error
@@ -46,7 +46,7 @@ def test_what_is_described_is_taken(path, name):
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
 def test_sampling_is_described(path):
     described = description.bodies("tiny")[path]["properties"]
-    assert {field.name for field in dataclasses.fields(schema.Sampling)} <= set(described)
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= set(described)
 
 
 def test_description_is_openapi():

@@ -8,13 +8,13 @@ import openai
 import pydantic
 import pytest
 
-from configs import schema
-from infer import loading
+from configs.engine import EngineConfig
+from infer.text import loading
 from tests.infer.server.conftest import running_server
 
 pytestmark = pytest.mark.timeout(300)
 
-ENGINE = schema.Engine(
+ENGINE = EngineConfig(
     num_slots=2, page_size=16, prefill_chunk=256, prefill_tokens=256, decode_steps=1, num_pages=256,
     max_length=2048, buckets="one",
 )  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from infer import constraints
-from infer.constraints_spec import ConstraintSpec
-from infer.request import Constraint
+from infer.constraints import compiler as constraints
+from infer.constraints.spec import ConstraintSpec
+from infer.engine.request import Constraint
 from tests.infer.server import fuzzer
 from tests.infer.server.conftest import Engine, running_server
 

@@ -6,8 +6,8 @@ import threading
 import httpx2 as httpx
 import pytest
 
-from configs import serving
-from infer.server import limits
+from configs.server import ServerConfig
+from infer.server.http import limits
 from tests.infer.server.conftest import Engine, running_server
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -91,19 +91,19 @@ def test_api_key(words):
 
 def test_api_key_from_file_or_environment(tmp_path, monkeypatch):
     monkeypatch.delenv(limits.API_KEY, raising=False)
-    assert limits.read_key(serving.Serve()) is None
+    assert limits.read_key(ServerConfig()) is None
     monkeypatch.setenv(limits.API_KEY, "of the environment")
-    assert limits.read_key(serving.Serve()) == "of the environment"
+    assert limits.read_key(ServerConfig()) == "of the environment"
     path = tmp_path / "key"
     path.write_text("of the file\n")
     path.chmod(0o600)
-    assert limits.read_key(serving.Serve(api_key_file=str(path))) == "of the file"
+    assert limits.read_key(ServerConfig(api_key_file=str(path))) == "of the file"
     path.chmod(0o644)
     with pytest.raises(ValueError, match="chmod 600"):
-        limits.read_key(serving.Serve(api_key_file=str(path)))
+        limits.read_key(ServerConfig(api_key_file=str(path)))
     monkeypatch.setenv(limits.API_KEY, " ")
     with pytest.raises(ValueError, match="holds no API key"):
-        limits.read_key(serving.Serve())
+        limits.read_key(ServerConfig())
 
 
 def test_body_and_prompt_have_a_largest_size(words):

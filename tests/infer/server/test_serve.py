@@ -12,14 +12,14 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from configs import schema
-from infer import loading
-from qwen_jax import checkpoint
+from configs.engine import EngineConfig
+from infer.text import loading
+from qwen_jax.checkpoint import load as checkpoint
 from tests.infer import whole_forward
 
 ROOT = Path(__file__).parents[3]
 # Few programs to compile.
-ENGINE = schema.Engine(
+ENGINE = EngineConfig(
     num_slots=2, page_size=16, prefill_chunk=32, prefill_tokens=32, decode_steps=4, num_pages=32,
     max_length=192, buckets="one",
 )  # fmt: skip
@@ -46,7 +46,7 @@ def _alone(folder: Path, prompts: list[str]) -> list[str]:
 def test_command_serves_a_model(hf_folder):
     flags = [
         f"--engine.{field.name.replace('_', '-')}={getattr(ENGINE, field.name)}"
-        for field in dataclasses.fields(schema.Engine)
+        for field in dataclasses.fields(EngineConfig)
         if field.default != getattr(ENGINE, field.name)
     ]
     command = [sys.executable, "-m", "qwen_jax.cli", "serve", "--model", str(hf_folder), "--port=0",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from configs import launch
+from configs.hardware import launch
 
 WAYS = {
     "queued-resource": {"package": "gs://bucket/qwen_jax-0.1.0-py3-none-any.whl"},

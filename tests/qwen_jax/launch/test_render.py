@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from qwen_jax.launch import check, render
+from qwen_jax.launch import render, rendered_checks
 
 TOPOLOGIES = ("v4-32", "v5e-1", "v5e-8", "2xv5e-256", "v5p-128", "v5p:4x4x16", "v6e-256")
 GKE_ONLY = ("tpu7x-2", "tpu7x-8", "2xtpu7x-128")
@@ -25,7 +25,7 @@ def test_every_slice_renders_to_files_that_pass_the_check(job, target, topology)
     for capacity in ("spot", "on-demand"):
         made = job(target, topology=topology, capacity=capacity)
         files = render.render(made, target=target)
-        check.check(files, made)
+        rendered_checks.check(files, made)
         assert any("--spot" in text or "gke-spot" in text for text in files.values()) == (
             capacity == "spot"
         )

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs import schema
+from configs.data import DataConfig
 from train.data import mixture, sources
 
 
@@ -18,7 +18,7 @@ def all_texts(corpora):
 
 def test_split_is_disjoint_complete_and_of_the_size_asked_for(numbered):
     path = numbered("a.jsonl", 3000)
-    splits = mixture.open_splits(schema.Data(paths=(path,), eval_fraction=0.1))
+    splits = mixture.open_splits(DataConfig(paths=(path,), eval_fraction=0.1))
     train, evaluation = set(all_texts(splits.train)), set(all_texts(splits.evaluation))
     assert not train & evaluation
     assert len(train | evaluation) == 3000
@@ -32,7 +32,7 @@ def test_split_does_not_move_with_seed_lengths_weights_new_files_or_new_lines(nu
     folder = str(tmp_path / "folder")
 
     def held_out(**options):
-        config = schema.Data(**({"paths": (folder,), "eval_fraction": 0.2} | options))
+        config = DataConfig(**({"paths": (folder,), "eval_fraction": 0.2} | options))
         texts = all_texts(mixture.open_splits(config).evaluation)
         rows = {text for text in texts if text.startswith("a")}
         return rows, {line for text in texts for line in text.splitlines()} - rows
@@ -56,7 +56,7 @@ def test_split_does_not_move_with_seed_lengths_weights_new_files_or_new_lines(nu
 
 def test_eval_paths_replace_the_fraction(numbered):
     train, evaluation = numbered("a.jsonl", 50), numbered("b.jsonl", 7, tag="e")
-    splits = mixture.open_splits(schema.Data(paths=(train,), eval_paths=(evaluation,)))
+    splits = mixture.open_splits(DataConfig(paths=(train,), eval_paths=(evaluation,)))
     assert sum(map(len, splits.train)) == 50
     assert sum(map(len, splits.evaluation)) == 7
 
@@ -64,15 +64,15 @@ def test_eval_paths_replace_the_fraction(numbered):
 def test_bad_splits_are_refused(numbered, tmp_path):
     path = numbered("a.jsonl", 3)
     with pytest.raises(ValueError, match="data.paths is empty"):
-        mixture.open_splits(schema.Data())
+        mixture.open_splits(DataConfig())
     with pytest.raises(ValueError, match="a.jsonl is in both data.paths and data.eval_paths"):
-        mixture.open_splits(schema.Data(paths=(str(tmp_path),), eval_paths=(path,)))
+        mixture.open_splits(DataConfig(paths=(str(tmp_path),), eval_paths=(path,)))
     with pytest.raises(ValueError, match="eval_fraction=0.999.* holds out all 3 documents"):
-        mixture.open_splits(schema.Data(paths=(path,), eval_fraction=0.999))
+        mixture.open_splits(DataConfig(paths=(path,), eval_fraction=0.999))
 
 
 def streams_of(paths, batch_size, **options):
-    config = schema.Data(paths=tuple(paths), eval_fraction=0.0, **options)
+    config = DataConfig(paths=tuple(paths), eval_fraction=0.0, **options)
     corpora = mixture.open_splits(config).train
     return mixture.training_streams(corpora, config, rows=range(batch_size), batch_size=batch_size)
 

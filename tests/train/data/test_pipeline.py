@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import schema
+from configs.data import DataConfig
 from train.data import mixture, pipeline, streams
 
 END = 256
@@ -25,7 +25,7 @@ BATCH = 8
 @pytest.fixture
 def config(numbered):
     paths = (numbered("a.jsonl", 150, tag="a"), numbered("b.jsonl", 90, tag="b"))
-    return schema.Data(
+    return DataConfig(
         paths=paths, weights=(2.0, 1.0), eval_fraction=0.1, sequence_length=48, prefetch=24
     )
 
@@ -197,12 +197,12 @@ def test_worker_processes_give_the_same_batches_resume_exactly_and_end(make, con
 KILLED = """
 import multiprocessing, sys, time
 sys.path[:0] = {folders!r}
-from configs import schema
+from configs.data import DataConfig
 from train.data import pipeline
 from conftest import END, ByteTokenizer
 
 if __name__ == "__main__":
-    config = schema.Data(paths=({path!r},), sequence_length=32, worker_count=2)
+    config = DataConfig(paths=({path!r},), sequence_length=32, worker_count=2)
     iterator = pipeline.train_iterator(
         config, tokenizer=ByteTokenizer(), end_of_document_id=END, batch_size=4
     )
@@ -252,7 +252,7 @@ def test_a_broken_line_ends_the_iteration_with_its_name(make, write_jsonl, worke
     path = write_jsonl("a.jsonl", ["fine " * 20] * 30)
     with pathlib.Path(path).open("a") as stream:
         stream.write('{"txt": "wrong field"}\n')
-    config = schema.Data(
+    config = DataConfig(
         paths=(path,), eval_fraction=0.0, sequence_length=64, shuffle=False, worker_count=workers
     )
     with make(config, batch_size=4) as iterator:
@@ -309,7 +309,7 @@ def test_numbers_that_do_not_fit_are_refused(make, config, numbered):
         make(dataclasses.replace(config, worker_count=5), process_count=2)
     with pytest.raises(ValueError, match="data.worker_count=-1 must not be negative"):
         dataclasses.replace(config, worker_count=-1)
-    few = schema.Data(paths=(numbered("few.jsonl", 7),), eval_fraction=0.0)
+    few = DataConfig(paths=(numbered("few.jsonl", 7),), eval_fraction=0.0)
     with pytest.raises(ValueError, match="7 training documents, fewer than batch_size=8"):
         make(few)
 
@@ -362,6 +362,6 @@ def test_evaluation_limit_and_errors(config, tokenizer, numbered):
     assert len(evaluation(config, tokenizer, limit=100)) == len(whole)
     with pytest.raises(ValueError, match="limit=0"):
         evaluation(config, tokenizer, limit=0)
-    none = schema.Data(paths=(numbered("n.jsonl", 20),), eval_fraction=0.0)
+    none = DataConfig(paths=(numbered("n.jsonl", 20),), eval_fraction=0.0)
     with pytest.raises(ValueError, match="eval_fraction=0.0 of 20 documents holds out none"):
         evaluation(none, tokenizer)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import qwen2_5
+from configs.models import qwen2_5
 from partitioning import gradients
-from qwen_jax import model
+from qwen_jax.model import transformer
 from train.losses import language_model
 
 B, T, D, V = 3, 13, 8, 29
@@ -188,8 +188,8 @@ def test_the_training_loss_never_holds_the_logits():
     weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32)
 
     def loss(params, tokens_BT, weights_BT, *, chunk):
-        hidden_BTD = model.apply(cfg, params, tokens_BT, remat_policy="full").hidden_BTD
-        kernel_DV = model.output_kernel(cfg, params)
+        hidden_BTD = transformer.apply(cfg, params, tokens_BT, remat_policy="full").hidden_BTD
+        kernel_DV = transformer.output_kernel(cfg, params)
         sums = language_model.cross_entropy(
             hidden_BTD, kernel_DV, tokens_BT, weights_BT, chunk=chunk
         )
@@ -197,7 +197,7 @@ def test_the_training_loss_never_holds_the_logits():
 
     def largest(chunk):
         step = jax.jit(jax.value_and_grad(functools.partial(loss, chunk=chunk)))
-        traced = step.trace(model.shapes(cfg), tokens_BT, weights_BT)
+        traced = step.trace(transformer.shapes(cfg), tokens_BT, weights_BT)
         text = f"{traced.jaxpr}\n{traced.lower().compile().as_text()}"
         sizes = re.findall(r"\b(?:pred|bool|bf16|[fisu]\d+)\[([\d,]+)\]", text)
         return max(math.prod(map(int, dims.split(","))) for dims in sizes)

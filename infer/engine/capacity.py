@@ -1,0 +1,76 @@
+"""How many pages of keys and values fit beside the parameters."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from configs.engine import EngineConfig
+from configs.models.architecture import ModelConfig
+from partitioning.sharding import Layout
+from qwen_jax.model import transformer
+from qwen_jax.ops.attention.paged import kv_pages
+
+_HOST_BYTES = 2 * 2**30  # for pages, where the device does not tell its size
+
+
+def num_pages(
+    models: Sequence[tuple[ModelConfig, dict, Layout | None]],
+    *,
+    settings: EngineConfig,
+    dtype: jnp.dtype,
+) -> int:
+    """As many as `memory_fraction` of a device holds; no more than all slots could ever use.
+
+    `models` are the one that answers, with its parameters and layout, and one that guesses, if
+    there is one: each has its own pages, equally many. Raises `ValueError` where not even one
+    request of max_length fits; one that is not set may be what fits.
+    """
+    length = settings.max_length or transformer.max_length(models[0][0])
+    width = -(-length // settings.page_size)
+    page = sum(
+        kv_pages.num_bytes(
+            cfg,
+            num_pages=1,
+            page_size=settings.page_size,
+            dtype=dtype,
+            storage=settings.kv_cache,
+            layout=layout,
+        )
+        for cfg, _, layout in models
+    )
+    layout = models[0][2]
+    device = jax.local_devices()[0] if layout is None else layout.mesh.local_devices[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        held = sum(_bytes_on(x, device) for _, params, _ in models for x in jax.tree.leaves(params))
+        limit = int(settings.memory_fraction * stats["bytes_limit"])
+        # They run one after the other.
+        working = max(working_bytes(cfg, settings=settings, dtype=dtype) for cfg, _, _ in models)
+        left = limit - held - working
+    else:
+        limit, left = _HOST_BYTES, _HOST_BYTES
+    count = min(left // page, settings.num_slots * width)
+    if count < (width if settings.max_length else 1):
+        raise ValueError(
+            f"{max(left, 0) / 2**30:.2f} GiB of {limit / 2**30:.2f} are left for keys and values; "
+            f"a request of max_length={length} needs {width * page / 2**30:.2f}: lower max_length, "
+            f"num_slots or prefill_tokens, or spread the model over more devices"
+        )
+    return count
+
+
+def working_bytes(cfg: ModelConfig, *, settings: EngineConfig, dtype: jnp.dtype) -> int:
+    """Bytes that a dispatch needs beside parameters and pages: an estimate from above.
+
+    One layer's activations of `prefill_tokens` tokens; four arrays of float32 scores a slot
+    (logits, sorted and noisy copies, masks), and what the slots keep: counts and marks of tokens.
+    """
+    size = jnp.dtype(dtype).itemsize
+    widest = max(cfg.intermediate_size, cfg.moe.moe_intermediate_size if cfg.moe else 0)
+    activations = settings.prefill_tokens * size * (8 * cfg.hidden_size + 3 * widest)
+    return activations + settings.num_slots * cfg.vocab_size * (4 * 4 + 4 + 1)
+
+
+def _bytes_on(x: jax.Array, device: jax.Device) -> int:
+    return sum(shard.data.nbytes for shard in x.addressable_shards if shard.device == device)

@@ -1,0 +1,199 @@
+"""Compiles for a slice that is not there, and keeps what was compiled in bundles.
+
+A bundle is a folder: `bundle.json` with its key, and one file a program. The key is what the
+programs were compiled from: versions, slice, flags, the config in words, and a digest of each
+lowered program, which differs whenever code or config would have made another one. A bundle whose
+key is not the reader's is refused. Its files are pickles: load only what you made.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import pickle
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable, topologies
+
+from configs import schema
+from configs.hardware import xla_flags
+from configs.hardware.topologies import Slice
+from qwen_jax import storage
+from qwen_jax.analysis import hlo
+
+Lowered = Mapping[str, jax.stages.Lowered]
+
+FILE, FORMAT = "bundle.json", 1
+_PACKAGES = ("jax", "jaxlib", "libtpu", "qwen-jax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled program, what it needs of one device, in bytes, and what it does.
+
+    peak: arguments and everything live beside them at the worst moment. temporary: the heap, which
+    also counts what fragmentation wastes. moved, cycles: see `hlo`, loops multiplied out; flops,
+    accessed_bytes: XLA's own, each loop's body counted once.
+    """
+
+    program: jax.stages.Compiled
+    seconds: float
+    arguments: int
+    temporary: int
+    peak: int
+    code: int
+    host: int
+    flops: float
+    accessed_bytes: float
+    hlo: hlo.Program
+
+
+def devices(where: Slice) -> list[jax.Device]:
+    """Devices to compile for; those of a TPU slice exist in the compiler alone.
+
+    On a machine without TPUs, `xla_flags.WITHOUT_TPU` has to be in the environment.
+
+    Raises `ValueError` where the slice's compiler is not here.
+    """
+    if where.topology_name is None:
+        here = [device for device in jax.devices() if device.platform == where.chip.platform]
+        if len(here) < where.num_devices:
+            raise ValueError(
+                f"{where.name} has {where.num_devices} {where.chip.platform} device(s), "
+                f"{len(here)} are here: XLA compiles for CPUs and GPUs only where they are; run "
+                f"this there (on CPUs, with JAX_NUM_CPU_DEVICES={where.num_devices}), or leave "
+                f"--compile out"
+            )
+        return here[: where.num_devices]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"compiling for {where.name} needs libtpu, which needs no TPU; install qwen-jax[tpu]"
+        )
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=where.topology_name, **where.topology_options
+    )
+    return list(topology.devices)
+
+
+def flags(where: Slice) -> dict[str, xla_flags.Value]:
+    """The compiler's options for the slice's chip; a GPU's are for its own command line."""
+    return xla_flags.options(where.chip) if where.chip.platform == "tpu" else {}
+
+
+def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object]) -> Compiled:
+    """Compiles under the compiler options `flags`."""
+    begin = time.perf_counter()
+    program = lowered.compile(compiler_options=dict(flags) or None)
+    seconds = time.perf_counter() - begin
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return Compiled(
+        program=program,
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        host=memory.host_temp_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        accessed_bytes=cost.get("bytes accessed", 0.0),
+        hlo=hlo.read(program.as_text()),
+    )
+
+
+def key(lowered: Lowered, where: Slice, config: dict) -> dict:
+    """What a bundle is known by. `config` is for people: it says what differs, in words."""
+    return {
+        "format": FORMAT,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "slice": where.name,
+        "flags": flags(where),
+        "config": config,
+        "programs": {
+            name: hashlib.sha256(one.as_text().encode()).hexdigest()
+            for name, one in lowered.items()
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def save(folder: Path | str, compiled: Mapping[str, Compiled], key: dict) -> int:
+    """Writes a bundle, whole or not at all, and returns its bytes.
+
+    Raises `ValueError` where something is there already.
+    """
+    target = storage.folder(folder)
+    if target.exists():
+        raise ValueError(f"{target} is there already; remove it, or save to another folder")
+    with tempfile.TemporaryDirectory() as here:
+        made = Path(here)
+        for name, one in compiled.items():
+            serialized, _, _ = serialize_executable.serialize(one.program)
+            (made / name).write_bytes(serialized)
+        (made / FILE).write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
+        storage.publish(made, target)
+    return sum(storage.size(file) for file in storage.files(target))
+
+
+def read_key(folder: Path | str) -> dict:
+    """The key that a bundle was saved under.
+
+    Raises `ValueError` where `folder` is no bundle, or of another version.
+    """
+    folder = storage.folder(folder)
+    if not (folder / FILE).is_file():
+        raise ValueError(f"{folder} is no bundle: it has no {FILE}; make one by plan --save")
+    try:
+        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / FILE} is not valid JSON: {error}") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{folder / FILE} is not of format {FORMAT}; make it again by plan --save")
+    return saved
+
+
+def load(folder: Path | str, lowered: Lowered, key: dict) -> dict[str, jax.stages.Compiled]:
+    """The programs of a bundle, ready to run, if its key is `key`, made from the same `lowered`.
+
+    Raises `ValueError` that says what differs, and where the bundle is not whole.
+    """
+    folder, saved = storage.folder(folder), read_key(folder)
+    if differences := _differences(saved, json.loads(json.dumps(key))):
+        raise ValueError(
+            f"{folder} was not compiled for this run ({'; '.join(differences)}); make another by "
+            f"plan --save, or run without it"
+        )
+    programs = {}
+    for name, one in lowered.items():
+        try:
+            serialized = (folder / name).read_bytes()
+            programs[name] = serialize_executable.deserialize_and_load(
+                serialized, one.in_tree, one.out_tree
+            )
+        except (OSError, EOFError, pickle.UnpicklingError, jax.errors.JaxRuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder / name} cannot be loaded: {reason}") from error
+    return programs
+
+
+def _differences(saved: dict, wanted: dict) -> list[str]:
+    before, now = schema.flatten(saved), schema.flatten(wanted)
+    changed = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    digests = [one for one in changed if one.startswith("programs.")]
+    if changed and len(changed) == len(digests):
+        return ["the code has changed since"]
+    return [one for one in changed if one not in digests]

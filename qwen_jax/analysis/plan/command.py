@@ -1,0 +1,107 @@
+"""`qwen-jax plan`: reads its flags, searches, and prints."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from configs.hardware import topologies
+from configs.models import presets, remat
+from configs.models.architecture import ModelConfig
+from configs.recipes import registry as recipes
+from configs.train import TrainConfig
+from partitioning import mesh as mesh_lib
+from qwen_jax.analysis.plan import report, search
+from qwen_jax.analysis.plan.job import Purpose
+from qwen_jax.analysis.plan.search import Candidate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a person asks; None where the plan is to choose."""
+
+    model: str | None
+    recipe: str | None
+    topology: str
+    mesh: str
+    length: int | None
+    rows: int | None
+    batch: int | None
+    remat: str | None
+    purpose: Purpose
+
+
+def settings(request: Request) -> tuple[ModelConfig, TrainConfig]:
+    """The model, and the run that the recipe and the flags make.
+
+    Raises `ValueError` for unknown names and impossible values.
+    """
+    config = recipes.recipe(request.recipe) if request.recipe else TrainConfig()
+    if request.model is None and request.recipe is None:
+        raise ValueError(
+            f"plan needs --model or --recipe; models: {', '.join(presets.PRESETS)}; recipes: "
+            f"{', '.join(recipes.RECIPES)}"
+        )
+    named = config.model if request.model is None else request.model
+    cfg = presets.preset(named) if isinstance(named, str) else named
+    for name in ("length", "rows", "batch"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if request.remat is not None:
+        remat.check(request.remat)
+    length = request.length or config.data.sequence_length
+    data = dataclasses.replace(config.data, sequence_length=length)
+    # The plan splits the batch.
+    config = dataclasses.replace(config, data=data, accumulate_steps=1)
+    return cfg, config
+
+
+def batch_of(request: Request) -> int | None:
+    """Sequences of a step of training: as asked for, or the recipe's; None: free.
+
+    Raises `ValueError` for a batch of what does not train.
+    """
+    if request.purpose != "train":
+        if request.batch is not None:
+            raise ValueError(
+                f"batch={request.batch} is of training; use rows for {request.purpose}"
+            )
+        return None
+    if request.recipe is None:
+        return request.batch
+    return request.batch or recipes.recipe(request.recipe).batch_size
+
+
+def run(request: Request, *, picture: str | None) -> Candidate:
+    """Prints the plan and returns what it recommends.
+
+    Raises `ValueError` for bad input, and where nothing fits.
+    """
+    # A plan needs no device: to look for one is to wait for it, or to take it from a run.
+    jax.config.update("jax_platforms", "cpu")
+    cfg, config = settings(request)
+    held = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
+    if request.topology == "any":
+        if request.mesh:
+            raise ValueError(f"mesh={request.mesh} needs a --topology whose devices it divides")
+        best = search.to_rent(cfg, config, purpose=request.purpose, **held)
+        if not best.ranked:
+            reasons = "; ".join(f"{chip}: {reason}" for chip, reason in best.skipped.items())
+            raise ValueError(f"{cfg.name} fits no slice: {reasons}")
+        report.show_rent(best, recipe=request.recipe)
+        chosen = best.ranked[0]
+    else:
+        where = topologies.parse(request.topology)
+        mesh = mesh_lib.parse(request.mesh) if request.mesh else None
+        found, refused = search.candidates(
+            cfg, config, where, purpose=request.purpose, mesh=mesh, **held
+        )
+        chosen = search.recommend(found, refused)
+        report.show(found, refused, chosen, recipe=request.recipe)
+    if picture is not None:
+        from qwen_jax.analysis.plan import picture as picture_lib
+
+        picture_lib.save(chosen, Path(picture))
+        print(f"{picture}: memory and sharding of the recommended plan")
+    return chosen

@@ -1,0 +1,349 @@
+"""Reads slices of the tensors in a Hugging Face folder.
+
+Files are mapped, not loaded, and mapped anew for each slice, so that the pages of what was read
+before do not count as resident. `safetensors` checks the headers; the slices are views of the
+mapping, because its own are copies, a third of the time of an import. Torch is imported for
+pytorch_model.bin only.
+"""
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from configs.models import huggingface, huggingface_quantised
+from configs.models.architecture import ModelConfig, QuantisationConfig
+from qwen_jax.checkpoint import tensor_table
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+_PACKED_DTYPES = {**DTYPES, "I32": np.dtype(np.int32)}
+_PIECES = (".qweight", ".qzeros", ".scales", ".g_idx")  # of a quantised kernel
+SAFETENSORS_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# What the largest finite number's bits are below, for the signed and the unsigned reading.
+_NON_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    file: Path
+    dtype: str  # a key of DTYPES, or the file's own name of one that is not supported
+    shape: tuple[int, ...]
+    offset: int = 0  # bytes into a safetensors file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened Hugging Face folder whose tensors are those of `model`."""
+
+    folder: Path
+    kind: Literal["safetensors", "torch"]
+    config: dict  # the parsed config.json
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]
+    quantisation: QuantisationConfig | None = None
+    packed: Mapping[str, Tensor] = field(default_factory=dict)  # pieces of quantised kernels
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        found = [*self.tensors.values(), *self.packed.values()]
+        return tuple(sorted({tensor.file for tensor in found}))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises `ValueError` naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+_LAYOUTS = (
+    ("safetensors", "model.safetensors"),
+    ("torch", "pytorch_model.bin"),
+)
+
+
+def weight_files(folder: Path) -> tuple[Literal["safetensors", "torch"], Path] | None:
+    """The kind and the file (or index file) of the weights in `folder`; None if there are none.
+
+    Safetensors are taken where both kinds are there. Raises `ValueError` where one kind is there
+    both whole and in shards.
+    """
+    for kind, name in _LAYOUTS:
+        found = [p for p in (folder / name, folder / f"{name}.index.json") if p.is_file()]
+        if len(found) == 2:
+            raise ValueError(
+                f"{folder} has both {name} and {name}.index.json; remove the stale one"
+            )
+        if found:
+            return kind, found[0]
+    return None
+
+
+def open_source(folder: Path | str) -> Source:
+    """Opens `folder`, reading headers only.
+
+    Raises `ValueError` naming what is wrong: the config key, the file, or the tensors that are
+    missing, extra, misshapen, truncated or of an unsupported dtype.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    model = huggingface.read_model(config, name=folder.resolve().name)
+    found = weight_files(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} has no weights: none of model.safetensors, model.safetensors.index.json, "
+            f"pytorch_model.bin, pytorch_model.bin.index.json"
+        )
+    kind, path = found
+    header = _safetensors_header if kind == "safetensors" else _torch_header
+    tensors = _indexed(path, header) if path.name.endswith(".index.json") else header(path)
+    quantisation, packed = huggingface_quantised.read(config), {}
+    if quantisation is not None:
+        if kind != "safetensors":
+            raise ValueError(f"{path} is quantised; use the checkpoint in safetensors")
+        tensors, packed = _split_packed(tensors, model, folder)
+    _check(tensors, model, folder, packed=packed)
+    return Source(
+        folder=folder,
+        kind=kind,
+        config=config,
+        model=model,
+        tensors=tensors,
+        quantisation=quantisation,
+        packed=packed,
+    )
+
+
+def is_packed(folder: Path | str) -> bool:
+    """Whether the checkpoint in a Hugging Face folder is quantised."""
+    return huggingface_quantised.read(read_json(Path(folder) / "config.json")) is not None
+
+
+def _split_packed(
+    tensors: dict[str, Tensor], model: ModelConfig, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Plain tensors, and pieces of quantised kernels.
+
+    AutoGPTQ writes a bias of zeros for every kernel: left out where the model has none. Raises
+    `ValueError` if it is not zeros, and where nothing is quantised.
+    """
+    packed = {name: tensor for name, tensor in tensors.items() if name.endswith(_PIECES)}
+    bases = [name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")]
+    if not bases:
+        raise ValueError(f"{folder} has no quantised tensors, though config.json says it is")
+    known = tensor_table.hf_names(model)
+    plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for name in (f"{base}.bias" for base in bases):
+        if name not in known and name in plain:
+            tensor = plain.pop(name)
+            whole = tuple(slice(0, size) for size in tensor.shape)
+            if _read_safetensors(tensor, name, whole).any():
+                raise ValueError(f"{name} is not zero, and the model has no such bias")
+    return plain, packed
+
+
+def _indexed(index: Path, header) -> dict[str, Tensor]:
+    """The tensors of all shards, which must be those that the index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, []).append(name)
+    tensors = {}
+    for file, expected in names.items():
+        path = index.parent / file
+        if Path(file).name != file or not path.is_file():
+            raise ValueError(f"{path} is missing; {index.name} says it holds {listed(expected)}")
+        there = header(path)
+        if missing := [name for name in expected if name not in there]:
+            raise ValueError(f"{path} lacks tensors that {index.name} names: {listed(missing)}")
+        if extra := [name for name in there if name not in expected]:
+            raise ValueError(f"{path} has tensors that {index.name} lacks: {listed(extra)}")
+        tensors |= there
+    return tensors
+
+
+def _safetensors_header(path: Path) -> dict[str, Tensor]:
+    try:
+        safetensors.safe_open(path, "np").__exit__(None, None, None)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {_diagnosis(path) or error}") from None
+    entries, start = _parse_header(path)
+    return {
+        name: Tensor(
+            file=path,
+            dtype=SAFETENSORS_NAMES.get(entry["dtype"], entry["dtype"]),
+            shape=tuple(entry["shape"]),
+            offset=start + entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
+
+
+def _parse_header(path: Path) -> tuple[dict[str, dict], int]:
+    """The tensors that a safetensors file describes, and where its data starts (bytes)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
+
+
+def _diagnosis(path: Path) -> str:
+    """Which tensors a truncated safetensors file has lost, where its header can be read."""
+    size = path.stat().st_size
+    try:
+        entries, start = _parse_header(path)
+        lost = [name for name, e in entries.items() if start + e["data_offsets"][1] > size]
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return f"its header cannot be read ({size} bytes in all); copy the file again"
+    return f"truncated, losing {listed(lost)}; copy the file again" if lost else ""
+
+
+def _load_torch(path: Path) -> dict:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path} needs torch, which is not installed; install it, or use the safetensors files"
+        ) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(f"{path} cannot be read as a torch weights file: {reason}") from None
+
+
+def _torch_header(path: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in _load_torch(path).items():
+        if not hasattr(value, "untyped_storage"):
+            raise ValueError(f"{path}: {name} is not a tensor but {type(value).__name__}")
+        dtype = str(value.dtype).removeprefix("torch.")
+        tensors[name] = Tensor(file=path, dtype=dtype, shape=tuple(value.shape))
+    return tensors
+
+
+def _check(
+    tensors: Mapping[str, Tensor],
+    model: ModelConfig,
+    folder: Path,
+    *,
+    packed: Mapping[str, Tensor],
+) -> None:
+    expected = {
+        name: row
+        for name, row in tensor_table.hf_names(model).items()
+        if f"{name.removesuffix('.weight')}.qweight" not in packed
+    }
+    if missing := [name for name in expected if name not in tensors]:
+        raise ValueError(f"{folder} lacks tensors that config.json asks for: {listed(missing)}")
+    # Some writers store the tied projection too; the importer checks that it is the same.
+    optional = {tensor_table.LM_HEAD.hf} if model.tie_word_embeddings else set()
+    if extra := [name for name in tensors if name not in expected and name not in optional]:
+        raise ValueError(f"{folder} has tensors that the model does not: {listed(extra)}")
+    for name, tensor in tensors.items():
+        row = expected.get(name, tensor_table.LM_HEAD)
+        shape = tensor_table.hf_shape(row, model)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; supported are {', '.join(DTYPES)}")
+    dtypes_of: dict[tensor_table.Row, set[str]] = {}
+    for name, row in expected.items():
+        dtypes_of.setdefault(row, set()).add(tensors[name].dtype)
+    for row, dtypes in dtypes_of.items():
+        if len(dtypes) > 1:
+            raise ValueError(f"{row.hf} has several dtypes over its stack: {sorted(dtypes)}")
+
+
+def row_dtype(source: Source, row: tensor_table.Row) -> np.dtype:
+    """The dtype of a parameter, the same in its whole stack; float32 where the folder has none."""
+    first = tensor_table.hf_name(row, source.model, (0,) * len(row.stack))
+    return DTYPES["float32" if first is None else source.tensors[first].dtype]
+
+
+def read(source: Source, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """A read-only view of a slice of one tensor. Raises `ValueError` if it is not finite."""
+    tensor = source.tensors[name]
+    read_kind = _read_safetensors if source.kind == "safetensors" else _read_torch
+    array = read_kind(tensor, name, slices)
+    check_finite(array, name)
+    return array
+
+
+def read_packed(source: Source, name: str) -> np.ndarray:
+    """A read-only view of one piece of a quantised kernel."""
+    tensor = source.packed[name]
+    return _read_safetensors(tensor, name, tuple(slice(0, size) for size in tensor.shape))
+
+
+def _read_safetensors(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """Maps the rows that hold the slice; the mapping lives as long as the view of it."""
+    dtype = _PACKED_DTYPES[tensor.dtype]
+    rows, *others = slices
+    row_elements = math.prod(tensor.shape[1:])
+    first = tensor.offset + rows.start * row_elements * dtype.itemsize
+    page = first - first % mmap.ALLOCATIONGRANULARITY
+    count = (rows.stop - rows.start) * row_elements
+    length = first - page + count * dtype.itemsize
+    with tensor.file.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), length, prot=mmap.PROT_READ, offset=page)
+        except ValueError:
+            raise ValueError(f"{tensor.file} has shrunk: {name} is truncated") from None
+    flat = np.frombuffer(mapped, dtype, count, offset=first - page)
+    return flat.reshape(-1, *tensor.shape[1:])[(slice(None), *others)]
+
+
+def _read_torch(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    import torch
+
+    block = _load_torch(tensor.file)[name][slices]
+    if tensor.dtype == "bfloat16":  # which torch does not give to numpy
+        block = block.view(torch.int16)
+    return block.numpy().view(DTYPES[tensor.dtype])
+
+
+def check_finite(array: np.ndarray, name: str) -> None:
+    """Raises `ValueError` naming the tensor if it has NaN or infinite values.
+
+    Reads the bits as integers: every non-finite value is at or above the infinity of its sign.
+    """
+    if not array.size:
+        return
+    infinity = _NON_FINITE[array.dtype.name]
+    bits = 8 * array.itemsize
+    positive = array.view(f"i{array.itemsize}").max() >= infinity
+    negative = array.view(f"u{array.itemsize}").max() >= infinity + (1 << (bits - 1))
+    if positive or negative:
+        finite = np.isfinite(array.astype(np.float32))
+        raise ValueError(f"{name} has {int((~finite).sum())} values that are NaN or infinite")

@@ -1,0 +1,141 @@
+"""Which parameters of a model are quantised, and a model's parameters quantised.
+
+Quantised: the kernels of attention, of feed-forward networks and of experts, and of the embeddings
+the one that projects to the vocabulary. Kept: norms and biases, the router and the shared expert's
+gate, which are small and decide much, and an embedding that is only looked up.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from configs.models.architecture import ModelConfig
+from qwen_jax.checkpoint import tensor_table
+from qwen_jax.checkpoint.quantised import stored_arrays
+from qwen_jax.quant import array
+
+Output = Literal["int8", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How parameters are quantised. group_size None: a scale a channel.
+
+    output: the projection to the vocabulary, the embedding where tied: int8 a channel, or kept.
+    """
+
+    weights: array.Format = "int8"
+    group_size: int | None = None
+    output: Output = "int8"
+
+    def __post_init__(self) -> None:
+        if self.output not in ("int8", "keep"):
+            raise ValueError(f"output={self.output!r} is not int8 or keep")
+
+
+def format_of(row: tensor_table.Row, cfg: ModelConfig, settings: Settings) -> array.Format | None:
+    """What a row is quantised to; None where it is kept."""
+    if stored_arrays.is_linear(row):
+        return settings.weights
+    output = tensor_table.EMBED if cfg.tie_word_embeddings else tensor_table.LM_HEAD
+    return "int8" if row.path == output.path and settings.output == "int8" else None
+
+
+def check(cfg: ModelConfig, settings: Settings) -> None:
+    """Raises `ValueError` naming the parameter that cannot be quantised so."""
+    for row in tensor_table.rows(cfg):
+        if stored_arrays.is_linear(row):
+            axis, merged = stored_arrays.dims(row)
+            shape = tensor_table.shape(row, cfg)
+            last = len(shape) + axis
+            array.check(
+                settings.weights,
+                num_inputs=math.prod(shape[last - merged + 1 : last + 1]),
+                group_size=settings.group_size,
+                what=row.path,
+            )
+
+
+def quantise(
+    cfg: ModelConfig,
+    params: dict,
+    settings: Settings,
+    *,
+    on_row: Callable[[str], None] = lambda path: None,
+) -> dict:
+    """A model's stacked parameters quantised, leaf by leaf; what is kept is the same array.
+
+    Deletes the arrays that it quantises. Raises `ValueError` as `check` does.
+    """
+    check(cfg, settings)
+    flat = tensor_table.flatten(params)
+    for row in tensor_table.rows(cfg):
+        format = format_of(row, cfg, settings)
+        if format is None:
+            continue
+        on_row(row.path)
+        group_size = settings.group_size if stored_arrays.is_linear(row) else None
+        plain = flat[row.path]
+        flat[row.path] = jax.block_until_ready(
+            one(row, plain, format=format, group_size=group_size)
+        )
+        plain.delete()
+    return tensor_table.nest(flat)
+
+
+def one(
+    row: tensor_table.Row, w: jax.Array, *, format: array.Format, group_size: int | None
+) -> array.QuantArray:
+    """One parameter quantised, a layer at a time: what is made on the way is float32."""
+    axis, merged = stored_arrays.dims(row)
+
+    def quantise(w: jax.Array) -> array.QuantArray:
+        return array.quantise(
+            w, format=format, group_size=group_size, axis=axis, merged=merged, what=row.path
+        )
+
+    if not row.stack:
+        return jax.jit(quantise)(w)
+    return jax.jit(lambda w: jax.lax.map(quantise, w))(w)
+
+
+def specs(cfg: ModelConfig, params: dict) -> dict[str, stored_arrays.Spec]:
+    """How each quantised parameter of a tree is stored, by path."""
+    found = {}
+    for path, value in tensor_table.flatten(params).items():
+        if array.is_quantised(value):
+            found[path] = stored_arrays.Spec(
+                format=value.format,
+                group_size=value.group_size if value.num_groups > 1 else None,
+                has_zeros=value.zeros is not None,
+                has_order=value.order is not None,
+            )
+    return found
+
+
+def gather(row: tensor_table.Row, spec: stored_arrays.Spec, pieces: Mapping) -> array.QuantArray:
+    """A parameter of its pieces by name: arrays, shapes or shardings."""
+    axis, merged = stored_arrays.dims(row)
+    return array.QuantArray(**pieces, format=spec.format, axis=axis, merged=merged)
+
+
+def placed(
+    row: tensor_table.Row,
+    model: ModelConfig,
+    spec: stored_arrays.Spec,
+    sharding: jax.sharding.Sharding,
+) -> dict[str, jax.sharding.Sharding]:
+    """The sharding of each piece of a parameter, from that of the plain one.
+
+    Raises `ValueError` where a mesh axis would cut a group of inputs.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in stored_arrays.pieces(row, model, spec).items()
+    }
+    like = {row.path: gather(row, spec, shapes)}
+    return array.shardings({row.path: sharding}, like)[row.path].children()

@@ -1,0 +1,255 @@
+"""Reads checkpoints from end to end, and says what of them is damaged.
+
+Checked: that every part is there; that each parameter and moment has the shape its config asks for;
+that every chunk can be read (tensorstore checks the CRC-32C of the database's manifest and nodes);
+that every value is finite; that each array's sum is the one that was computed on the devices before
+it was saved (`train/core/state.py`; imported and older checkpoints have none, which is said); and
+that the model's config and the data's state are those that were saved, and all parts of one step.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import tensorstore as ts
+
+from qwen_jax import storage
+from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint.huggingface import source
+from qwen_jax.checkpoint.native import store
+from qwen_jax.checkpoint.quantised import stored_arrays
+
+_IN_FLIGHT_BYTES = 256 * 2**20
+
+
+@dataclass
+class Report:
+    """What was found: `problems` is empty where all is well."""
+
+    path: Path
+    num_arrays: int = 0
+    num_bytes: int = 0
+    num_summed: int = 0  # arrays whose sums were recorded, and agree
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A checkpoint of a training run. `state`: whole, or what is missing of it."""
+
+    number: int
+    path: Path
+    state: str
+    num_bytes: int
+
+
+def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) -> Report:
+    """The report on a native checkpoint, a step of a run, or a run's newest step.
+
+    `on_progress` hears bytes read, bytes in all, and the array at hand. Raises `ValueError` where
+    there is nothing that could be verified.
+    """
+    path = storage.folder(path)
+    if (path / "checkpoints").is_dir():
+        found = steps(path)
+        if not found:
+            raise ValueError(f"{path} is a training run without a checkpoint yet")
+        path = found[-1].path
+    if not (path / "params").is_dir() and not (path / "model").is_dir():
+        checkpoint.resolve(path)  # raises for all that is no checkpoint
+        raise ValueError(f"{path} is a Hugging Face folder; import it, and verify the checkpoint")
+    report = Report(path)
+    if missing := _missing(path):
+        report.problems.append(f"{path} is half-written: it lacks {', '.join(missing)}")
+        return report
+    resolved = checkpoint.resolve(path)
+    context = store.context()
+    arrays = {}
+    for part in ("params", "optimizer"):
+        if not (path / part).is_dir():
+            continue
+        try:
+            opened = store.open_all_for_reading(path / part, context)
+        except ValueError as error:
+            report.problems.append(str(error))
+            continue
+        _check_shapes(report, part, opened, resolved)
+        arrays |= {(part, name): array for name, array in opened.items()}
+    _check_json(report, resolved.metadata, arrays)
+    _check_values(report, arrays, resolved.metadata.get("checksums", {}), on_progress)
+    return report
+
+
+def steps(output: Path | str) -> list[Step]:
+    """The checkpoints of a training run in their order, the half-written ones too."""
+    folder = storage.folder(output) / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{output} is no training run: it has no folder checkpoints")
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):
+        if path.name.isdecimal():
+            missing = _missing(path)
+            state = f"lacks {', '.join(missing)}" if missing else "whole"
+            size = sum(storage.size(file) for file in storage.files(path))
+            found.append(Step(int(path.name), path, state, size))
+    return found
+
+
+def show_verification(path: str) -> int:
+    """Verify with a progress bar, print what was found; the exit code, 0 or 2."""
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with bar:
+        task = bar.add_task("opening", total=None)
+        report = verify(
+            path,
+            on_progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=what
+            ),
+        )
+    for problem in report.problems:
+        print(problem)
+    read = f"{report.num_arrays} arrays, {report.num_bytes / 1e9:.3g} GB read"
+    if report.problems:
+        print(f"{report.path}: damaged; {read}")
+        return 2
+    unsummed = report.num_arrays - report.num_summed
+    sums = f"; {unsummed} have no recorded sum to compare" if unsummed else ", all as saved"
+    print(f"{report.path}: whole; {read}{sums}")
+    return 0
+
+
+def show_steps(output: str) -> int:
+    """Print the checkpoints of a run; the exit code, 2 where the newest is not whole."""
+    found = steps(output)
+    shown = rich.table.Table("step", "GB", "state", "path")
+    for step in found:
+        shown.add_row(str(step.number), f"{step.num_bytes / 1e9:.3g}", step.state, str(step.path))
+    rich.console.Console().print(shown)
+    return 0 if found and found[-1].state == "whole" else 2
+
+
+def _missing(path: Path) -> list[str]:
+    """The parts without which `path` is no checkpoint; a step of a run has more of them."""
+    wanted = ["params/_METADATA", "model/metadata"]
+    if storage.absolute(path).parent.name == "checkpoints":
+        wanted += ["optimizer/_METADATA", "data/metadata"]
+        wanted += ["commit_success.txt"] if storage.is_remote(path) else []
+    return [part for part in wanted if not (path / part).is_file()]
+
+
+def _check_shapes(
+    report: Report, part: str, arrays: dict[str, ts.TensorStore], resolved: checkpoint.Resolved
+) -> None:
+    """Parameters are the config's; moments, whose names end with a parameter's, have its shape."""
+    rows = stored_arrays.shapes(resolved.model, checkpoint.specs(resolved))
+    if part == "params":
+        for name in [*(rows.keys() - arrays.keys()), *(arrays.keys() - rows.keys())]:
+            report.problems.append(
+                f"params: {name} is {'missing' if name in rows else 'no parameter of the model'}"
+            )
+    for name, array in arrays.items():
+        of = [row for row in rows if f".{name}".endswith(f".{row}")]
+        want = rows[max(of, key=len)] if of else array.shape
+        if array.shape != want:
+            report.problems.append(
+                f"{part}: {name} has shape {list(array.shape)}, its config asks for {list(want)}"
+            )
+
+
+def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
+    """Of a training run: data and model are as they were saved, and all parts of one step."""
+    path, said = report.path, {"model/metadata": metadata.get("step")}
+    if not (path / "data").is_dir():
+        return
+    said["the folder's name"] = int(path.name) if path.name.isdecimal() else None
+    found = {"model": metadata["model"]}
+    try:
+        found["data"] = source.read_json(path / "data" / "metadata")
+        if "step" in found["data"]:
+            said["data/metadata"] = found["data"]["step"]
+    except ValueError as error:
+        report.problems.append(str(error))
+    sums = metadata.get("checksums", {}).get("json", {})
+    for part, values in found.items():
+        if part in sums and store.sum_json(values) != sums[part]:
+            report.problems.append(f"{part}/metadata does not hold the values that were saved")
+    if ("optimizer", "step") in arrays:
+        try:
+            said["optimizer/step"] = int(arrays["optimizer", "step"].read().result())
+        except ValueError:
+            return  # reading all values will say it
+    if len(set(said.values())) > 1:
+        described = ", ".join(f"{name} {step}" for name, step in said.items())
+        report.problems.append(f"{path}: the parts are not of one step: {described}")
+
+
+def _check_values(
+    report: Report,
+    arrays: dict[tuple[str, str], ts.TensorStore],
+    sums: dict[str, dict[str, int]],
+    on_progress: Callable[[int, int, str], None],
+) -> None:
+    total = sum(array.size * array.dtype.numpy_dtype.itemsize for array in arrays.values())
+    for (part, name), array in arrays.items():
+        before = len(report.problems)
+        found = 0
+        for index, values in _chunks(array):
+            where = f"{part}: {name}{list(array.shape)}, chunk {index}"
+            if isinstance(values, ValueError):
+                report.problems.append(f"{where} cannot be read: {str(values).splitlines()[0]}")
+                continue
+            report.num_bytes += values.nbytes
+            if not np.issubdtype(values.dtype, np.integer) and not np.isfinite(values).all():
+                bad = int(values.size - np.isfinite(values).sum())
+                report.problems.append(f"{where} has {bad} values that are not finite")
+            words = values.view(f"uint{8 * values.dtype.itemsize}")
+            found += int(words.sum(dtype=np.uint64))
+            on_progress(report.num_bytes, total, f"{part} {name}")
+        report.num_arrays += 1
+        recorded = sums.get(part, {}).get(name)
+        if recorded is None or len(report.problems) > before:
+            continue
+        if found % 2**32 == recorded:
+            report.num_summed += 1
+        else:
+            report.problems.append(f"{part}: {name} does not hold the values that were saved")
+
+
+def _chunks(array: ts.TensorStore) -> Iterator[tuple[str, np.ndarray | ValueError]]:
+    """Every chunk as `[begin:end, ...]` with its values, or why it cannot be read; some ahead."""
+    sizes = array.chunk_layout.read_chunk.shape or ()  # a number has no chunks
+    starts = itertools.product(
+        *(range(0, n, step) for n, step in zip(array.shape, sizes, strict=True))
+    )
+    item = array.dtype.numpy_dtype.itemsize
+    ahead = max(1, _IN_FLIGHT_BYTES // max(1, int(np.prod(sizes)) * item))
+    waiting: collections.deque = collections.deque()
+
+    def next_done() -> tuple[str, np.ndarray | ValueError]:
+        index, future = waiting.popleft()
+        try:
+            return index, np.ascontiguousarray(future.result())
+        except ValueError as error:
+            return index, error
+
+    for start in starts:
+        part = tuple(
+            slice(a, min(a + step, n)) for a, step, n in zip(start, sizes, array.shape, strict=True)
+        )
+        index = "[" + ", ".join(f"{s.start}:{s.stop}" for s in part) + "]"
+        waiting.append((index, array[part].read()))
+        if len(waiting) >= ahead:
+            yield next_done()
+    while waiting:
+        yield next_done()

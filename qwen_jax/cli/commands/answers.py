@@ -1,0 +1,191 @@
+"""Commands that answer prompts: one, a talk, a file of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from configs.engine import EngineConfig
+from qwen_jax.cli.apps import Dtype, Flat, Positional, app
+
+if TYPE_CHECKING:
+    from infer.text.service import Service
+
+_ENGINE = EngineConfig()
+_ALONE = EngineConfig(num_slots=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Which model, how it is held, and what guesses for it."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
+    """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
+    dtype: Dtype = "bfloat16"
+    """Of the weights held and of the arithmetic."""
+    mesh: str = ""
+    """Axis sizes for several devices, for example tensor=4; by default one device."""
+    draft: str = ""
+    """A smaller model of the same tokenizer that guesses, for --engine.speculation draft."""
+    programs: str = "~/.cache/qwen_jax"
+    """Keeps what a GPU or TPU's compiler made for the next start; "" keeps nothing. A folder in
+    JAX_COMPILATION_CACHE_DIR goes before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. What is not given is taken from the model's generation_config.json."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that together reach this probability."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens already seen."""
+    seed: int | None = None
+    """Same seed, same request: same answer, whatever else is in the batch."""
+
+
+@app.command
+def generate(
+    prompt: Positional[str],
+    *,
+    loaded: Annotated[Served, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    engine: EngineConfig = _ALONE,
+) -> int:
+    """Continue one prompt, printing text as it comes."""
+    from infer.text import generate as generate_lib
+
+    service = load_service(loaded, sampling, engine)
+    generate_lib.stream(service, prompt, settings=service.defaults, write=_write)
+    _write("\n")
+    return 0
+
+
+@app.command
+def chat(
+    *,
+    loaded: Annotated[Served, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    system: str | None = None,
+    engine: EngineConfig = _ALONE,
+) -> int:
+    """Talk to an instruct model; an empty line or the end of input ends the talk.
+
+    Args:
+        system: The system message; by default the chat template's own.
+    """
+    from infer.text import generate as generate_lib
+
+    service = load_service(loaded, sampling, engine)
+
+    def read() -> str | None:
+        try:
+            return input("> ") or None
+        except EOFError:
+            return None
+
+    generate_lib.chat(service, settings=service.defaults, system=system, read=read, write=_write)
+    return 0
+
+
+@app.command
+def batch(
+    input: Positional[str],
+    output: Positional[str],
+    *,
+    loaded: Annotated[Served, Flat],
+    sampling: Annotated[Sampling, Flat] = Sampling(),
+    engine: EngineConfig = _ENGINE,
+    share: str = "0/1",
+    order: Literal["arrival", "input"] = "arrival",
+    model_name: tuple[str, ...] = (),
+) -> int:
+    """Answer every line of a JSONL file; run again, it does only what is missing.
+
+    Lines are OpenAI's batch format (chat, completions, embeddings); or they hold `prompt` or
+    `messages`, with sampling settings of their own or `continuations` to be scored; or `input`, to
+    be embedded.
+
+    Args:
+        input: JSONL to read.
+        output: JSONL to write; a line that cannot be served gets an error, and the job goes on.
+        sampling: For lines that do not say it themselves.
+        share: For several processes: this one's number, from 0, of how many. Each writes its own
+            file (out-00000-of-00004.jsonl); `qwen-jax merge` joins them.
+        order: Answers as they come, or sorted like the input when all are there.
+        model_name: More names that lines may call the model by; the first is written into answers.
+    """
+    from infer.batch import batch_job as batch_lib
+    from infer.batch import progress
+    from qwen_jax.text.chat import tool_calls
+
+    mine = batch_lib.Share.parse(share)
+    service = load_service(loaded, sampling, engine)
+    with progress.bar() as report:
+        summary = batch_lib.run(
+            service,
+            input,
+            output,
+            models=(*model_name, Path(loaded.model).resolve().name, loaded.model),
+            share=mine,
+            order=order,
+            max_open=4 * engine.num_slots,
+            split_tool_calls=tool_calls.split,
+            report=report,
+        )
+    print(
+        f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
+        f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
+        f"{_guesses(service.engine.stats())}"
+    )
+    return summary.exit_code
+
+
+@app.command
+def merge(input: Positional[str], output: Positional[str], *, shares: int) -> int:
+    """Join the files that a batch's shares wrote, in the input's order.
+
+    Args:
+        input: The batch's input.
+        output: The batch's output as it was given to each share.
+        shares: How many there are.
+    """
+    from infer.batch import batch_job as batch_lib
+
+    print(batch_lib.merge(input, output, count=shares))
+    return 0
+
+
+def load_service(loaded: Served, sampling: Sampling, engine: EngineConfig) -> "Service":
+    """The model behind an engine of these settings, with its draft where one is named."""
+    from infer.text import loading
+    from partitioning import mesh as mesh_lib
+
+    loading.keep_programs(loaded.programs)
+    return loading.load(
+        loaded.model,
+        settings=engine,
+        sampling={name: value for name, value in vars(sampling).items() if value is not None},
+        dtype=loaded.dtype,
+        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
+        draft=loaded.draft or None,
+    )
+
+
+def _guesses(stats: dict[str, float]) -> str:
+    """How many guesses came true, where any were made."""
+    guessed, accepted = stats["guessed_tokens"], stats["accepted_tokens"]
+    return f", {accepted} of {guessed} guessed tokens were right" if guessed else ""
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,49 @@
+"""The command that answers other programs, over HTTP."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+from configs.engine import EngineConfig
+from configs.server import ServerConfig
+from qwen_jax.cli.apps import Flat, app
+from qwen_jax.cli.commands.answers import Sampling, Served, load_service
+
+log = logging.getLogger("infer.server")
+
+_SERVER, _SAMPLING, _ENGINE = ServerConfig(), Sampling(), EngineConfig()
+
+
+@app.command
+def serve(
+    *,
+    loaded: Annotated[Served, Flat],
+    server: Annotated[ServerConfig, Flat] = _SERVER,
+    sampling: Annotated[Sampling, Flat] = _SAMPLING,
+    engine: EngineConfig = _ENGINE,
+) -> int:
+    """Serve a model over HTTP in OpenAI's form, to this machine alone unless --host says more.
+
+    SIGTERM finishes open answers and ends with 0; 1 where some were cut off. See docs/serving.md.
+
+    Args:
+        sampling: What requests get that do not say it themselves.
+    """
+    from infer import server as server_lib
+
+    if sampling.seed is not None:
+        raise ValueError(
+            f"--seed {sampling.seed} would draw the same for all who ask alike; leave it out, a "
+            f"request may bring its own"
+        )
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("infer").setLevel(logging.INFO)
+    service = load_service(loaded, sampling, engine)
+    return server_lib.run(
+        service,
+        settings=server,
+        model_name=server.model_name or Path(loaded.model).resolve().name,
+        num_slots=engine.num_slots,
+        warm_up=lambda: service.engine.warm_up(show=log.info),
+        show=lambda text: print(text, flush=True),
+    )

@@ -1,0 +1,268 @@
+"""Device programs of a batch inference engine: read chunks of prompts, and draw tokens for slots.
+
+A slot is a row of `State`: one running request. Its keys and values lie in pages that its row of
+the page table names. `prefill` reads one chunk each of some prompts and, after a prompt's last
+one, draws the first token; `advance` draws several tokens for some slots. Rows of a dispatch are
+padded to a bucket by slots that do not exist, whose results go nowhere.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from configs.models.architecture import ModelConfig
+from partitioning.sharding import Layout
+from qwen_jax.decode import forward, logprobs, sampling, slot_state
+from qwen_jax.decode.slot_state import Chunks, Rows, State
+from qwen_jax.decode.small_batch import step as few_rows
+from qwen_jax.model import transformer
+from qwen_jax.ops.attention import api
+from qwen_jax.ops.attention.paged import kv_pages
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "past", "score", "attention", "layout"),
+    donate_argnames=("state",),
+)
+def prefill(
+    cfg: ModelConfig,
+    params: dict,
+    state: State,
+    chunks: Chunks,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    past: Literal["none", "pages"],
+    score: Literal["no", "prompt"] = "no",
+    attention: forward.Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn, logprobs.Logprobs | None]:
+    """Reads the chunks; where a prompt ends, its slot begins with the first token drawn.
+
+    past: "none" promises that every chunk is the beginning of its prompt. score: whether to give
+    the logprobs [R, T] of `next_RT` too. The drawn tokens [R] are PAD where the prompt goes on.
+    """
+    R, T = chunks.tokens_RT.shape
+    forward.compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
+    with forward.precision(state.pages.dtype):
+        hidden, pages = forward.chunk(
+            cfg,
+            params,
+            state.pages,
+            chunks.tokens_RT,
+            table_RM=chunks.table_RM,
+            starts_R=chunks.starts_R,
+            lengths_R=chunks.lengths_R,
+            past=past,
+            outputs=("all", "last") if score == "prompt" else ("last",),
+            attention=attention,
+            layout=layout,
+        )
+        logits_RV = forward.logits(cfg, params, hidden.last_R1D, layout=layout)[:, 0]
+        scored = None
+        if score == "prompt":
+            kernel_DV = transformer.output_kernel(cfg, params)
+            scored = logprobs.of_prompt(hidden.all_RTD, kernel_DV, chunks.next_RT, layout=layout)
+    V = cfg.vocab_size
+    ended, last_R = chunks.starts_R + chunks.lengths_R, jnp.maximum(chunks.lengths_R - 1, 0)
+    rows = Rows(
+        table_BM=chunks.table_RM,
+        lengths_B=ended,
+        before_B=jnp.zeros_like(ended),
+        tokens_B=jnp.take_along_axis(chunks.tokens_RT, last_R[:, None], axis=1)[:, 0],
+        generated_B=jnp.zeros_like(ended),
+        remaining_B=jnp.where(chunks.last_R, chunks.max_tokens_R, 0),
+        settings=chunks.settings,
+        seen_BV=sampling.unpack(chunks.seen_RW, vocab_size=V),
+        counts_BV=jnp.zeros((R, V), jnp.int32),
+    )
+    rows, drawn = forward.draw(logits_RV, rows, chunks.mask_RW, how=how, eos_E=eos_E)
+    slots = slot_state.put(
+        state.slots, jnp.where(chunks.last_R, chunks.slots_R, slot_state.NOWHERE), rows
+    )
+    return State(pages, slots), drawn, scored
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "num_steps", "attention", "layers", "layout"),
+    donate_argnames=("state",),
+)
+def advance(
+    cfg: ModelConfig,
+    params: dict,
+    state: State,
+    slots_R: jax.Array,
+    mask_RW: jax.Array,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    num_steps: int,
+    attention: forward.Attention | None = None,
+    layers: few_rows.Implementation | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn]:
+    """Draws up to `num_steps` tokens for each of the slots -> leaves [num_steps, R], PAD at ends.
+
+    Rows whose slot does not exist are padding. A mask serves one step only: give it with one.
+    layers: None takes the kernels for few rows where they run, unless `attention` is named.
+    """
+    R = slots_R.shape[0]
+    forward.compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
+    rows, slots = slot_state.take(state.slots, slots_R, how)
+
+    if layers is None:
+        layers = "xla"
+        if attention is None:
+            layers = few_rows.choose(cfg, params, state.pages, rows=R, layout=layout)
+    step = {"kernels": _step_of_few, "xla": _step_of_many}[layers]
+    step = functools.partial(
+        step, cfg, params, mask_RW, how=how, eos_E=eos_E, attention=attention, layout=layout
+    )
+    carry = state.pages, rows, few_rows.barriers()
+    (pages, rows, _), drawn = jax.lax.scan(step, carry, length=num_steps)
+    return State(pages, slot_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+
+
+Carry = tuple[kv_pages.Pages, Rows, jax.Array]
+
+
+def _step_of_many(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the model's own layers."""
+    pages, rows, barriers = carry
+    with forward.precision(pages.dtype):
+        logits_RV, pages, rows = forward.step(
+            cfg, params, pages, rows, attention=attention, layout=layout
+        )
+    rows, drawn = forward.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+    return (pages, rows, barriers), drawn
+
+
+def _step_of_few(
+    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+) -> tuple[Carry, sampling.Drawn]:
+    """One token of every row, by the kernels of `qwen_jax/decode/small_batch`."""
+    assert attention in (None, "gpu") and layout is None, (attention, layout)
+    pages, rows, barriers = carry
+    active_R = rows.remaining_B > 0
+    x_RD, pages, barriers = few_rows.run(cfg, params, rows, active_R, pages, barriers)
+    rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
+    if how == "greedy":
+        drawn = sampling.Drawn(few_rows.likeliest(cfg, params, x_RD), None)
+        rows, drawn = forward.count(drawn, rows, how=how, eos_E=eos_E)
+    else:
+        logits_RV = few_rows.logits(cfg, params, x_RD)
+        rows, drawn = forward.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+    return (pages, rows, barriers), drawn
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "how", "attention", "layout"),
+    donate_argnames=("state",),
+)
+def verify(
+    cfg: ModelConfig,
+    params: dict,
+    state: State,
+    slots_R: jax.Array,
+    guesses_RT: jax.Array,
+    mask_RW: jax.Array,
+    *,
+    how: sampling.How,
+    eos_E: jax.Array,
+    attention: forward.Attention | None = None,
+    layout: Layout | None = None,
+) -> tuple[State, sampling.Drawn]:
+    """Draws up to T + 1 tokens of each slot in one pass -> leaves [T + 1, R], PAD after the last.
+
+    guesses_RT are what the next T tokens may be; -1 is no guess. Each token is drawn as `advance`
+    draws it, by the same noise, after the guesses before it; so long as it is what was guessed, the
+    next counts too. Hence the tokens are those of `advance`, whatever is guessed (of a draw with
+    probability p, a guess is right with probability p, as in speculative sampling, arXiv
+    2211.17192, with a guess of probability 1).
+    """
+    R, T = guesses_RT.shape
+    forward.compilations[f"verify rows={R} guesses={T} {how}"] += 1
+    rows, slots = slot_state.take(state.slots, slots_R, how)
+    tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(guesses_RT, 0)], axis=1)
+    with forward.precision(state.pages.dtype):
+        hidden, pages = forward.chunk(
+            cfg,
+            params,
+            state.pages,
+            tokens_RT,
+            table_RM=rows.table_BM,
+            starts_R=rows.lengths_B,
+            # A row's pages end where its last token may be: no further is written, nor counted.
+            lengths_R=jnp.minimum(T + 1, rows.remaining_B),
+            past="pages",
+            outputs=("all",),
+            attention=attention,
+            layout=layout,
+        )
+        logits_RTV = forward.logits(cfg, params, hidden.all_RTD, layout=layout)
+
+    def step(carry: tuple[Rows, jax.Array], inputs: tuple[jax.Array, jax.Array]):
+        rows, right_R = carry
+        logits_RV, guess_R = inputs
+        active_R = right_R & (rows.remaining_B > 0)
+        trial = dataclasses.replace(
+            rows,
+            lengths_B=rows.lengths_B + active_R,
+            remaining_B=jnp.where(active_R, rows.remaining_B, 0),
+        )
+        trial, drawn = forward.draw(logits_RV, trial, mask_RW, how=how, eos_E=eos_E)
+        trial = dataclasses.replace(
+            trial,
+            tokens_B=jnp.where(active_R, trial.tokens_B, rows.tokens_B),
+            remaining_B=jnp.where(active_R, trial.remaining_B, rows.remaining_B),
+        )
+        return (trial, active_R & (drawn.tokens_B == guess_R)), drawn
+
+    last_R1 = jnp.full((R, 1), -1, guesses_RT.dtype)
+    guesses_TR = jnp.concatenate([guesses_RT, last_R1], axis=1).T
+    carry = rows, jnp.ones(R, bool)
+    (rows, _), drawn = jax.lax.scan(step, carry, (logits_RTV.swapaxes(0, 1), guesses_TR))
+    return State(pages, slot_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "attention", "layout"))
+def embed(
+    cfg: ModelConfig,
+    params: dict,
+    tokens_RT: jax.Array,
+    lengths_R: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    attention: str | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """The final hidden state of each row's last token, of length 1: [R, D] in float32."""
+    R, T = tokens_RT.shape
+    forward.compilations[f"embed rows={R} tokens={T}"] += 1
+    positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T))
+
+    def attend(nothing: None):
+        def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
+            mask = api.Mask(causal=True)
+            return api.attention(
+                q_RTNH, k_RTKH, v_RTKH, mask=mask, implementation=attention, layout=layout
+            ), None
+
+        return inner
+
+    with forward.precision(dtype):
+        no_pages = [None] * cfg.num_hidden_layers
+        x_RTD, _ = forward.layers(
+            cfg, params, no_pages, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
+        )
+    last_RD = jnp.take_along_axis(x_RTD, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
+    last_RD = last_RD.astype(jnp.float32)
+    return last_RD / jnp.linalg.norm(last_RD, axis=-1, keepdims=True)

@@ -1,0 +1,93 @@
+"""One name for a matrix product whose rows belong to groups, each with its own matrix."""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.ops.grouped_matmul import hopper, megablox, reference
+
+# Each module computes two products, which are also each other's derivatives:
+#   rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN" or "ENK") -> out_MN
+#   outer(lhs_MK, dout_MN, sizes_E) -> drhs_EKN
+# and says with why_not(lhs_MK, rhs_EKN) what keeps it from running.
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "megablox": megablox,
+    "hopper": hopper,
+}
+
+
+def grouped_matmul(
+    lhs_MK: jax.Array,
+    rhs_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+    platform: str | None = None,
+) -> jax.Array:
+    """out[m] = lhs[m] rhs[e], e the group of row m: the first group_sizes[0] rows are group 0's...
+
+    Rows past sum(group_sizes) give zeros and get zero gradients; a group may be empty. The sum must
+    not exceed M: it is data, so nothing checks it. Both operands have one dtype, which is also the
+    result's; products are summed in float32 and rounded once, in the gradients too:
+
+        dlhs[m] = dout[m] rhs[e]^T
+        drhs[e] = sum over the rows m of group e of lhs[m]^T dout[m]
+
+    Knows nothing of meshes: inside `shard_map` it multiplies this device's rows and experts.
+
+    `implementation=None` takes the best that can run on `platform`, by default JAX's own; a named
+    one that cannot raises `ValueError`, as do shapes and dtypes that do not fit together.
+    """
+    _check(lhs_MK, rhs_EKN, group_sizes_E)
+    if implementation is None:
+        implementation = _best(lhs_MK, rhs_EKN, platform or jax.default_backend())
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown grouped_matmul implementation {implementation!r}; known: "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
+    reason = IMPLEMENTATIONS[implementation].why_not(lhs_MK, rhs_EKN)
+    if reason is not None:
+        raise ValueError(f"grouped_matmul implementation {implementation!r} cannot run: {reason}")
+    return _product(implementation, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
+
+
+def _best(lhs_MK: jax.Array, rhs_EKN: jax.Array, platform: str) -> str:
+    choice = {"tpu": "megablox", "gpu": "hopper"}.get(platform, "reference")
+    return choice if IMPLEMENTATIONS[choice].why_not(lhs_MK, rhs_EKN) is None else "reference"
+
+
+def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> None:
+    shapes = f"lhs {lhs_MK.shape}, rhs {rhs_EKN.shape}, group_sizes {group_sizes_E.shape}"
+    if (lhs_MK.ndim, rhs_EKN.ndim, group_sizes_E.ndim) != (2, 3, 1):
+        raise ValueError(f"lhs [M, K], rhs [E, K, N] and group_sizes [E] are wanted: {shapes}")
+    if lhs_MK.shape[1] != rhs_EKN.shape[1] or rhs_EKN.shape[0] != group_sizes_E.shape[0]:
+        raise ValueError(f"lhs [M, K], rhs [E, K, N] and group_sizes [E] do not agree: {shapes}")
+    if lhs_MK.dtype != rhs_EKN.dtype:
+        raise ValueError(f"lhs is {lhs_MK.dtype}, rhs {rhs_EKN.dtype}; cast one of them")
+    if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is {group_sizes_E.dtype}, not an integer type")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(implementation, lhs_MK, rhs_EKN, sizes_E):
+    return IMPLEMENTATIONS[implementation].rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN")
+
+
+def _forward(implementation, lhs_MK, rhs_EKN, sizes_E):
+    return _product(implementation, lhs_MK, rhs_EKN, sizes_E), (lhs_MK, rhs_EKN, sizes_E)
+
+
+def _backward(implementation, kept, dout_MN):
+    lhs_MK, rhs_EKN, sizes_E = kept
+    module = IMPLEMENTATIONS[implementation]
+    dlhs_MK = module.rows(dout_MN, rhs_EKN, sizes_E, rhs_order="ENK")
+    drhs_EKN = module.outer(lhs_MK, dout_MN, sizes_E)
+    return dlhs_MK, drhs_EKN, np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+_product.defvjp(_forward, _backward)
