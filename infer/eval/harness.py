@@ -18,8 +18,8 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from configs.sampling import SamplingParams
-from infer.eval.backend import Backend, Pair, Prompt
-from infer.eval.task import Style
+from qwen_jax.tasks.backend import Backend, Pair, Prompt
+from qwen_jax.tasks.task import Style
 from qwen_jax.text.chat import encoding as chat
 from qwen_jax.text.chat import jinja_template as chat_templates
 

@@ -1,7 +1,7 @@
 """Items as tokens."""
 
-from infer.eval.backend import Pair
-from infer.eval.task import Item, Task
+from qwen_jax.tasks.backend import Pair
+from qwen_jax.tasks.task import Item, Task
 from qwen_jax.text.chat import encoding as chat
 from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 

@@ -21,9 +21,9 @@ from rich import progress
 
 from configs.sampling import SamplingParams
 from infer.eval import prompts
-from infer.eval.backend import Backend, Pair, Prompt
-from infer.eval.task import Answer, Item, Task
 from qwen_jax.tasks import aggregate
+from qwen_jax.tasks.backend import Backend, Pair, Prompt
+from qwen_jax.tasks.task import Answer, Item, Task
 
 _Question = TypeVar("_Question", Pair, Prompt)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from configs import sampling as sampling_config
 from configs.sampling import SamplingParams
 from infer.engine.request import Request, TokenLogprobs
-from infer.eval.backend import Pair, Prompt, Score, prefix_id
 from infer.text.service import Service, TextRequest
+from qwen_jax.tasks.backend import Pair, Prompt, Score, prefix_id
 from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 

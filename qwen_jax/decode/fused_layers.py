@@ -109,7 +109,7 @@ class OutputMajorSwiGLU(SwiGLU):
 
 
 class OutputMajorBlock(transformer.Block):
-    """`Block` of such parts: what few rows read fastest (`qwen_jax/decode/small_batch`), on one device."""
+    """`Block` of such parts: what few rows read fastest (`small_batch/`), on one device."""
 
     make_attention = OutputMajorAttention
 

@@ -58,8 +58,8 @@ def prepare(
     """Stacked or unstacked parameters, cast and in the form asked for. Deletes their old arrays.
 
     unstacked: a tuple of layers. fused: that, with q, k, v in one kernel and gate, up in another,
-    and output-major where the kernels for few rows can run (`qwen_jax/decode/small_batch`). words: that, with
-    the quantised matrices that few rows can be multiplied with in words (`quant/words_kernel.py`).
+    and output-major where the kernels for few rows can run (`small_batch/`). words: that, with
+    the quantised matrices that few rows can be multiplied with in words (`quant/packed_words.py`).
     Peak memory is the parameters and a copy of the largest leaf.
     """
     if form not in get_args(Form):

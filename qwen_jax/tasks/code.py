@@ -8,8 +8,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from infer.eval.task import Answer, Item, Style, Task, Verdict
 from qwen_jax.tasks import aggregate, benchmark_files, sandbox
+from qwen_jax.tasks.task import Answer, Item, Style, Task, Verdict
 
 # A function's body has ended where a line begins with any of these.
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

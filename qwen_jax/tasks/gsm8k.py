@@ -7,8 +7,8 @@ import functools
 import re
 from pathlib import Path
 
-from infer.eval.task import Answer, Item, Style, Task, Verdict
 from qwen_jax.tasks import benchmark_files
+from qwen_jax.tasks.task import Answer, Item, Style, Task, Verdict
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")

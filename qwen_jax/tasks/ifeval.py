@@ -5,9 +5,9 @@ import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from infer.eval.task import Answer, Item, Style, Task, Verdict
 from qwen_jax.tasks import benchmark_files
 from qwen_jax.tasks.ifeval_checks import CHECKS
+from qwen_jax.tasks.task import Answer, Item, Style, Task, Verdict
 
 
 def load(

@@ -6,8 +6,8 @@ are the shots.
 
 from pathlib import Path
 
-from infer.eval.task import Answer, Item, Style, Task, Verdict
 from qwen_jax.tasks import aggregate, benchmark_files
+from qwen_jax.tasks.task import Answer, Item, Style, Task, Verdict
 
 _LETTERS = ("A", "B", "C", "D")
 

@@ -72,7 +72,7 @@ def evaluate(
         seed: Same seed, same answers.
     """
     from infer.eval import results_table, run
-    from infer.eval import tasks as tasks_lib
+    from qwen_jax.tasks import registry as tasks_lib
     from qwen_jax.tasks import sandbox
 
     if not tasks:

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from infer.engine.request import Event, Request, TokenLogprobs
-from infer.eval.backend import Pair, Prompt, Score
 from infer.eval.service_backend import ServiceBackend
 from infer.text.loading import Loaded
 from infer.text.service import Service
 from qwen_jax.model import transformer
+from qwen_jax.tasks.backend import Pair, Prompt, Score
 from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 from tests.infer import whole_forward
 

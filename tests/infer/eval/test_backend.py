@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from configs.sampling import SamplingParams
-from infer.eval import backend as backend_lib
-from infer.eval.backend import Pair, Prompt
 from infer.eval.service_backend import ServiceBackend
 from infer.text.service import Service
+from qwen_jax.tasks import backend as backend_lib
+from qwen_jax.tasks.backend import Pair, Prompt
 from tests.infer import fake_engine
 from tests.infer.eval import standin
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
-from infer.eval import task as task_lib
-from infer.eval.backend import Prompt, Score
 from infer.eval.service_backend import ServiceBackend
 from infer.text import loading
 from qwen_jax.tasks import gsm8k
+from qwen_jax.tasks import task as task_lib
+from qwen_jax.tasks.backend import Prompt, Score
 from qwen_jax.text import tokenizer_training
 from qwen_jax.text.chat import encoding as chat
 from tests.infer.eval import standin

@@ -7,8 +7,8 @@ import pytest
 
 from configs.sampling import SamplingParams
 from infer.eval import prompts, run
-from infer.eval.backend import Prompt
 from qwen_jax.tasks import code, gsm8k, mmlu, sandbox
+from qwen_jax.tasks.backend import Prompt
 from tests.infer.eval import data, standin
 
 GREEDY = SamplingParams(temperature=0.0)

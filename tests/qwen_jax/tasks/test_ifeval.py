@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from infer.eval.task import Answer
 from qwen_jax.tasks import ifeval, ifeval_checks
 from qwen_jax.tasks.ifeval_checks import CHECKS
+from qwen_jax.tasks.task import Answer
 from tests.infer.eval import data
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and everybody was happy about it."

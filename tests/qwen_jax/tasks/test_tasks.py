@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from infer.eval import prompts
-from infer.eval.backend import Score
-from infer.eval.task import Answer
 from qwen_jax.tasks import code, gsm8k, mmlu, sandbox
+from qwen_jax.tasks.backend import Score
+from qwen_jax.tasks.task import Answer
 from qwen_jax.text import tokenizer_training
 from tests.infer.eval import data
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from infer.eval.task import Style, Task
 from qwen_jax.tasks import code, gsm8k, ifeval, mmlu, sandbox
+from qwen_jax.tasks.task import Style, Task
 
 _LOADERS = {
     "gsm8k": gsm8k.load,

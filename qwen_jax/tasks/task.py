@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from infer.eval.backend import Score
+from qwen_jax.tasks.backend import Score
 
 Style = Literal["plain", "chat"]
 
