@@ -121,9 +121,9 @@ def test_flax_is_used_in_class_statements_only():
         ("train/x.py", "from infer import engine"),
         ("infer/x.py", "from train.losses import language_model"),
         ("infer/x.py", "from qwen_jax.cli import main"),
-        ("qwen_jax/cli/x.py", "from train import loop"),
+        ("qwen_jax/cli/commands/x.py", "from train import loop"),
         (
-            "qwen_jax/cli/x.py",
+            "qwen_jax/cli/apps.py",
             "try:\n    import qwen_jax.model.transformer\nexcept ImportError:\n    pass",
         ),
     ],
