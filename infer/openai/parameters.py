@@ -8,7 +8,7 @@ from typing import Any
 from configs.sampling import SamplingParams
 from infer.constraints.spec import ConstraintSpec
 
-# Fields of schema.Sampling that JSON spells alike, with their types.
+# Fields of SamplingParams that JSON spells alike, with their types.
 SAMPLING = {
     field.name: field.type if field.type in (bool, float) else int
     for field in dataclasses.fields(SamplingParams)

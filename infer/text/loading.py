@@ -193,7 +193,7 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def sampling_defaults(said: GenerationConfig) -> SamplingParams:
-    """generation_config.json's settings; `schema.Sampling`'s defaults where it says nothing.
+    """generation_config.json's settings; `SamplingParams`'s defaults where it says nothing.
 
     `do_sample: false` is temperature 0.
     """

@@ -3,7 +3,7 @@
 A native checkpoint is a folder:
 
     params/         an Orbax PyTree checkpoint of the parameter tree
-    model/metadata  JSON: {"format": 1, "model": <configs.schema.Model>, ...}
+    model/metadata  JSON: {"format": 1, "model": <ModelConfig>, ...}
     assets/         files of the Hugging Face folder that it came from
 
 A step of a training run, OUTPUT/checkpoints/STEP, is one too; its assets are in OUTPUT/assets.

@@ -1,6 +1,6 @@
 """Sampling: logits to tokens, with per-request settings as arrays.
 
-`draw` does all that a `schema.Sampling` can ask, in one program for any batch: what no row needs is
+`draw` does all that a `SamplingParams` can ask, in one program for any batch: what no row needs is
 skipped at run time, and a batch that needs nothing costs one look at its settings.
 
 A token is drawn from the scores above a cutoff (`cutoffs.py`) by the Gumbel trick. A row's noise
@@ -25,7 +25,7 @@ from qwen_jax.ops.top_k_top_p import api as top_k_top_p
 
 @dataclass(frozen=True)
 class Settings:
-    """The requests' `schema.Sampling`s, one row each."""
+    """The requests' `SamplingParams`, one row each."""
 
     temperature_B: jax.Array  # float32; 0 is greedy
     top_k_B: jax.Array  # int32; 0 keeps all
