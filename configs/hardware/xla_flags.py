@@ -6,8 +6,8 @@ time takes them as arguments: `jax.jit(f).lower(...).compile(compiler_options=op
 
 What a TPU flag does was read from programs that libtpu 0.0.42.1 compiled through jaxlib 0.10.2, not
 timed on a TPU; docs/xla_flags.md keeps the figures. The GPU's were timed with FSDP on two H100 of a
-host (docs/experiments.md); between hosts they were not. An unknown flag is refused by name, so a
-libtpu that dropped one fails at once.
+host (docs/experiments/training.md); between hosts they were not. An unknown flag is refused by
+name, so a libtpu that dropped one fails at once.
 """
 
 import dataclasses

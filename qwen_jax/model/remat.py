@@ -55,8 +55,8 @@ def wrap(body: Callable, policy: str, *, layer_loop: str = "scan") -> Callable:
     A scan keeps forward and backward apart. In unrolled layers the compiler would merge what the
     policy recomputes with the forward pass, and keep everything; so it is told not to, but for
     `dots`. On one GPU `minimal` is as fast as that with 11 GB less (1.5B on an H100,
-    docs/experiments.md); with FSDP `dots` is 3% faster, since weights gathered for the forward pass
-    are kept, where a policy that is held gathers them again.
+    docs/experiments/rematerialisation.md); with FSDP `dots` is 3% faster, since weights gathered
+    for the forward pass are kept, where a policy that is held gathers them again.
     """
     remat.check(policy)
     if policy == "none":

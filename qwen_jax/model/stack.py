@@ -68,7 +68,7 @@ def run(
 
     scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
     code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
-    arrays (on one H100, 1.5B: 488 TFLOP/s against 453; docs/experiments.md).
+    arrays (on one H100, 1.5B: 488 TFLOP/s against 453; docs/experiments/training.md).
     Raises `ValueError` for another name.
     """
     if layer_loop not in ("scan", "unrolled"):

@@ -29,7 +29,8 @@ class Blocks:
     """Columns of a tile of the result, slots of the ring, and how a finished tile is stored.
 
     store_n: columns that are put into shared memory, and from there into the result, at a time.
-    The defaults were the fastest of those tried on an H100; `docs/experiments.md` has the table.
+    The defaults were the fastest of those tried on an H100: the table is in
+    `docs/experiments/moe.md`.
     """
 
     n: int = 256

@@ -1,6 +1,6 @@
 """The grouped product by `jax.lax.ragged_dot`: the definition the other implementations meet.
 
-On a GPU it runs far below the hardware's rate: see `docs/experiments.md`.
+On a GPU it runs far below the hardware's rate: see `docs/experiments/moe.md`.
 """
 
 import jax

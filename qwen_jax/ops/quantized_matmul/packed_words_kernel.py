@@ -5,7 +5,8 @@ they lie, 512 bytes at a time and a round ahead of those that it multiplies; a w
 units' operands in a few instructions (`words.assembly`), so that the warps can ask for memory all
 the while. Halves of int8 are multiplied as 128 + n; what the 128 adds is taken off afterwards, a
 multiple of the sum of the row's inputs, as what zero points take off is. (An engine
-was faster so with int8, and with int4 where it is subtracted first; docs/experiments.md.)
+was faster so with int8, and with int4 where it is subtracted first:
+docs/experiments/quantisation.md.)
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -38,7 +39,9 @@ class Tuning:
 
 
 def choose(q: QuantArray, *, rows: int) -> Tuning:
-    """The fastest of those tried on an H100 with the matrices of the 7B (docs/experiments.md).
+    """The fastest of those tried on an H100 with the matrices of the 7B.
+
+    The table is in docs/experiments/quantisation.md.
 
     Of fp8 it is what was fastest when words were read one by one; as it is, it was not timed.
     """
