@@ -6,8 +6,9 @@
     python benchmarks/engine.py --mesh fsdp=1,tensor=2   # on two GPUs
     python benchmarks/engine.py --weights bf16,int8,int4 --requests 1   # quantised, one request
 
-Prompts are random tokens, so none shares its beginning; answers run to their full length (no eos).
-Each row is one run of the engine after its warm-up: all requests are submitted at once, the clock
+Prompts are random tokens, drawn anew for every case and run, so that no prompt finds its beginning
+in the prefix cache; answers run to their full length (no eos). Each row is one run of the engine
+after its warm-up: all requests are submitted at once, the clock
 stops with the last token. The bandwidth of a large copy, read and write counted, and the speed of
 a large bfloat16 product are measured in the same process and stand above the table.
 """
@@ -90,13 +91,13 @@ def run_model(name: str, weights: str, arguments: argparse.Namespace, *, until: 
         prefill_rounds=64,
     )
     engine = make(cfg, settings, weights=weights, mesh=arguments.mesh)
-    for case in cases:
+    for number, case in enumerate(cases):
         if time.monotonic() > until:
             print("# out of time")
             return
         try:
-            drive(engine, cfg, case, seed=1)  # compiles what it needs
-            row = drive(engine, cfg, case, seed=2)
+            drive(engine, cfg, case, seed=2 * number)  # compiles what it needs
+            row = drive(engine, cfg, case, seed=2 * number + 1)
             print(f"| {name} {weights} {arguments.mesh} | {row}", flush=True)
         except Exception as error:  # the other cases may still run
             print(f"| {name} | {case} failed: {type(error).__name__}: {error}"[:2000], flush=True)
