@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
 
 .PHONY: install quickstart test test-slow lint
 
@@ -23,10 +24,10 @@ quickstart: .venv/installed
 	$(BIN)/qwen-jax quickstart
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -n 2 --dist loadfile --durations=20
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow -n 2
+	$(PYTEST) -m slow -n 2 --dist loadfile --durations=20
 
 lint: .venv/installed
 	$(BIN)/ruff check .

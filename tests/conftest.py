@@ -5,6 +5,8 @@ import os
 import jax
 import pytest
 
+from tests.support import timing
+
 # `test_multidevice.py` sets it, and starts that process; eight devices must be asked for before jax
 # first looks for one.
 MULTIDEVICE = "QWEN_JAX_MULTIDEVICE" in os.environ
@@ -17,6 +19,26 @@ collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 jax.config.update("jax_disable_most_optimizations", True)
 # A silent broadcast over a missing dimension is a bug more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Programs compiled by one worker or subprocess serve all of them, and the next run.
+CACHE = {
+    "jax_compilation_cache_dir": "",
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+
+
+def pytest_addoption(pluginmanager):
+    pluginmanager.register(timing)
+
+
+def pytest_configure(config):
+    own = config.rootpath / ".pytest_cache" / "jax"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(own))
+    for name, value in (CACHE | {"jax_compilation_cache_dir": folder}).items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="module", autouse=True)
