@@ -93,7 +93,7 @@ def seconds(run, setup: Setup) -> float:
     return (time.perf_counter() - begin) / setup.repeats
 
 
-def plain_layer(cfg, x_RD, values, kv_PSCH, rows, turn):
+def plain_layer(cfg, x_RD, values, kv_PSCH, rows, rotation):
     """The layer by `fused.block`."""
 
     def attend(q_R1NH, k_R1KH, v_R1KH):
@@ -104,18 +104,18 @@ def plain_layer(cfg, x_RD, values, kv_PSCH, rows, turn):
         return o_RNH[:, None], kept
 
     x_R1D, kept, _ = fused_layers.block(cfg, values)(
-        x_RD[:, None], turn=turn, attend=attend, layout=None
+        x_RD[:, None], rotation=rotation, attend=attend, layout=None
     )
     return x_R1D[:, 0], kept
 
 
 def shared_of(setup: Setup, state: slot_state.State) -> tuple[kernel_types.Rows, rope.Rotation]:
     lengths_R = state.slots.lengths_B + 1
-    turn = rope.rotation(setup.cfg, lengths_R[:, None] - 1)
+    rotation = rope.rotation(setup.cfg, lengths_R[:, None] - 1)
     rows = kernel_types.Rows(
-        turn.cos_BTh[:, 0], turn.sin_BTh[:, 0], state.slots.table_BM, lengths_R
+        rotation.cos_BTh[:, 0], rotation.sin_BTh[:, 0], state.slots.table_BM, lengths_R
     )
-    return rows, turn
+    return rows, rotation
 
 
 def tunings(setup: Setup, *, tiny: bool) -> dict[str, kernel_types.Tuning]:
@@ -168,11 +168,11 @@ def without(name: str):
 def check(setup: Setup, R: int, tuning: kernel_types.Tuning) -> None:
     """Relative errors of a layer and of the logits, and whether the tokens are the same."""
     cfg, state = setup.cfg, setup.state(R)
-    rows, turn = shared_of(setup, state)
+    rows, rotation = shared_of(setup, state)
     x_RD = jax.random.normal(jax.random.key(3), (R, cfg.hidden_size), jnp.bfloat16)
     kv = jax.random.normal(jax.random.key(4), state.pages.layers[0].shape, jnp.bfloat16)
     values = setup.params["layers"][0]
-    want, kept = jax.jit(functools.partial(plain_layer, cfg))(x_RD, values, kv, rows, turn)
+    want, kept = jax.jit(functools.partial(plain_layer, cfg))(x_RD, values, kv, rows, rotation)
     run = jax.jit(
         functools.partial(layer_kernel.run, cfg, tuning=tuning, interpret=setup.interpret)
     )
@@ -203,15 +203,15 @@ def time_layers(
     setup: Setup, R: int, name: str, tuning: kernel_types.Tuning | None, steps: int
 ) -> None:
     cfg, state = setup.cfg, setup.state(R)
-    rows, turn = shared_of(setup, state)
+    rows, rotation = shared_of(setup, state)
     values = setup.params["layers"]
 
-    def step(values, rows, turn, carry):
+    def step(values, rows, rotation, carry):
         x_RD, pages, barriers = carry
         kept = []
         for one, kv in zip(values, pages, strict=True):
             if tuning is None:
-                x_RD, kv = plain_layer(cfg, x_RD, one, kv, rows, turn)
+                x_RD, kv = plain_layer(cfg, x_RD, one, kv, rows, rotation)
             else:
                 x_RD, kv, barriers = jitted(
                     cfg, x_RD, layer_kernel.weights(cfg, one), kv, rows, barriers,
@@ -231,7 +231,7 @@ def time_layers(
     x_RD = jnp.ones((R, cfg.hidden_size), jnp.bfloat16)
 
     def again():
-        y_RD, pages[0], _ = run(pages[0], x_RD, small_batch.barriers(), values, rows, turn)
+        y_RD, pages[0], _ = run(pages[0], x_RD, small_batch.barriers(), values, rows, rotation)
         return y_RD
 
     began = time.perf_counter()
@@ -288,7 +288,7 @@ def time_step(setup: Setup, R: int, ways: tuple, *, profile: bool) -> None:
 
         def again(way=way, state=state):
             state[0], drawn = decode_programs.advance(
-                cfg, setup.params, state[0], jnp.arange(R), mask_RW, how="greedy",
+                cfg, setup.params, state[0], jnp.arange(R), mask_RW, sampler="greedy",
                 eos_E=jnp.zeros(0, jnp.int32), num_steps=steps, layers=way,
             )  # fmt: skip
             return drawn.tokens_B

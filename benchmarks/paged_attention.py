@@ -210,7 +210,7 @@ def few_queries(case: Case, table: Table, inputs: Inputs, *, interpret: bool) ->
         table_BM=inputs.table_BM,
         starts_B=inputs.lengths_B - lengths_B,
         lengths_B=lengths_B,
-        past="pages",
+        prefix="pages",
         interpret=interpret,
     )
     q_BTNH = draw(jax.random.key(5), (case.rows, T, case.N, case.H))
@@ -329,7 +329,7 @@ def shipped(case: Case, table: Table, inputs: Inputs, *, interpret: bool) -> Non
 
 
 def chunks(*, interpret: bool, repeats: int) -> None:
-    """A chunk of a 7B prompt behind its past: milliseconds a layer, and the distance in values."""
+    """A chunk of a 7B prompt behind its prefix: ms a layer, and distance in values."""
     N, K, H = (28, 4, 128) if not interpret else (4, 2, 32)
     shapes = ((1, 2048, 0), (1, 2048, 14336), (4, 2048, 2048), (1, 8192, 0), (1, 8192, 24576))
     for B, T, start in ((1, 64, 64),) if interpret else shapes:
@@ -346,13 +346,13 @@ def chunks(*, interpret: bool, repeats: int) -> None:
             "starts_B": jnp.full(B, start, jnp.int32),
             "lengths_B": jnp.full(B, T, jnp.int32),
         }
-        for past in ("none", "pages") if start == 0 else ("pages",):
-            label = f"chunk {B}x{T} behind {start}, past={past}"
-            way = jax.jit(functools.partial(paged_gpu.extend, **rows, past=past))
+        for prefix in ("none", "pages") if start == 0 else ("pages",):
+            label = f"chunk {B}x{T} behind {start}, prefix={prefix}"
+            way = jax.jit(functools.partial(paged_gpu.extend, **rows, prefix=prefix))
             try:
                 took = milliseconds(way, q, k, v, kv, repeats=repeats)
                 rows["lengths_B"] = jnp.where(jnp.arange(B) == 0, T, 0).astype(jnp.int32)
-                want = jax.jit(functools.partial(paged_reference.extend, **rows, past=past))(
+                want = jax.jit(functools.partial(paged_reference.extend, **rows, prefix=prefix))(
                     q, k, v, kv
                 )
                 got = way(q, k, v, kv)

@@ -42,13 +42,13 @@ SEARCHES = {  # top_k, top_p
 TUNINGS = [{}, {"warps": 8}, {"pieces": 4}, {"pivots": 4}, {"warps": 32, "pieces": 4, "depth": 16}]
 
 
-@functools.partial(jax.jit, static_argnames=("how", "steps"))
-def draws(logits_BV, settings, told: dict, *, how: sampling.How, steps: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("sampler", "steps"))
+def draws(logits_BV, settings, told: dict, *, sampler: sampling.Sampler, steps: int) -> jax.Array:
     """The tokens of `steps` draws, each from logits that the one before has changed."""
 
     def one(carry, step):
         logits_BV, positions_B = carry
-        drawn = sampling.draw(logits_BV, settings, how=how, positions_B=positions_B, **told)
+        drawn = sampling.draw(logits_BV, settings, sampler=sampler, positions_B=positions_B, **told)
         rows_B = jnp.arange(positions_B.shape[0])
         logits_BV = logits_BV.at[rows_B, drawn.tokens_B].add(-0.1)
         return (logits_BV, positions_B + 1), drawn.tokens_B
@@ -57,7 +57,9 @@ def draws(logits_BV, settings, told: dict, *, how: sampling.How, steps: int) -> 
     return jax.lax.scan(one, (logits_BV, positions_B), jnp.arange(steps))[1]
 
 
-def milliseconds(rows: int, V: int, values: dict, *, how: sampling.How, steps: int) -> float:
+def milliseconds(
+    rows: int, V: int, values: dict, *, sampler: sampling.Sampler, steps: int
+) -> float:
     logits_BV = 3 * jax.random.normal(jax.random.key(0), (rows, V), jnp.float32)
     settings = jax.device_put(sampling.settings([SamplingParams(**values)] * rows, num_rows=rows))
     told = {
@@ -67,7 +69,7 @@ def milliseconds(rows: int, V: int, values: dict, *, how: sampling.How, steps: i
         "counts_BV": jnp.zeros((rows, V), jnp.int32),
         "mask_BW": jnp.full((rows, -(-V // 32)), 2**32 - 1, jnp.uint32),
     }
-    job = functools.partial(draws, logits_BV, settings, told, how=how, steps=steps)
+    job = functools.partial(draws, logits_BV, settings, told, sampler=sampler, steps=steps)
     return timed(job)[0] / steps
 
 
@@ -126,10 +128,10 @@ def main() -> None:
     V, steps = (512, 4) if tiny else (151_936, 64)
     print(f"{jax.devices()[0].device_kind}, vocabulary {V}, {steps} steps a program")
     for rows in (1, 4) if tiny else (1, 32, 256):
-        least = milliseconds(rows, V, ASKED["nothing"], how="greedy", steps=steps)
+        least = milliseconds(rows, V, ASKED["nothing"], sampler="greedy", steps=steps)
         print(f"rows {rows:4}  greedy      {least:8.4f} ms")
         for name, values in ASKED.items():
-            took = milliseconds(rows, V, values, how="full", steps=steps)
+            took = milliseconds(rows, V, values, sampler="full", steps=steps)
             print(f"rows {rows:4}  {name:11} {took:8.4f} ms  {took / least:6.1f}x", flush=True)
     for rows in (2,) if tiny else (256, 32, 8, 1):
         compare(rows, V, TUNINGS[:1] if tiny else TUNINGS, steps=steps)

@@ -84,61 +84,61 @@ class Device:
         self, work: scheduler.Prefill, masks: Sequence[np.ndarray | None], *, score: str
     ) -> tuple:
         """`paged_decode.prefill` on the state -> what was drawn, and scores or None."""
-        past = "none" if work.fresh else "pages"
-        return self._prefill(self._chunks(work, masks), past=past, score=score)
+        prefix = "none" if work.fresh else "pages"
+        return self._prefill(self._chunks(work, masks), prefix=prefix, score=score)
 
-    def _prefill(self, chunks: slot_state.Chunks, *, past: str, score: str) -> tuple:
-        self._state, drawn, scored = self._reading(chunks, past=past, score=score)()
+    def _prefill(self, chunks: slot_state.Chunks, *, prefix: str, score: str) -> tuple:
+        self._state, drawn, scored = self._reading(chunks, prefix=prefix, score=score)()
         if self._draft is not None:
-            self._draft.read(chunks, past=past)
+            self._draft.read(chunks, prefix=prefix)
         return drawn, scored
 
-    def _reading(self, chunks: slot_state.Chunks, **how) -> functools.partial:
+    def _reading(self, chunks: slot_state.Chunks, **options) -> functools.partial:
         return functools.partial(
-            decode_programs.prefill, self._cfg, self._params, self._state, chunks, how="full",
-            **how, **self._common,
+            decode_programs.prefill, self._cfg, self._params, self._state, chunks, sampler="full",
+            **options, **self._common,
         )  # fmt: skip
 
     def advance(
-        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **how
+        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **options
     ) -> sampling.Drawn:
         """`paged_decode.advance` on the state, for these slots in a bucket of `rows`."""
-        self._state, drawn = self._advancing(slots, masks, rows=rows, **how)()
+        self._state, drawn = self._advancing(slots, masks, rows=rows, **options)()
         return drawn
 
     def _advancing(
-        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **how
+        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **options
     ) -> functools.partial:
         slots_R, mask_RW = self._padded(slots, rows), self._masks(masks, rows=rows)
         return functools.partial(
             decode_programs.advance, self._cfg, self._params, self._state, slots_R, mask_RW,
-            **how, **self._common,
+            **options, **self._common,
         )  # fmt: skip
 
     def verify(
-        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, how: sampling.How
+        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, sampler: sampling.Sampler
     ) -> sampling.Drawn:
         """`paged_decode.verify` on the state, for these slots in a bucket of R rows."""
-        self._state, drawn = self._verifying(slots, guesses_RT, how=how)()
+        self._state, drawn = self._verifying(slots, guesses_RT, sampler=sampler)()
         return drawn
 
     def _verifying(
-        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, how: sampling.How
+        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, sampler: sampling.Sampler
     ) -> functools.partial:
         R = guesses_RT.shape[0]
         slots_R, mask_RW = self._padded(slots, R), self._masks((), rows=R)
         return functools.partial(
             decode_programs.verify, self._cfg, self._params, self._state, slots_R, guesses_RT,
-            mask_RW, how=how, **self._common,
+            mask_RW, sampler=sampler, **self._common,
         )  # fmt: skip
 
-    def propose(self, slots: Sequence[int], *, rows: int, how: sampling.How) -> jax.Array:
+    def propose(self, slots: Sequence[int], *, rows: int, sampler: sampling.Sampler) -> jax.Array:
         """The draft's guesses for these slots in a bucket of `rows`, on the device."""
-        return self._draft.propose(self._state.slots, self._padded(slots, rows), how=how)
+        return self._draft.propose(self._state.slots, self._padded(slots, rows), sampler=sampler)
 
     def read_draft(self, work: scheduler.Prefill) -> None:
         """Has the draft alone read these chunks, which have others before them in their pages."""
-        self._draft.read(self._chunks(work, ()), past="pages")
+        self._draft.read(self._chunks(work, ()), prefix="pages")
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         """The final hidden state of the last token, of length 1: [D] in float32."""
@@ -221,20 +221,20 @@ class Device:
         for rows, length in shapes.prefill:
             padding = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
             chunks = functools.partial(self._chunks, padding, ())
-            for past in ("none", "pages"):
+            for prefix in ("none", "pages"):
                 for score in ("no", "prompt"):
                     yield Program(
-                        f"prompts {rows} x {length}, past {past}, scores {score}",
-                        lambda c=chunks, p=past, s=score: self._reading(c(), past=p, score=s),
-                        lambda c=chunks, p=past, s=score: self._prefill(c(), past=p, score=s),
+                        f"prompts {rows} x {length}, prefix {prefix}, scores {score}",
+                        lambda c=chunks, p=prefix, s=score: self._reading(c(), prefix=p, score=s),
+                        lambda c=chunks, p=prefix, s=score: self._prefill(c(), prefix=p, score=s),
                     )
         steps = self._settings.decode_steps
         drawing = {"greedy": ("greedy", steps), "sampled": ("full", steps)}
         if steps > 1:
             drawing["constrained"] = ("full", 1)
         for rows in shapes.decode:
-            for name, (how, num_steps) in drawing.items():
-                call = {"how": how, "num_steps": num_steps, "rows": rows}
+            for name, (sampler, num_steps) in drawing.items():
+                call = {"sampler": sampler, "num_steps": num_steps, "rows": rows}
                 yield Program(
                     f"{num_steps} tokens of {rows}, {name}",
                     functools.partial(self._advancing, (), (), **call),
@@ -246,14 +246,14 @@ class Device:
         bucket = next(rows for rows in shapes.decode if rows >= most)
         for rows in (rows for rows in shapes.decode if rows <= bucket):
             guesses_RT = np.full((rows, self._settings.guesses), forward.PAD, np.int32)
-            for how in ("greedy", "full"):
+            for sampler in ("greedy", "full"):
                 yield Program(
-                    f"{self._settings.guesses} guesses of {rows}, {how}",
-                    functools.partial(self._verifying, (), guesses_RT, how=how),
-                    functools.partial(self._dry_round, guesses_RT, how),
+                    f"{self._settings.guesses} guesses of {rows}, {sampler}",
+                    functools.partial(self._verifying, (), guesses_RT, sampler=sampler),
+                    functools.partial(self._dry_round, guesses_RT, sampler),
                 )
 
-    def _dry_round(self, guesses_RT: np.ndarray, how: sampling.How) -> sampling.Drawn:
+    def _dry_round(self, guesses_RT: np.ndarray, sampler: sampling.Sampler) -> sampling.Drawn:
         if self._draft is not None:
-            guesses_RT = self.propose((), rows=len(guesses_RT), how=how)
-        return self.verify((), guesses_RT, how=how)
+            guesses_RT = self.propose((), rows=len(guesses_RT), sampler=sampler)
+        return self.verify((), guesses_RT, sampler=sampler)

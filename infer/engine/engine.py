@@ -129,8 +129,8 @@ class Engine:
                 f"{request.sampling.max_tokens} needs {needed} positions; this engine has {limit} "
                 f"for a request: shorten the prompt, lower max_tokens, or raise max_length"
             )
-        how = "full" if request.constraint else sampling.how(request.sampling)
-        self._live[request.id] = Live(request, how, self._ends(request.sampling))
+        sampler = "full" if request.constraint else sampling.sampler(request.sampling)
+        self._live[request.id] = Live(request, sampler, self._ends(request.sampling))
         self._scheduler.add(request)
 
     def cancel(self, id: str) -> None:
@@ -254,15 +254,17 @@ class Engine:
         self, rows: Sequence[Live], guesser: proposers.Guesser | None, *, num_rows: int
     ) -> _Flight:
         """Dispatches a check of guesses where there are some, and plain steps otherwise."""
-        slots, masks, how = [live.slot for live in rows], _masks(rows), _joint(rows)
-        guesses_RT = guesser and guesser.guess(rows, num_rows=num_rows, how=how)
+        slots, masks, sampler = [live.slot for live in rows], _masks(rows), _joint(rows)
+        guesses_RT = guesser and guesser.guess(rows, num_rows=num_rows, sampler=sampler)
         if guesses_RT is not None:
             num_steps = self.settings.guesses + 1
-            drawn = self._device.verify(slots, guesses_RT, how=how)
+            drawn = self._device.verify(slots, guesses_RT, sampler=sampler)
         else:
             free = all(mask is None for mask in masks)  # a mask serves one step
             num_steps = self.settings.decode_steps if free else 1
-            drawn = self._device.advance(slots, masks, rows=num_rows, how=how, num_steps=num_steps)
+            drawn = self._device.advance(
+                slots, masks, rows=num_rows, sampler=sampler, num_steps=num_steps
+            )
             if self._guesser is not None:
                 self._guesser.passed(rows)
         for live in rows:
@@ -386,9 +388,9 @@ def _masks(rows: Sequence[Live]) -> list[np.ndarray | None]:
     return [None if grammar is None else grammar.mask() for grammar in constraints]
 
 
-def _joint(rows: Sequence[Live]) -> sampling.How:
+def _joint(rows: Sequence[Live]) -> sampling.Sampler:
     """What serves all of them."""
-    return "full" if any(r.how != "greedy" for r in rows) else "greedy"
+    return "full" if any(r.sampler != "greedy" for r in rows) else "greedy"
 
 
 _COUNTED = (

@@ -12,7 +12,7 @@ class Live:
     """A request on its way."""
 
     request: Request
-    how: Literal["greedy", "full"]  # what drawing its tokens takes: `sampling.How`
+    sampler: Literal["greedy", "full"]  # what drawing its tokens takes: `sampling.How`
     ends: frozenset[int]  # tokens that end its answer
     slot: int = -1
     pages: tuple[int, ...] = ()

@@ -59,7 +59,7 @@ class DraftDevice:
             layout=draft.layout,
         )
 
-    def read(self, chunks: Chunks, *, past: str) -> None:
+    def read(self, chunks: Chunks, *, prefix: str) -> None:
         """`paged_draft.read` of the chunks."""
         self._pages = draft_programs.read(
             self._cfg,
@@ -69,14 +69,14 @@ class DraftDevice:
             table_RM=chunks.table_RM,
             starts_R=chunks.starts_R,
             lengths_R=chunks.lengths_R,
-            past=past,
+            prefix=prefix,
             **self._common,
         )
 
-    def propose(self, slots: Rows, slots_R: np.ndarray, *, how: sampling.How) -> jax.Array:
+    def propose(self, slots: Rows, slots_R: np.ndarray, *, sampler: sampling.Sampler) -> jax.Array:
         """`paged_draft.propose` for these of the slots: [R, guesses], on the device."""
         self._pages, guesses_RT = draft_programs.propose(
-            self._cfg, self._params, self._pages, slots, slots_R, how=how,
+            self._cfg, self._params, self._pages, slots, slots_R, sampler=sampler,
             **self._drawing, **self._common,
         )  # fmt: skip
         return guesses_RT

@@ -23,7 +23,7 @@ class Guesser(Protocol):
         """Whether it needs the tokens of all dispatches to guess for these."""
         ...
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> Any:
+    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> Any:
         """Tokens [num_rows, guesses], here or on the device; None where no row has any."""
         ...
 
@@ -41,7 +41,7 @@ class Lookups:
     def must_see(self, rows: Sequence[Live]) -> bool:
         return True
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> np.ndarray | None:
+    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> np.ndarray | None:
         guesses_RT = np.full((num_rows, self._count), -1, np.int32)
         for row, live in enumerate(rows):
             if live.lookup is None:
@@ -60,7 +60,7 @@ class DraftSide(Protocol):
     """What is used of `infer.engine.device.Device`."""
 
     def read_draft(self, work: scheduler.Prefill) -> None: ...
-    def propose(self, slots: Sequence[int], *, rows: int, how: str) -> Any: ...
+    def propose(self, slots: Sequence[int], *, rows: int, sampler: str) -> Any: ...
 
 
 class Drafts:
@@ -77,10 +77,10 @@ class Drafts:
     def must_see(self, rows: Sequence[Live]) -> bool:
         return any(live.drafted is not None for live in rows)
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, how: str) -> Any:
+    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> Any:
         for work in self._missed(rows):
             self._device.read_draft(work)
-        return self._device.propose([live.slot for live in rows], rows=num_rows, how=how)
+        return self._device.propose([live.slot for live in rows], rows=num_rows, sampler=sampler)
 
     def passed(self, rows: Sequence[Live]) -> None:
         for live in rows:

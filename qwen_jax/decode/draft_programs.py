@@ -22,7 +22,7 @@ from qwen_jax.ops.attention.paged import kv_pages
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "past", "attention", "layout"),
+    static_argnames=("cfg", "prefix", "attention", "layout"),
     donate_argnames=("pages",),
 )
 def read(
@@ -34,13 +34,13 @@ def read(
     table_RM: jax.Array,
     starts_R: jax.Array,
     lengths_R: jax.Array,
-    past: Literal["none", "pages"],
+    prefix: Literal["none", "pages"],
     attention: forward.Attention | None = None,
     layout: Layout | None = None,
 ) -> kv_pages.Pages:
     """Reads chunks of prompts or answers into the draft's pages, as `paged_pass.chunk` does."""
     R, T = tokens_RT.shape
-    forward.compilations[f"draft reads rows={R} tokens={T} past={past}"] += 1
+    forward.compilations[f"draft reads rows={R} tokens={T} prefix={prefix}"] += 1
     with forward.precision(pages.dtype):
         _, pages = forward.chunk(
             cfg,
@@ -50,7 +50,7 @@ def read(
             table_RM=table_RM,
             starts_R=starts_R,
             lengths_R=lengths_R,
-            past=past,
+            prefix=prefix,
             outputs=(),
             attention=attention,
             layout=layout,
@@ -60,7 +60,7 @@ def read(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "num_guesses", "vocab_size", "attention", "layout"),
+    static_argnames=("cfg", "sampler", "num_guesses", "vocab_size", "attention", "layout"),
     donate_argnames=("pages",),
 )
 def propose(
@@ -70,7 +70,7 @@ def propose(
     slots: Rows,
     slots_R: jax.Array,
     *,
-    how: sampling.How,
+    sampler: sampling.Sampler,
     eos_E: jax.Array,
     num_guesses: int,
     vocab_size: int,
@@ -88,13 +88,15 @@ def propose(
     is read anew: where all guesses of the round before came true, the last was not read.
     """
     R = slots_R.shape[0]
-    forward.compilations[f"propose rows={R} guesses={num_guesses} {how}"] += 1
-    rows, _ = slot_state.take(slots, slots_R, how)
+    forward.compilations[f"propose rows={R} guesses={num_guesses} {sampler}"] += 1
+    rows, _ = slot_state.gather_rows(slots, slots_R, sampler)
     untold = dataclasses.replace(rows.settings, logprobs_B=jnp.zeros(R, bool))
     rows = dataclasses.replace(rows, settings=untold)
 
     def drawn(logits_RV: jax.Array, rows: Rows) -> tuple[Rows, jax.Array]:
-        rows, _ = forward.draw(_over(logits_RV, vocab_size), rows, None, how=how, eos_E=eos_E)
+        rows, _ = forward.draw(
+            _over(logits_RV, vocab_size), rows, None, sampler=sampler, eos_E=eos_E
+        )
         return rows, jnp.where(rows.remaining_B > 0, rows.tokens_B, forward.PAD)
 
     def step(carry: tuple[kv_pages.Pages, Rows], _):
@@ -128,7 +130,7 @@ def _read_two(cfg, params, pages, rows: Rows, *, attention, layout):
         table_RM=rows.table_BM,
         starts_R=jnp.maximum(rows.lengths_B - 1, 0),
         lengths_R=jnp.where(active_R, 2, 0),
-        past="pages",
+        prefix="pages",
         outputs=("last",),
         attention=attention,
         layout=layout,

@@ -47,7 +47,7 @@ def chunk(
     table_RM: jax.Array,
     starts_R: jax.Array,
     lengths_R: jax.Array,
-    past: Literal["none", "pages"],
+    prefix: Literal["none", "pages"],
     outputs: Collection[Literal["all", "last"]],
     attention: Attention | None,
     layout: Layout | None,
@@ -55,7 +55,7 @@ def chunk(
     """Reads a chunk of every row -> what was asked for, pages.
 
     starts_R tokens of each row are in its pages; the first lengths_R of the chunk are written.
-    past: "none" promises that starts_R is 0 everywhere. outputs: of the last layer, only keys and
+    prefix: "none" promises that starts_R is 0 everywhere. outputs: of the last layer, only keys and
     values of tokens that are not asked for are computed. What the last token gets is the same to
     the bit whether "all" is asked for too or not.
     """
@@ -64,16 +64,18 @@ def chunk(
     last_R = jnp.maximum(lengths_R - 1, 0)
     common = {"attention": attention, "layout": layout}
     written = (table_RM, positions_RT, lengths_R)
-    turn = rope.rotation(cfg, positions_RT)
+    rotation = rope.rotation(cfg, positions_RT)
     x_RTD = transformer.embed(cfg, params, tokens_RT, dtype=pages.dtype, layout=layout)
     *before, final = zip(params["layers"], pages.layers, strict=True)
 
-    whole = _layer(cfg, turn, lambda one: _attend_chunk(one, *written, past=past, **common), layout)
+    whole = _layer(
+        cfg, rotation, lambda one: _attend_chunk(one, *written, prefix=prefix, **common), layout
+    )
     x_RTD, kept = _run(whole, before, x_RTD)
     all_RTD = last_R1D = None
     if "last" in outputs:
         ends = _layer(
-            cfg, turn, lambda one: _attend_last(one, *written, last_R, **common), layout, last_R
+            cfg, rotation, lambda one: _attend_last(one, *written, last_R, **common), layout, last_R
         )
         last_R1D, (pages_of_final,) = _run(ends, [final], x_RTD)
     if "all" in outputs or not outputs:
@@ -120,14 +122,14 @@ def layers(
     layout: Layout | None,
 ) -> tuple[jax.Array, tuple]:
     """The layers -> the final norm's output, and what `attend(a layer's pages)` kept of each."""
-    turn = rope.rotation(cfg, positions_RT)
+    rotation = rope.rotation(cfg, positions_RT)
     x_RTD = transformer.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
-    layer = _layer(cfg, turn, attend, layout)
+    layer = _layer(cfg, rotation, attend, layout)
     x_RTD, kept = _run(layer, zip(params["layers"], pages, strict=True), x_RTD)
     return transformer.parts(cfg)["norm"].bind(params["norm"])(x_RTD), kept
 
 
-def _layer(cfg, turn, attend, layout, only_R=None) -> Callable:
+def _layer(cfg, rotation, attend, layout, only_R=None) -> Callable:
     """A function of a layer's parameters, what comes in, and its pages -> what goes out, pages.
 
     Layers that are alike are traced once, which for 28 of them takes a third of the time.
@@ -137,7 +139,7 @@ def _layer(cfg, turn, attend, layout, only_R=None) -> Callable:
     def layer(values: dict, x_RTD: jax.Array, one: kv_pages.Layer | None) -> tuple:
         block = fused_layers.block if fused_layers.is_fused(values) else transformer.block
         bound = block(cfg, values)
-        return bound(x_RTD, turn=turn, attend=attend(one), layout=layout, only_B=only_R)[:2]
+        return bound(x_RTD, rotation=rotation, attend=attend(one), layout=layout, only_B=only_R)[:2]
 
     return layer
 
@@ -164,14 +166,14 @@ def draw(
     rows: Rows,
     mask_RW: jax.Array | None,
     *,
-    how: sampling.How,
+    sampler: sampling.Sampler,
     eos_E: jax.Array,
 ) -> tuple[Rows, sampling.Drawn]:
     """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
     drawn = sampling.draw(
         logits_RV,
         rows.settings,
-        how=how,
+        sampler=sampler,
         positions_B=rows.lengths_B,
         generated_B=rows.generated_B,
         eos_E=eos_E,
@@ -179,11 +181,11 @@ def draw(
         counts_BV=rows.counts_BV,
         mask_BW=mask_RW,
     )
-    return count(drawn, rows, how=how, eos_E=eos_E)
+    return count(drawn, rows, sampler=sampler, eos_E=eos_E)
 
 
 def count(
-    drawn: sampling.Drawn, rows: Rows, *, how: sampling.How, eos_E: jax.Array
+    drawn: sampling.Drawn, rows: Rows, *, sampler: sampling.Sampler, eos_E: jax.Array
 ) -> tuple[Rows, sampling.Drawn]:
     """The rows with what was drawn; PAD for those that had ended."""
     active_R = rows.remaining_B > 0
@@ -195,7 +197,7 @@ def count(
         generated_B=rows.generated_B + active_R,
         remaining_B=jnp.where(ended_R | ~active_R, 0, rows.remaining_B - 1),
     )
-    if how != "greedy":
+    if sampler != "greedy":
         index_R = jnp.arange(active_R.shape[0])
         counts_RV = rows.counts_BV.at[index_R, drawn.tokens_B].add(active_R.astype(jnp.int32))
         rows = dataclasses.replace(rows, counts_BV=counts_RV)
@@ -210,7 +212,7 @@ def precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention, layout):
+def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, prefix, attention, layout):
     """Writes a chunk's keys and values into one layer's pages, and attends over all up to it."""
 
     def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
@@ -223,7 +225,7 @@ def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, past, attention
             table_BM=table_RM,
             starts_B=positions_RT[:, 0],
             lengths_B=lengths_R,
-            past=past,
+            prefix=prefix,
             implementation=attention,
             layout=layout,
         )

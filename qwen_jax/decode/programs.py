@@ -25,7 +25,7 @@ from qwen_jax.ops.attention.paged import kv_pages
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "past", "score", "attention", "layout"),
+    static_argnames=("cfg", "sampler", "prefix", "score", "attention", "layout"),
     donate_argnames=("state",),
 )
 def prefill(
@@ -34,20 +34,22 @@ def prefill(
     state: State,
     chunks: Chunks,
     *,
-    how: sampling.How,
+    sampler: sampling.Sampler,
     eos_E: jax.Array,
-    past: Literal["none", "pages"],
+    prefix: Literal["none", "pages"],
     score: Literal["no", "prompt"] = "no",
     attention: forward.Attention | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn, logprobs.Logprobs | None]:
     """Reads the chunks; where a prompt ends, its slot begins with the first token drawn.
 
-    past: "none" promises that every chunk is the beginning of its prompt. score: whether to give
+    prefix: "none" promises that every chunk is the beginning of its prompt. score: whether to give
     the logprobs [R, T] of `next_RT` too. The drawn tokens [R] are PAD where the prompt goes on.
     """
     R, T = chunks.tokens_RT.shape
-    forward.compilations[f"prefill rows={R} tokens={T} past={past} score={score} {how}"] += 1
+    forward.compilations[
+        f"prefill rows={R} tokens={T} prefix={prefix} score={score} {sampler}"
+    ] += 1
     with forward.precision(state.pages.dtype):
         hidden, pages = forward.chunk(
             cfg,
@@ -57,7 +59,7 @@ def prefill(
             table_RM=chunks.table_RM,
             starts_R=chunks.starts_R,
             lengths_R=chunks.lengths_R,
-            past=past,
+            prefix=prefix,
             outputs=("all", "last") if score == "prompt" else ("last",),
             attention=attention,
             layout=layout,
@@ -80,8 +82,8 @@ def prefill(
         seen_BV=sampling.unpack(chunks.seen_RW, vocab_size=V),
         counts_BV=jnp.zeros((R, V), jnp.int32),
     )
-    rows, drawn = forward.draw(logits_RV, rows, chunks.mask_RW, how=how, eos_E=eos_E)
-    slots = slot_state.put(
+    rows, drawn = forward.draw(logits_RV, rows, chunks.mask_RW, sampler=sampler, eos_E=eos_E)
+    slots = slot_state.scatter_rows(
         state.slots, jnp.where(chunks.last_R, chunks.slots_R, slot_state.NOWHERE), rows
     )
     return State(pages, slots), drawn, scored
@@ -89,7 +91,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "num_steps", "attention", "layers", "layout"),
+    static_argnames=("cfg", "sampler", "num_steps", "attention", "layers", "layout"),
     donate_argnames=("state",),
 )
 def advance(
@@ -99,7 +101,7 @@ def advance(
     slots_R: jax.Array,
     mask_RW: jax.Array,
     *,
-    how: sampling.How,
+    sampler: sampling.Sampler,
     eos_E: jax.Array,
     num_steps: int,
     attention: forward.Attention | None = None,
@@ -112,8 +114,8 @@ def advance(
     layers: None takes the kernels for few rows where they run, unless `attention` is named.
     """
     R = slots_R.shape[0]
-    forward.compilations[f"advance rows={R} steps={num_steps} {how}"] += 1
-    rows, slots = slot_state.take(state.slots, slots_R, how)
+    forward.compilations[f"advance rows={R} steps={num_steps} {sampler}"] += 1
+    rows, slots = slot_state.gather_rows(state.slots, slots_R, sampler)
 
     if layers is None:
         layers = "xla"
@@ -121,18 +123,18 @@ def advance(
             layers = few_rows.choose(cfg, params, state.pages, rows=R, layout=layout)
     step = {"kernels": _step_of_few, "xla": _step_of_many}[layers]
     step = functools.partial(
-        step, cfg, params, mask_RW, how=how, eos_E=eos_E, attention=attention, layout=layout
+        step, cfg, params, mask_RW, sampler=sampler, eos_E=eos_E, attention=attention, layout=layout
     )
     carry = state.pages, rows, few_rows.barriers()
     (pages, rows, _), drawn = jax.lax.scan(step, carry, length=num_steps)
-    return State(pages, slot_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+    return State(pages, slot_state.scatter_back(state.slots, slots, slots_R, rows, sampler)), drawn
 
 
 Carry = tuple[kv_pages.Pages, Rows, jax.Array]
 
 
 def _step_of_many(
-    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+    cfg, params, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
 ) -> tuple[Carry, sampling.Drawn]:
     """One token of every row, by the model's own layers."""
     pages, rows, barriers = carry
@@ -140,12 +142,12 @@ def _step_of_many(
         logits_RV, pages, rows = forward.step(
             cfg, params, pages, rows, attention=attention, layout=layout
         )
-    rows, drawn = forward.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+    rows, drawn = forward.draw(logits_RV, rows, mask_RW, sampler=sampler, eos_E=eos_E)
     return (pages, rows, barriers), drawn
 
 
 def _step_of_few(
-    cfg, params, mask_RW, carry: Carry, _, *, how, eos_E, attention, layout
+    cfg, params, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
 ) -> tuple[Carry, sampling.Drawn]:
     """One token of every row, by the kernels of `qwen_jax/decode/small_batch`."""
     assert attention in (None, "gpu") and layout is None, (attention, layout)
@@ -153,18 +155,18 @@ def _step_of_few(
     active_R = rows.remaining_B > 0
     x_RD, pages, barriers = few_rows.run(cfg, params, rows, active_R, pages, barriers)
     rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
-    if how == "greedy":
+    if sampler == "greedy":
         drawn = sampling.Drawn(few_rows.likeliest(cfg, params, x_RD), None)
-        rows, drawn = forward.count(drawn, rows, how=how, eos_E=eos_E)
+        rows, drawn = forward.count(drawn, rows, sampler=sampler, eos_E=eos_E)
     else:
         logits_RV = few_rows.logits(cfg, params, x_RD)
-        rows, drawn = forward.draw(logits_RV, rows, mask_RW, how=how, eos_E=eos_E)
+        rows, drawn = forward.draw(logits_RV, rows, mask_RW, sampler=sampler, eos_E=eos_E)
     return (pages, rows, barriers), drawn
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "how", "attention", "layout"),
+    static_argnames=("cfg", "sampler", "attention", "layout"),
     donate_argnames=("state",),
 )
 def verify(
@@ -175,7 +177,7 @@ def verify(
     guesses_RT: jax.Array,
     mask_RW: jax.Array,
     *,
-    how: sampling.How,
+    sampler: sampling.Sampler,
     eos_E: jax.Array,
     attention: forward.Attention | None = None,
     layout: Layout | None = None,
@@ -189,8 +191,8 @@ def verify(
     2211.17192, with a guess of probability 1).
     """
     R, T = guesses_RT.shape
-    forward.compilations[f"verify rows={R} guesses={T} {how}"] += 1
-    rows, slots = slot_state.take(state.slots, slots_R, how)
+    forward.compilations[f"verify rows={R} guesses={T} {sampler}"] += 1
+    rows, slots = slot_state.gather_rows(state.slots, slots_R, sampler)
     tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(guesses_RT, 0)], axis=1)
     with forward.precision(state.pages.dtype):
         hidden, pages = forward.chunk(
@@ -202,7 +204,7 @@ def verify(
             starts_R=rows.lengths_B,
             # A row's pages end where its last token may be: no further is written, nor counted.
             lengths_R=jnp.minimum(T + 1, rows.remaining_B),
-            past="pages",
+            prefix="pages",
             outputs=("all",),
             attention=attention,
             layout=layout,
@@ -218,7 +220,7 @@ def verify(
             lengths_B=rows.lengths_B + active_R,
             remaining_B=jnp.where(active_R, rows.remaining_B, 0),
         )
-        trial, drawn = forward.draw(logits_RV, trial, mask_RW, how=how, eos_E=eos_E)
+        trial, drawn = forward.draw(logits_RV, trial, mask_RW, sampler=sampler, eos_E=eos_E)
         trial = dataclasses.replace(
             trial,
             tokens_B=jnp.where(active_R, trial.tokens_B, rows.tokens_B),
@@ -230,7 +232,7 @@ def verify(
     guesses_TR = jnp.concatenate([guesses_RT, last_R1], axis=1).T
     carry = rows, jnp.ones(R, bool)
     (rows, _), drawn = jax.lax.scan(step, carry, (logits_RTV.swapaxes(0, 1), guesses_TR))
-    return State(pages, slot_state.give_back(state.slots, slots, slots_R, rows, how)), drawn
+    return State(pages, slot_state.scatter_back(state.slots, slots, slots_R, rows, sampler)), drawn
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "attention", "layout"))

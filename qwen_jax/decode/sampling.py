@@ -56,7 +56,7 @@ class Drawn:
 
 jax.tree_util.register_dataclass(Drawn, ["tokens_B", "logprobs"], [])
 
-How = Literal["greedy", "full"]  # of `draw`: the likeliest token and no more, or everything
+Sampler = Literal["greedy", "full"]  # of `draw`: the likeliest token and no more, or everything
 
 _ALL = np.uint32(2**32 - 1)  # a word of a mask that allows 32 tokens
 
@@ -93,7 +93,7 @@ def settings(requests: Sequence[SamplingParams], *, num_rows: int) -> Settings:
     )
 
 
-def how(request: SamplingParams) -> How:
+def sampler(request: SamplingParams) -> Sampler:
     """The least that `draw` must do for it."""
     plain = (
         request.temperature == 0
@@ -111,7 +111,7 @@ def draw(
     logits_BV: jax.Array,
     settings: Settings,
     *,
-    how: How,
+    sampler: Sampler,
     positions_B: jax.Array,
     generated_B: jax.Array,
     eos_E: jax.Array,
@@ -127,7 +127,7 @@ def draw(
     "full" needs seen_BV and counts_BV. A row without any token that it may draw gets token 0, with
     logprob -inf.
     """
-    if how == "greedy":
+    if sampler == "greedy":
         return Drawn(argmax(logits_BV.astype(jnp.float32)), None)
     assert seen_BV is not None and counts_BV is not None
     draws = jnp.any(settings.temperature_B > 0)

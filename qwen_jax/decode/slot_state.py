@@ -132,26 +132,26 @@ def shapes(cfg: ModelConfig, *, layout: Layout, **sizes) -> State:
     )
 
 
-def take(slots: Rows, slots_R: jax.Array, how: sampling.How) -> tuple[Rows, Rows]:
+def gather_rows(slots: Rows, slots_R: jax.Array, sampler: sampling.Sampler) -> tuple[Rows, Rows]:
     """The rows of these slots, and what of all slots they were taken from.
 
     Greedy ones leave what is large, and what they do not read, where it is.
     """
     exists_R = slots_R < slots.lengths_B.shape[0]
-    if how == "greedy":
+    if sampler == "greedy":
         slots = dataclasses.replace(slots, seen_BV=None, counts_BV=None)
     rows = jax.tree.map(lambda x: x.at[slots_R].get(mode="clip"), slots)
     return dataclasses.replace(rows, remaining_B=jnp.where(exists_R, rows.remaining_B, 0)), slots
 
 
-def give_back(whole: Rows, slots: Rows, slots_R: jax.Array, rows: Rows, how) -> Rows:
-    """All slots, with these rows in their places: what `take` gave, changed."""
-    slots = put(slots, slots_R, rows)
-    if how == "greedy":
+def scatter_back(whole: Rows, slots: Rows, slots_R: jax.Array, rows: Rows, sampler) -> Rows:
+    """All slots, with these rows in their places: the rows of `gather_rows`, changed."""
+    slots = scatter_rows(slots, slots_R, rows)
+    if sampler == "greedy":
         slots = dataclasses.replace(slots, seen_BV=whole.seen_BV, counts_BV=whole.counts_BV)
     return slots
 
 
-def put(slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
+def scatter_rows(slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
     """All slots with these rows; rows of slots that do not exist go nowhere."""
     return jax.tree.map(lambda all_, some: all_.at[slots_R].set(some, mode="drop"), slots, rows)

@@ -78,9 +78,9 @@ def rotation(cfg: ModelConfig, positions_BT: jax.Array) -> Rotation:
     return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def rotate(x_BTNH: jax.Array, turn: Rotation) -> jax.Array:
+def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
     """RoPE in Hugging Face's half-split convention: pairs are (i, i + H/2)."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = turn.cos_BTh[:, :, None, :], turn.sin_BTh[:, :, None, :]
+    cos, sin = rotation.cos_BTh[:, :, None, :], rotation.sin_BTh[:, :, None, :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)

@@ -60,10 +60,10 @@ class Attention(nnx.Module):
         self.o = layers.Linear(keys[3], shape=(N, H, D), axes=axes, init=init)
 
     def __call__(
-        self, x_BTD: jax.Array, *, turn: rope.Rotation, attend: Attend, layout: Layout | None
+        self, x_BTD: jax.Array, *, rotation: rope.Rotation, attend: Attend, layout: Layout | None
     ) -> tuple[jax.Array, Any]:
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, layout=layout)
-        q_BTNH, k_BTKH = rope.rotate(q_BTNH, turn), rope.rotate(k_BTKH, turn)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, rotation), rope.rotate(k_BTKH, rotation)
         heads = ("batch", "length", "act_heads", None)
         kv_heads = ("batch", "length", "act_kv_heads", None)
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, heads, layout), "q")
@@ -115,7 +115,7 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         *,
-        turn: rope.Rotation,
+        rotation: rope.Rotation,
         attend: Attend,
         layout: Layout | None,
         routing: moe.Routing = moe.DROPLESS,
@@ -127,7 +127,7 @@ class Block(nnx.Module):
         """
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         y_BTD, kept = self.attention(
-            self.input_norm(x_BTD), turn=turn, attend=attend, layout=layout
+            self.input_norm(x_BTD), rotation=rotation, attend=attend, layout=layout
         )
         if only_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
@@ -270,7 +270,7 @@ def apply(
     def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int):
         del index
         x_BTD, _, stats = block(cfg, layer)(
-            x_BTD, turn=turn, attend=attend, layout=layout, routing=routing
+            x_BTD, rotation=rotation, attend=attend, layout=layout, routing=routing
         )
         return x_BTD, stats
 
@@ -278,7 +278,7 @@ def apply(
         capacity_factor=None if cfg.moe is None else cfg.moe.capacity_factor,
         real_BT=None if segment_ids_BT is None else segment_ids_BT != 0,
     )
-    turn = rope.rotation(cfg, positions_BT)
+    rotation = rope.rotation(cfg, positions_BT)
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
     body = remat.wrap(body, remat_policy, layer_loop=layer_loop)
     x_BTD, stats = stack.run(cfg, params, body, x_BTD, layer_loop=layer_loop)

@@ -42,7 +42,7 @@ def answer(loaded: Loaded, tokens: Sequence[int], *, settings: SamplingParams) -
         token_B = sampling.draw(
             jnp.asarray(row_V)[None],
             sampling.settings([settings], num_rows=1),
-            how="full",
+            sampler="full",
             positions_B=jnp.asarray([len(tokens) + len(drawn)]),
             generated_B=jnp.asarray([len(drawn)]),
             eos_E=jnp.asarray(loaded.eos_ids),

@@ -169,14 +169,16 @@ def test_the_comparison_sees_a_wrong_config(change):
 
 def _residual_stream(cfg, params, tokens_BT):
     """The embeddings and the output of every layer but the last, one block after another."""
-    turn = rope.rotation(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    rotation = rope.rotation(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True)), None
 
     @jax.jit
     def run(layer, x_BTD):
-        return transformer.block(cfg, layer)(x_BTD, turn=turn, attend=attend, layout=None)[0]
+        return transformer.block(cfg, layer)(x_BTD, rotation=rotation, attend=attend, layout=None)[
+            0
+        ]
 
     stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
     for layer in stack.in_order(cfg, params, module.unstack)[:-1]:

@@ -87,12 +87,12 @@ def test_yarn_keeps_fast_frequencies_and_stretches_slow_ones():
 def test_cos_and_sin_stay_exact_at_large_angles():
     cfg = dataclasses.replace(qwen2_5.tiny(), head_dim=128, max_position_embeddings=1010000)
     positions_BT = np.array([[0, 1, 99_999, 130_000, 262_143, 1_009_999]])
-    turn = jax.jit(lambda p: rope.rotation(cfg, p))(positions_BT)
+    rotation = jax.jit(lambda p: rope.rotation(cfg, p))(positions_BT)
     inverse, _ = rope.frequencies(cfg)
     # The angle itself is a float32 product on both sides; only cos and sin are judged here.
     angles = (positions_BT.astype(np.float32)[:, :, None] * inverse).astype(np.float64)
-    np.testing.assert_allclose(turn.cos_BTh, np.cos(angles), atol=2e-7, rtol=0)
-    np.testing.assert_allclose(turn.sin_BTh, np.sin(angles), atol=2e-7, rtol=0)
+    np.testing.assert_allclose(rotation.cos_BTh, np.cos(angles), atol=2e-7, rtol=0)
+    np.testing.assert_allclose(rotation.sin_BTh, np.sin(angles), atol=2e-7, rtol=0)
 
 
 # Rows that lie together far out, and one whose keys are up to 130,000 tokens from its queries.

@@ -175,7 +175,7 @@ def _logits(cfg, params, tokens_BT):
 
 def _residual_stream(cfg, params, tokens_BT):
     """The embeddings and the output of every layer, by running one block after another."""
-    turn = rope.rotation(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    rotation = rope.rotation(cfg, jnp.broadcast_to(jnp.arange(T), (B, T)))
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True)), None
@@ -183,7 +183,7 @@ def _residual_stream(cfg, params, tokens_BT):
     @jax.jit
     def run(layer, x_BTD):
         block = transformer.parts(cfg)["layers"].bind(layer)
-        return block(x_BTD, turn=turn, attend=attend, layout=None)[0]
+        return block(x_BTD, rotation=rotation, attend=attend, layout=None)[0]
 
     stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
     for i in range(cfg.num_hidden_layers):

@@ -168,7 +168,7 @@ def test_kept_decoding_draws_the_same_tokens(helpers, tmp_path):
     _, ours = advance(params, start(), slots_R, mask_RW, eos_E=eos_E)
     steps = EngineConfig().decode_steps
     _, theirs = programs.advance(
-        cfg, params, start(), slots_R, mask_RW, how="greedy", eos_E=eos_E, num_steps=steps,
+        cfg, params, start(), slots_R, mask_RW, sampler="greedy", eos_E=eos_E, num_steps=steps,
         layout=layout,
     )  # fmt: skip
     np.testing.assert_array_equal(ours.tokens_B, theirs.tokens_B)

@@ -82,7 +82,7 @@ def gate_up(x_RD, weights: Weights, h_RF, *, sizes: Sizes, tuning: Tuning) -> Ph
 
     def read(index):
         return [
-            row_products.read_tile(weights.gate_up_2FD, index, tile=tile, prefix=(side,))
+            row_products.read_tile(weights.gate_up_2FD, index, tile=tile, leading=(side,))
             for side in (0, 1)
         ]
 

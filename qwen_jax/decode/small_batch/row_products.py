@@ -63,16 +63,16 @@ def normalise(x_RC, scale_C, *, tile: Tile, eps: float) -> list[Chunks]:
     return rows
 
 
-def read_tile(w_OC, index, *, tile: Tile, prefix: tuple[int, ...] = ()) -> Chunks:
+def read_tile(w_OC, index, *, tile: Tile, leading: tuple[int, ...] = ()) -> Chunks:
     """Tile number `index` of the matrix; zeros beyond it.
 
-    prefix: which matrix, where there are several, [..., O, C].
+    leading: indices of the matrix where there are several, [..., O, C].
     """
     O, C = w_OC.shape[-2:]  # noqa: E741
     o = index * tile.outputs + jnp.arange(tile.outputs)
     o, inside = (jnp.broadcast_to(x[:, None], tile.shape) for x in (o, o < O))
     return tuple(
-        triton.load(w_OC.at[(*prefix, o, c)], mask=inside & real, other=0)
+        triton.load(w_OC.at[(*leading, o, c)], mask=inside & real, other=0)
         for c, real in tile.inputs(C)
     )
 

@@ -98,10 +98,10 @@ def run(
 ) -> tuple[jax.Array, kv_pages.Pages, jax.Array]:
     """The layers on every row's last token -> the residual stream [R, D], pages and barriers."""
     tuning = tuning or Tuning(programs=multiprocessors())
-    turn = rope.rotation(cfg, rows.lengths_B[:, None])
+    rotation = rope.rotation(cfg, rows.lengths_B[:, None])
     shared = Rows(
-        cos_Rh=turn.cos_BTh[:, 0],
-        sin_Rh=turn.sin_BTh[:, 0],
+        cos_Rh=rotation.cos_BTh[:, 0],
+        sin_Rh=rotation.sin_BTh[:, 0],
         table_RM=rows.table_BM,
         lengths_R=jnp.where(active_R, rows.lengths_B + 1, 0),
     )

@@ -119,7 +119,7 @@ def draw(forms, *, temperature: float, steps: int = 400) -> list[str]:
         [SamplingParams(temperature=temperature, seed=i) for i in range(B)], num_rows=B
     )
     closing = [WORDS.token_id(c) for c in '"}]'] + list(EOS)
-    program = jax.jit(sampling.draw, static_argnames="how")
+    program = jax.jit(sampling.draw, static_argnames="sampler")
     answers: list[list[int]] = [[] for _ in forms]
     open_rows = set(range(len(forms)))
     for step in range(steps):
@@ -131,7 +131,7 @@ def draw(forms, *, temperature: float, steps: int = 400) -> list[str]:
         drawn = program(
             logits_BV,
             settings,
-            how="full",
+            sampler="full",
             positions_B=jnp.full(B, step),
             generated_B=jnp.full(B, step),
             eos_E=jnp.asarray(EOS),

@@ -17,15 +17,15 @@ SLOTS, WIDTH, ROWS, LENGTH, GUESSES = 8, 16, 2, 128, 4
 WORDS = -(-CFG.vocab_size // 32)
 BF16 = jnp.dtype("bfloat16")
 CASES = [
-    *[("prefill", {"past": p, "score": s}) for p in ("none", "pages") for s in ("no", "prompt")],
-    *[(name, {"how": how}) for name in ("advance", "verify") for how in ("greedy", "full")],
+    *[("prefill", {"prefix": p, "score": s}) for p in ("none", "pages") for s in ("no", "prompt")],
+    *[(name, {"sampler": s}) for name in ("advance", "verify") for s in ("greedy", "full")],
     ("embed", {}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "how"), CASES, ids=str)
-def test_a_program_compiles(name, how, monkeypatch):
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_program_compiles(name, options, monkeypatch):
     for variable, value in xla_flags.WITHOUT_TPU.items():
         monkeypatch.setenv(variable, value)
     devices = ahead_of_time.devices(topologies.parse("v5e-4"))[:2]
@@ -42,7 +42,7 @@ def test_a_program_compiles(name, how, monkeypatch):
         layout=layout,
     )  # fmt: skip
     mask = whole(ROWS, WORDS, dtype=jnp.uint32)
-    common = {"eos_E": whole(1), "layout": layout, **how}
+    common = {"eos_E": whole(1), "layout": layout, **options}
     if name == "prefill":
         settings = sampling.settings([], num_rows=ROWS)
         chunks = slot_state.Chunks(
@@ -58,7 +58,7 @@ def test_a_program_compiles(name, how, monkeypatch):
             settings=jax.tree.map(lambda x: whole(*x.shape, dtype=x.dtype), settings),
             mask_RW=mask,
         )
-        lowered = programs.prefill.lower(CFG, params, state, chunks, how="full", **common)
+        lowered = programs.prefill.lower(CFG, params, state, chunks, sampler="full", **common)
     elif name == "advance":
         lowered = programs.advance.lower(
             CFG, params, state, whole(ROWS), mask, num_steps=8, **common

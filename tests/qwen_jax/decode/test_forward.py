@@ -18,8 +18,8 @@ LENGTHS = (16, 5, 0)
 TOKENS_RT = jax.random.randint(jax.random.key(1), (3, 16), 0, CFG.vocab_size)
 
 
-@functools.partial(jax.jit, static_argnames=("past", "outputs"))
-def read(params, pages, tokens_RT, starts_R, lengths_R, *, past: str, outputs: tuple[str, ...]):
+@functools.partial(jax.jit, static_argnames=("prefix", "outputs"))
+def read(params, pages, tokens_RT, starts_R, lengths_R, *, prefix: str, outputs: tuple[str, ...]):
     return forward.chunk(
         CFG,
         params,
@@ -28,28 +28,28 @@ def read(params, pages, tokens_RT, starts_R, lengths_R, *, past: str, outputs: t
         table_RM=TABLE_RM,
         starts_R=starts_R,
         lengths_R=lengths_R,
-        past=past,
+        prefix=prefix,
         outputs=outputs,
         attention=None,
         layout=None,
     )
 
 
-@pytest.mark.parametrize("past", ["none", "pages"])
-def test_the_last_token_is_given_alone_or_beside_all(past):
+@pytest.mark.parametrize("prefix", ["none", "pages"])
+def test_the_last_token_is_given_alone_or_beside_all(prefix):
     stacked = transformer.init(CFG, jax.random.key(0))
     want_RTD = transformer.apply(CFG, stacked, TOKENS_RT).hidden_BTD
     params = weights.prepare(CFG, transformer.init(CFG, jax.random.key(0)), dtype=jnp.float32)
     pages = kv_pages.create(CFG, num_pages=6, page_size=16, dtype=jnp.float32)
     starts_R, lengths_R = jnp.zeros(3, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
     tokens_RT = TOKENS_RT
-    if past == "pages":  # the first four tokens are there already
+    if prefix == "pages":  # the first four tokens are there already
         four_R = jnp.minimum(lengths_R, 4)
-        _, pages = read(params, pages, tokens_RT, starts_R, four_R, past="none", outputs=())
+        _, pages = read(params, pages, tokens_RT, starts_R, four_R, prefix="none", outputs=())
         starts_R, lengths_R = four_R, lengths_R - four_R
         tokens_RT = jnp.roll(tokens_RT, -4, axis=1)
     given = {
-        outputs: read(params, pages, tokens_RT, starts_R, lengths_R, past=past, outputs=outputs)
+        outputs: read(params, pages, tokens_RT, starts_R, lengths_R, prefix=prefix, outputs=outputs)
         for outputs in (("all",), ("last",), ("all", "last"), ())
     }
     alone, beside = given["last",][0], given["all", "last"][0]

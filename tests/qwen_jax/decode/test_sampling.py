@@ -31,7 +31,7 @@ def _processed(logits_BV, settings, generated_B, seen_BV, counts_BV, mask_BW):
     return sampling.narrowed(scores_BV, settings)
 
 
-_draw = functools.partial(jax.jit, static_argnames=("how",))(sampling.draw)
+_draw = functools.partial(jax.jit, static_argnames=("sampler",))(sampling.draw)
 
 
 def told(rows: int, *, prompts=None, answers=None, allowed_BV=None) -> dict:
@@ -61,7 +61,7 @@ def processed(logits_BV, requests, **knowledge) -> np.ndarray:
 def draw(logits_BV, requests, positions_B, **knowledge) -> sampling.Drawn:
     arrays = sampling.settings(requests, num_rows=len(requests))
     drawn = _draw(
-        logits_BV, arrays, how="full", positions_B=positions_B, eos_E=EOS,
+        logits_BV, arrays, sampler="full", positions_B=positions_B, eos_E=EOS,
         **told(len(requests), **knowledge),
     )  # fmt: skip
     return jax.tree.map(np.asarray, drawn)
@@ -252,7 +252,7 @@ def test_greedy_is_what_full_does_for_who_asks_nothing():
     requests = [SamplingParams(temperature=0.0)] * 5
     arrays = sampling.settings(requests, num_rows=5)
     common = {"positions_B": np.arange(5), "eos_E": EOS, **told(5)}
-    greedy = _draw(logits_BV, arrays, how="greedy", **common)
+    greedy = _draw(logits_BV, arrays, sampler="greedy", **common)
     want_B = np.argmax(np.asarray(logits_BV, np.float32), axis=-1)
     assert greedy.logprobs is None and greedy.tokens_B.tolist() == want_B.tolist()
     assert draw(logits_BV, requests, np.arange(5)).tokens_B.tolist() == want_B.tolist()
@@ -331,7 +331,7 @@ def test_seen_tokens_are_those_before_the_length():
 
 
 @pytest.mark.parametrize(
-    ("values", "how"),
+    ("values", "sampler"),
     [
         ({"top_p": 0.5, "seed": 3, "stop_token_ids": (5,), "ignore_eos": True}, "greedy"),
         ({"max_tokens": 0, "prompt_logprobs": 3}, "greedy"),
@@ -345,8 +345,8 @@ def test_seen_tokens_are_those_before_the_length():
     ],
     ids=str,
 )
-def test_how_is_the_least_that_serves(values, how):
-    assert sampling.how(SamplingParams(**{"temperature": 0.0, **values})) == how
+def test_the_sampler_is_the_least_general_that_serves(values, sampler):
+    assert sampling.sampler(SamplingParams(**{"temperature": 0.0, **values})) == sampler
 
 
 @pytest.mark.parametrize(

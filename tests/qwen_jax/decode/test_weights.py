@@ -71,9 +71,9 @@ def test_words_are_the_fused_matrices(cfg):
 @pytest.mark.parametrize("form", ["unstacked", "fused"])
 def test_shapes_are_those_of_what_is_prepared(cfg, form):
     layout = sharding.Layout(mesh.make(mesh.parse("fsdp=1")), rules.rule_set("engine"))
-    how = {"dtype": jnp.dtype("bfloat16"), "form": form, "layout": layout}
-    made = weights.prepare(cfg, transformer.init(cfg, jax.random.key(0)), **how)
-    told = weights.shapes(cfg, **how)
+    options = {"dtype": jnp.dtype("bfloat16"), "form": form, "layout": layout}
+    made = weights.prepare(cfg, transformer.init(cfg, jax.random.key(0)), **options)
+    told = weights.shapes(cfg, **options)
     assert jax.tree.structure(told) == jax.tree.structure(made)
     for ours, theirs in zip(jax.tree.leaves(told), jax.tree.leaves(made), strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

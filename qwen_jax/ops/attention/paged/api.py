@@ -35,7 +35,7 @@ EXTEND = Kind(
     {"tpu": paged_tpu.why_not, "gpu": paged_gpu.why_not_extend},
 )
 
-Past = Literal["pages", "none"]
+Prefix = Literal["pages", "none"]
 
 
 def decode(
@@ -107,7 +107,7 @@ def extend(
     table_BM: jax.Array,
     starts_B: jax.Array,
     lengths_B: jax.Array,
-    past: Past = "pages",
+    prefix: Prefix = "pages",
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
@@ -119,15 +119,15 @@ def extend(
     what they get is finite and not specified.
 
     A table of fewer pages, enough for positions up to the chunk's end, is read in less time.
-    past="none" promises that starts_B is 0 everywhere, which some implementations make use of.
+    prefix="none" promises that starts_B is 0 everywhere, which some implementations make use of.
     For `implementation` see `decode`.
     """
-    if past not in ("pages", "none"):
-        raise ValueError(f"past={past!r} is unknown; known: pages, none")
+    if prefix not in ("pages", "none"):
+        raise ValueError(f"prefix={prefix!r} is unknown; known: pages, none")
     kernel = EXTEND.implementations[_name(EXTEND, implementation, q_BTNH, kv_PSCH, layout)]
     rows = {"table_BM": table_BM, "starts_B": starts_B, "lengths_B": lengths_B}
     chunk = (q_BTNH, k_BTKH, v_BTKH)
-    return _on_own_heads(kernel, chunk, kv_PSCH, rows, past=past, layout=layout)
+    return _on_own_heads(kernel, chunk, kv_PSCH, rows, prefix=prefix, layout=layout)
 
 
 def choose(kind: Kind, q: jax.Array, kv_PSCH: Layer, *, platform: str) -> str:

@@ -171,14 +171,14 @@ def extend(
     table_BM: jax.Array,
     starts_B: jax.Array,
     lengths_B: jax.Array,
-    past: str,
+    prefix: str,
     heads_K: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `qwen_jax.ops.attention.paged.api.extend`, and `heads_K` in `paged._own_heads`.
 
     A few queries a row, as when a draft is verified, are read for as decoding does. Otherwise two
-    calls of cuDNN's: the chunk to itself, causally, and to the past, which is gathered out of all
+    calls of cuDNN's: the chunk to itself, causally, and to the prefix, which is gathered out of all
     the table's pages into one piece. They are merged by their log-sum-exp in float32.
     """
     own_K = _all_heads(heads_K, kv_PSCH)
@@ -189,7 +189,7 @@ def extend(
         (o_BTNH,) = _read_rows(q_BTNH, kv_PSCH, rows, (), tuning=TUNING, interpret=interpret)
         return o_BTNH
     # Padding lies behind a row's tokens, which do not see it.
-    if past == "none":
+    if prefix == "none":
         return cudnn.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True))
     k_BSKH, v_BSKH = kv_pages.gather(kv_PSCH, table_BM, H=q_BTNH.shape[3])
     if heads_K is not None:

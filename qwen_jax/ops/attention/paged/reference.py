@@ -44,14 +44,14 @@ def extend(
     table_BM: jax.Array,
     starts_B: jax.Array,
     lengths_B: jax.Array,
-    past: str,
+    prefix: str,
     heads_K: jax.Array | None = None,
 ) -> jax.Array:
-    """See `api.extend`. Reads the chunk's keys from the pages, as the past's.
+    """See `api.extend`. Reads the chunk's keys from the pages, as the prefix's.
 
     Padding sees nothing: zeros.
     """
-    del k_BTKH, v_BTKH, past
+    del k_BTKH, v_BTKH, prefix
     B, T, N, H = q_BTNH.shape
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, -T % TILE), (0, 0), (0, 0)))
     step_1T = jnp.arange(q_BTNH.shape[1])[None]

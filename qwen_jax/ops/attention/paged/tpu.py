@@ -61,14 +61,14 @@ def extend(
     table_BM: jax.Array,
     starts_B: jax.Array,
     lengths_B: jax.Array,
-    past: str,
+    prefix: str,
     heads_K: jax.Array | None = None,
 ) -> jax.Array:
     """See `qwen_jax.ops.attention.paged.api.extend`, and `heads_K` in `paged._own_heads`.
 
     Padding is computed too: it lies behind a row's tokens, which do not see it.
     """
-    del k_BTKH, v_BTKH, lengths_B, past
+    del k_BTKH, v_BTKH, lengths_B, prefix
     B, T, N, H = q_BTNH.shape
     q_XNH = q_BTNH.reshape(B * T, N, H)
     o_XNH = _attend(q_XNH, kv_PSCH, table_BM, starts_B + T, heads_K, queries=EXTEND_QUERIES)

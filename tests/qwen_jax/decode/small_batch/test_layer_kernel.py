@@ -44,11 +44,13 @@ def _values(cfg) -> dict:
 def _rows(cfg, R: int) -> tuple[kernel_types.Rows, rope.Rotation]:
     lengths_R = LENGTHS_R[:R]
     table = np.random.default_rng(0).permutation(R * WIDTH).reshape(R, WIDTH).astype(np.int32)
-    turn = rope.rotation(cfg, jnp.maximum(lengths_R - 1, 0)[:, None])
-    return kernel_types.Rows(turn.cos_BTh[:, 0], turn.sin_BTh[:, 0], table, lengths_R), turn
+    rotation = rope.rotation(cfg, jnp.maximum(lengths_R - 1, 0)[:, None])
+    return kernel_types.Rows(
+        rotation.cos_BTh[:, 0], rotation.sin_BTh[:, 0], table, lengths_R
+    ), rotation
 
 
-def _plain(cfg, x_RD, values, kv, rows: kernel_types.Rows, turn):
+def _plain(cfg, x_RD, values, kv, rows: kernel_types.Rows, rotation):
     def attend(q, k, v):
         o, kept = paged.append(
             q[:, 0], k[:, 0], v[:, 0], kv,
@@ -57,7 +59,7 @@ def _plain(cfg, x_RD, values, kv, rows: kernel_types.Rows, turn):
         return o[:, None], kept
 
     x_R1D, kept, _ = fused_layers.block(cfg, values)(
-        x_RD[:, None], turn=turn, attend=attend, layout=None
+        x_RD[:, None], rotation=rotation, attend=attend, layout=None
     )
     return x_R1D[:, 0], kept
 
@@ -79,10 +81,10 @@ def _tuning(**changes) -> kernel_types.Tuning:
 )
 def test_a_layer_equals_the_models(cfg, R, changes):
     values = _values(cfg)
-    rows, turn = _rows(cfg, R)
+    rows, rotation = _rows(cfg, R)
     x_RD = _draw(R, cfg.hidden_size, seed=90)
     kv = _draw(R * WIDTH, PAGE, 2 * cfg.num_key_value_heads, cfg.head_dim, seed=91)
-    want, kept = jax.jit(functools.partial(_plain, cfg))(x_RD, values, kv, rows, turn)
+    want, kept = jax.jit(functools.partial(_plain, cfg))(x_RD, values, kv, rows, rotation)
     run = jax.jit(
         functools.partial(layer_kernel.run, cfg, tuning=_tuning(**changes), interpret=True)
     )
@@ -103,12 +105,12 @@ def test_a_layer_equals_the_models(cfg, R, changes):
 def test_an_output_major_block_is_the_fused_one():
     cfg = qwen2_5.tiny()
     values = _values(cfg)
-    rows, turn = _rows(cfg, 2)
+    rows, rotation = _rows(cfg, 2)
     x_RD = _draw(2, cfg.hidden_size, seed=90)
     kv = _draw(2 * WIDTH, PAGE, 2 * cfg.num_key_value_heads, cfg.head_dim, seed=91)
     turned = fused_layers.output_major(values)
     assert fused_layers.is_output_major(turned) and not fused_layers.is_output_major(values)
-    one, other = (_plain(cfg, x_RD, some, kv, rows, turn)[0] for some in (values, turned))
+    one, other = (_plain(cfg, x_RD, some, kv, rows, rotation)[0] for some in (values, turned))
     np.testing.assert_allclose(
         np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2**-7, atol=2**-7
     )

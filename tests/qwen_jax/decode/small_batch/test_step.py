@@ -65,8 +65,8 @@ def test_one_row_of_a_small_bfloat16_model_on_a_gpu():
     assert small_batch.choose(cfg, params, state.pages, rows=1, layout=None) == "xla"  # no GPU here
 
 
-@pytest.mark.parametrize("how", ["greedy", pytest.param("full", marks=pytest.mark.slow)])
-def test_steps_of_the_kernels_draw_what_the_models_layers_draw(how, monkeypatch):
+@pytest.mark.parametrize("sampler", ["greedy", pytest.param("full", marks=pytest.mark.slow)])
+def test_steps_of_the_kernels_draw_what_the_models_layers_draw(sampler, monkeypatch):
     cfg = qwen2_5.tiny()
     params = _params(cfg)
     attention = triton_blocks.Tuning(block=16, min_keys=16)
@@ -83,7 +83,7 @@ def test_steps_of_the_kernels_draw_what_the_models_layers_draw(how, monkeypatch)
     for layers in ("xla", "kernels"):
         state, drawn = decode_programs.advance(
             cfg, params, _state(cfg), jnp.arange(2), mask_RW,
-            how=how, eos_E=jnp.zeros(0, jnp.int32), num_steps=4, layers=layers,
+            sampler=sampler, eos_E=jnp.zeros(0, jnp.int32), num_steps=4, layers=layers,
         )  # fmt: skip
         results[layers] = np.asarray(drawn.tokens_B), state
     (want, plain), (got, few) = results["xla"], results["kernels"]

@@ -16,7 +16,7 @@ LENGTHS_B = np.array([37, 40, 3, 0], np.int32)
 
 
 decode = jax.jit(paged.decode, static_argnames="implementation")
-extend = jax.jit(paged.extend, static_argnames=("past", "implementation"))
+extend = jax.jit(paged.extend, static_argnames=("prefix", "implementation"))
 
 CASES = [(HEADS[0], "float32", 1e-6), (HEADS[1], "bfloat16", 1e-2)]
 
@@ -58,7 +58,7 @@ def test_extend_equals_attention_over_whole_prompts(heads, dtype, tolerance):
     assert np.isfinite(got.astype(np.float32)).all()
 
 
-def _extend_at(q, k, v, kv, table, starts_B, lengths_B, *, T: int, past="pages"):
+def _extend_at(q, k, v, kv, table, starts_B, lengths_B, *, T: int, prefix="pages"):
     cut = np.asarray(starts_B)[:, None] + np.arange(T)
     chunks = [x[np.arange(len(cut))[:, None], cut] for x in (q, k, v)]
     return extend(
@@ -67,7 +67,7 @@ def _extend_at(q, k, v, kv, table, starts_B, lengths_B, *, T: int, past="pages")
         table_BM=table,
         starts_B=starts_B,
         lengths_B=lengths_B,
-        past=past,
+        prefix=prefix,
         implementation="reference",
     )
 
@@ -111,7 +111,9 @@ def test_a_prompt_is_bitwise_the_same_however_it_is_cut():
     N, K, H = HEADS[0]
     q, k, v = (cases.draw(2, 240, n, H, seed=seed) for seed, n in enumerate((N, K, K)))
     kv, table = cases.paged(k, v, page_size=16)
-    whole = _extend_at(q, k, v, kv, table, np.array([0, 0]), np.array([240, 9]), T=240, past="none")
+    whole = _extend_at(
+        q, k, v, kv, table, np.array([0, 0]), np.array([240, 9]), T=240, prefix="none"
+    )
     for start, length, T in [(37, 140, 160), (201, 3, 16)]:
         starts, lengths = np.array([start, 3]), np.array([length, 2])
         part = _extend_at(q, k, v, kv, table, starts, lengths, T=min(T, 240 - start))

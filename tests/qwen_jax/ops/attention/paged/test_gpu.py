@@ -63,7 +63,7 @@ def test_a_few_queries_a_row_are_read_for_like_one():
     T, starts_B, lengths_B = 5, np.array([0, 300, 9, 126]), np.array([5, 3, 0, 5])
     _, kv, table = _inputs(4, 2, 16, 64, "float32")
     q = cases.draw(4, T, 4, 16)
-    rows = {"table_BM": table, "starts_B": starts_B, "lengths_B": lengths_B, "past": "pages"}
+    rows = {"table_BM": table, "starts_B": starts_B, "lengths_B": lengths_B, "prefix": "pages"}
     # The chunk's own keys are read from the pages.
     extend = functools.partial(paged_gpu.extend, q, None, None, interpret=True, **rows)
     got = np.asarray(jax.jit(extend)(kv))
@@ -132,8 +132,8 @@ def test_a_chunk_is_merged_with_what_came_before(heads_K, monkeypatch):
     if heads_K is not None:
         k, v = k[:, :, heads_K], v[:, :, heads_K]
     rows = {"table_BM": table, "starts_B": starts_B, "lengths_B": lengths_B, "heads_K": heads_K}
-    got = jax.jit(functools.partial(paged_gpu.extend, past="pages"))(q, k, v, kv, **rows)
-    want = paged_reference.extend(q, k, v, kv, **rows, past="pages")
+    got = jax.jit(functools.partial(paged_gpu.extend, prefix="pages"))(q, k, v, kv, **rows)
+    want = paged_reference.extend(q, k, v, kv, **rows, prefix="pages")
     real = (np.arange(T) < lengths_B[:, None])[:, :, None, None]
     cases.assert_close(np.where(real, got, 0), np.where(real, want, 0), 1e-6)
 
@@ -163,7 +163,7 @@ def test_the_kernels_lower_to_triton():
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__gpu$xla.gpu.triton") == 2
     few = jnp.zeros((4, 9, 28, 128), jnp.bfloat16)
-    traced = jax.jit(functools.partial(paged_gpu.extend, past="pages")).trace(
+    traced = jax.jit(functools.partial(paged_gpu.extend, prefix="pages")).trace(
         few, None, None, plain, **rows, starts_B=jnp.zeros(4, jnp.int32)
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

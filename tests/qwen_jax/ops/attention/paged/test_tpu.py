@@ -78,7 +78,7 @@ def test_decode_in_the_interpreter_equals_the_reference(heads_K, interpreted):
 @pytest.mark.slow
 def test_extend_in_the_interpreter_equals_the_reference(interpreted):
     q_BTNH, kv, table_BM = _inputs()
-    rows = {"table_BM": table_BM, "starts_B": STARTS_B, "lengths_B": LENGTHS_B, "past": "pages"}
+    rows = {"table_BM": table_BM, "starts_B": STARTS_B, "lengths_B": LENGTHS_B, "prefix": "pages"}
     extend = functools.partial(paged_tpu.extend, q_BTNH, None, None, **rows)
     got = np.asarray(jax.jit(extend)(kv))
     want = np.asarray(paged_reference.extend(q_BTNH, None, None, kv, **rows))
