@@ -34,7 +34,7 @@ from infer.engine import engine as engine_lib
 from infer.engine.request import Request
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
-from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+from qwen_jax.checkpoint.quantised import quantised_params
 from qwen_jax.decode import weights as decode_weights
 from qwen_jax.model import transformer
 
@@ -104,9 +104,9 @@ def run_model(name: str, weights: str, arguments: argparse.Namespace, *, until: 
 
 
 FORMATS = {
-    "int8": quantised_parameters.Settings(),
-    "int4": quantised_parameters.Settings(weights="int4", group_size=128),
-    "fp8": quantised_parameters.Settings(weights="fp8"),
+    "int8": quantised_params.Settings(),
+    "int4": quantised_params.Settings(weights="int4", group_size=128),
+    "fp8": quantised_params.Settings(weights="fp8"),
 }
 
 
@@ -121,7 +121,7 @@ def make(cfg: ModelConfig, settings: EngineConfig, *, weights: str, mesh: str) -
     )
     params = init(jax.random.key(0))
     if weights != "bf16":
-        params = quantised_parameters.quantise(cfg, params, FORMATS[weights])
+        params = quantised_params.quantise(cfg, params, FORMATS[weights])
     form = decode_weights.best_form(layout, params=params, num_rows=settings.num_slots)
     params = decode_weights.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
     return engine_lib.Engine(cfg, params, settings=settings, eos_ids=(), dtype=dtype, layout=layout)

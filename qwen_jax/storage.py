@@ -1,6 +1,7 @@
 """Folders on file systems and in buckets of Google Cloud Storage, by one kind of path."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,19 @@ def publish(made: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     copy_tree(made, partial)
     partial.rename(target)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises `ValueError` naming the file where it holds no such."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,6 @@
 """A model's files as parameters, tokenizer and defaults, and as a text service over an engine."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 
 from configs.engine import EngineConfig
 from configs.mesh import MeshConfig
-from configs.models import huggingface
 from configs.models.architecture import GenerationConfig, ModelConfig
 from configs.sampling import SamplingParams
 from infer.constraints import compiler as constraints
@@ -25,10 +23,11 @@ from partitioning import mesh as mesh_lib
 from partitioning import rules as rules_lib
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import load as checkpoint_lib
+from qwen_jax.checkpoint import resolve
 from qwen_jax.decode import weights
 from qwen_jax.model import transformer
-from qwen_jax.text.tokenizer import tokenizer
+from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Loaded:
 
     cfg: ModelConfig
     params: dict  # in a form that `qwen_jax.decode.weights.prepare` makes
-    tokenizer: tokenizer.Tokenizer
+    tokenizer: Tokenizer
     defaults: SamplingParams  # what a request that says nothing gets
     eos_ids: tuple[int, ...]
     dtype: jnp.dtype
@@ -87,13 +86,8 @@ def load_model(
     Where the mesh does not divide a model's experts, ones that are never chosen are added.
     Raises `ValueError` for what cannot be loaded, and for a mesh that does not divide the model.
     """
-    found = checkpoint.resolve(path)
+    found = resolve.resolve(path)
     cfg = found.model
-    if found.assets is None:
-        raise ValueError(
-            f"{path} has no tokenizer beside it; import it again from a Hugging Face folder that "
-            f"holds one, or put the tokenizer files into {found.path / 'assets'}"
-        )
     layout = placed = None
     if mesh is not None:
         rules = rules_lib.rule_set("engine", kv_heads=mesh.kv_heads)
@@ -101,10 +95,8 @@ def load_model(
         cfg = sharding.pad_experts(cfg, layout)
         sharding.check_model(cfg, layout)
         placed = sharding.shardings(transformer.axes(cfg), layout)
-    words = tokenizer.load(found.assets)
-    tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
-    said = _generation_config(found.assets)
-    params = checkpoint.load_params(found, shardings=placed, dtype=dtype, model=cfg)
+    tokenizer, said = found.tokenizer, found.generation_config  # refused before the weights load
+    params = checkpoint_lib.load(found, shardings=placed, dtype=dtype, model=cfg)
     params = weights.prepare(
         cfg,
         params,
@@ -115,7 +107,7 @@ def load_model(
     return Loaded(
         cfg=cfg,
         params=params,
-        tokenizer=words,
+        tokenizer=tokenizer,
         defaults=sampling_defaults(said),
         eos_ids=said.eos_token_ids or cfg.eos_token_ids,
         dtype=jnp.dtype(dtype),
@@ -179,17 +171,6 @@ def _draft(path: str | Path, model: str | Path, loaded: Loaded) -> draft_lib.Dra
     layout = Layout(loaded.layout.mesh, rules_lib.REPLICATED)
     params = jax.device_put(found.params, jax.NamedSharding(layout.mesh, jax.P()))
     return draft_lib.Draft(found.cfg, params, layout)
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return GenerationConfig()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    return huggingface.read_generation(values)
 
 
 def sampling_defaults(said: GenerationConfig) -> SamplingParams:

@@ -11,13 +11,11 @@ import numpy as np
 
 from configs.models.architecture import ModelConfig
 from qwen_jax.analysis import text_loss
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table
+from qwen_jax.checkpoint import load, resolve, tensor_table
 from qwen_jax.checkpoint.native import writer
-from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
-from qwen_jax.checkpoint.quantised import stored_arrays
+from qwen_jax.checkpoint.quantised import quantised_params, stored_arrays
+from qwen_jax.checkpoint.resolve import Resolved
 from qwen_jax.quant import array
-from qwen_jax.text.tokenizer import tokenizer
 
 Progress = Callable[[int, int, str], None]
 _MOST_ROWS = 64  # of the text, 32,768 tokens
@@ -47,7 +45,7 @@ class Summary:
 def quantise_checkpoint(
     path: Path | str,
     out: Path | str,
-    settings: quantised_parameters.Settings,
+    settings: quantised_params.Settings,
     *,
     text: Path | str | None = None,
     dtype: str = "bfloat16",
@@ -60,26 +58,22 @@ def quantise_checkpoint(
     Raises `ValueError` for a checkpoint that cannot be quantised so, is quantised already, or has
     no tokenizer for the text, and where `out` is in the way.
     """
-    out, found = Path(out), checkpoint.resolve(path)
-    checkpoint.check_plain(found, what="quantise")
+    out, found = Path(out), resolve.resolve(path)
+    resolve.check_not_quantised(found, remedy="quantise")
     cfg = found.model
-    quantised_parameters.check(cfg, settings)
+    quantised_params.check(cfg, settings)
     if out.exists():
         raise ValueError(f"{out} exists already; delete it, or choose another place")
     rows = None
     if text is not None:
-        if found.assets is None:
-            raise ValueError(f"{path} has no tokenizer beside it, without which no text is read")
-        words = tokenizer.load(found.assets)
-        tokenizer.check_vocabulary(words, num_rows=cfg.vocab_size)
-        rows = text_loss.windows(cfg, words, text, most=_MOST_ROWS)
+        rows = text_loss.windows(cfg, found.tokenizer, text, most=_MOST_ROWS)
 
     def measured(params: dict) -> text_loss.Loss | None:
         return None if rows is None else text_loss.loss(cfg, params, rows, dtype=jnp.dtype(dtype))
 
-    params = checkpoint.load_params(found)
+    params = load.load(found)
     bytes_before, before = _num_bytes(params), measured(params)
-    params = quantised_parameters.quantise(cfg, params, settings, on_row=on_row)
+    params = quantised_params.quantise(cfg, params, settings, on_row=on_row)
     summary = Summary(
         bytes_before=bytes_before,
         bytes_after=_num_bytes(params),
@@ -103,7 +97,7 @@ def save(
 
     Raises as `writer.write` does.
     """
-    specs = quantised_parameters.specs(cfg, params)
+    specs = quantised_params.specs(cfg, params)
     arrays, held = [], {}
     flat = tensor_table.flatten(params)
     for row in tensor_table.rows(cfg):
@@ -150,6 +144,6 @@ def _num_bytes(params: dict) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def _origin(found: checkpoint.Resolved) -> dict:
+def _origin(found: Resolved) -> dict:
     """Where an import came from stays known; else the kind of checkpoint."""
     return found.metadata.get("source", {"kind": found.kind})

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,6 +171,13 @@ def hf_names(model: ModelConfig) -> dict[str, Row]:
             if (name := hf_name(row, model, index)) is not None:
                 names[name] = row
     return names
+
+
+def first_names(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are, for error messages."""
+    names = list(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def nest(values: Mapping[str, object]) -> dict:

@@ -20,10 +20,10 @@ import rich.table
 import tensorstore as ts
 
 from qwen_jax import storage
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint.huggingface import source
+from qwen_jax.checkpoint import resolve
 from qwen_jax.checkpoint.native import store
 from qwen_jax.checkpoint.quantised import stored_arrays
+from qwen_jax.checkpoint.resolve import Resolved
 
 _IN_FLIGHT_BYTES = 256 * 2**20
 
@@ -62,13 +62,13 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) ->
             raise ValueError(f"{path} is a training run without a checkpoint yet")
         path = found[-1].path
     if not (path / "params").is_dir() and not (path / "model").is_dir():
-        checkpoint.resolve(path)  # raises for all that is no checkpoint
+        resolve.resolve(path)  # raises for all that is no checkpoint
         raise ValueError(f"{path} is a Hugging Face folder; import it, and verify the checkpoint")
     report = Report(path)
     if missing := _missing(path):
         report.problems.append(f"{path} is half-written: it lacks {', '.join(missing)}")
         return report
-    resolved = checkpoint.resolve(path)
+    resolved = resolve.resolve(path)
     context = store.context()
     arrays = {}
     for part in ("params", "optimizer"):
@@ -149,10 +149,10 @@ def _missing(path: Path) -> list[str]:
 
 
 def _check_shapes(
-    report: Report, part: str, arrays: dict[str, ts.TensorStore], resolved: checkpoint.Resolved
+    report: Report, part: str, arrays: dict[str, ts.TensorStore], resolved: Resolved
 ) -> None:
     """Parameters are the config's; moments, whose names end with a parameter's, have its shape."""
-    rows = stored_arrays.shapes(resolved.model, checkpoint.specs(resolved))
+    rows = stored_arrays.shapes(resolved.model, resolved.specs)
     if part == "params":
         for name in [*(rows.keys() - arrays.keys()), *(arrays.keys() - rows.keys())]:
             report.problems.append(
@@ -175,7 +175,7 @@ def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
     said["the folder's name"] = int(path.name) if path.name.isdecimal() else None
     found = {"model": metadata["model"]}
     try:
-        found["data"] = source.read_json(path / "data" / "metadata")
+        found["data"] = storage.read_json(path / "data" / "metadata")
         if "step" in found["data"]:
             said["data/metadata"] = found["data"]["step"]
     except ValueError as error:

@@ -13,8 +13,8 @@ from configs.models.architecture import ModelConfig
 from partitioning import mesh as mesh_lib
 from partitioning import rules, sharding
 from qwen_jax.analysis import quantisation
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+from qwen_jax.checkpoint import load
+from qwen_jax.checkpoint.quantised import quantised_params
 from qwen_jax.decode import weights
 from qwen_jax.model import transformer
 from qwen_jax.quant import array
@@ -49,11 +49,11 @@ def tokens(cfg: ModelConfig, params: dict, layout: sharding.Layout | None) -> li
 @pytest.mark.parametrize(
     ("cfg", "mesh", "settings"),
     [
-        (DENSE, "fsdp=1,tensor=4", quantised_parameters.Settings(weights="int4", group_size=32)),
+        (DENSE, "fsdp=1,tensor=4", quantised_params.Settings(weights="int4", group_size=32)),
         pytest.param(
             SPARSE,
             "fsdp=1,expert=2,tensor=2",
-            quantised_parameters.Settings(),
+            quantised_params.Settings(),
             marks=pytest.mark.slow,
         ),
     ],
@@ -61,7 +61,7 @@ def tokens(cfg: ModelConfig, params: dict, layout: sharding.Layout | None) -> li
 def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
     quantisation.save(
         cfg,
-        quantised_parameters.quantise(cfg, drawn(cfg), settings),
+        quantised_params.quantise(cfg, drawn(cfg), settings),
         tmp_path / "c",
         assets=None,
         source={},
@@ -70,12 +70,12 @@ def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
     devices = jax.devices()[: config.expert * config.tensor]
     layout = sharding.Layout(mesh_lib.make(config, devices=devices), rules.rule_set("engine"))
     placed = sharding.shardings(transformer.axes(cfg), layout)
-    sharded = checkpoint.load_params(tmp_path / "c", shardings=placed)
+    sharded = load.load_params(tmp_path / "c", shardings=placed)
     o = sharded["layers"]["attention"]["o"]["kernel"]
     assert o.values.sharding.spec == PartitionSpec(None, "tensor", None)
     over = "tensor" if o.num_groups > 1 else None
     assert o.scales.sharding.spec == PartitionSpec(None, over, None)
-    whole = checkpoint.load_params(tmp_path / "c")
+    whole = load.load_params(tmp_path / "c")
     form = weights.best_form(layout, params=sharded)
     assert form == "fused"
     assert tokens(cfg, sharded, layout) == tokens(cfg, whole, None)
@@ -85,10 +85,10 @@ def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
 
 
 def test_a_cut_group_is_refused(tmp_path):
-    settings = quantised_parameters.Settings(weights="int4", group_size=64)
+    settings = quantised_params.Settings(weights="int4", group_size=64)
     quantisation.save(
         DENSE,
-        quantised_parameters.quantise(DENSE, drawn(DENSE), settings),
+        quantised_params.quantise(DENSE, drawn(DENSE), settings),
         tmp_path / "c",
         assets=None,
         source={},
@@ -98,7 +98,7 @@ def test_a_cut_group_is_refused(tmp_path):
     )
     placed = sharding.shardings(transformer.axes(DENSE), layout)
     with pytest.raises(ValueError, match=r"attention.o.kernel: mesh axis tensor=4 would cut"):
-        checkpoint.load_params(tmp_path / "c", shardings=placed)
+        load.load_params(tmp_path / "c", shardings=placed)
     assert array.is_quantised(
-        checkpoint.load_params(tmp_path / "c")["layers"]["attention"]["o"]["kernel"]
+        load.load_params(tmp_path / "c")["layers"]["attention"]["o"]["kernel"]
     )

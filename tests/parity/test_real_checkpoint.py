@@ -19,7 +19,7 @@ import transformers
 
 from configs.models import huggingface
 from configs.models.architecture import ModelConfig
-from qwen_jax.checkpoint.huggingface import loader
+from qwen_jax.checkpoint import load
 from qwen_jax.model import transformer
 from qwen_jax.text.chat import encoding as chat
 from qwen_jax.text.tokenizer import tokenizer
@@ -73,7 +73,7 @@ def cfg(folder) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def params(folder) -> dict:
-    return loader.load_huggingface(folder, dtype="float32")
+    return load.load_params(folder, dtype="float32")
 
 
 def _text() -> str:

@@ -9,8 +9,7 @@ import pytest
 from configs.data import DataConfig
 from configs.train import CheckpointConfig
 from qwen_jax import storage
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import verify
+from qwen_jax.checkpoint import load, resolve, verify
 from qwen_jax.text.tokenizer import tokenizer
 from tests.train import bucket, processes
 
@@ -46,19 +45,19 @@ def test_a_run_in_a_bucket(standin, tmp_path, helpers):
     # What a save that was killed leaves: all there may be, but not the file that says so.
     (output / "checkpoints" / "8" / "commit_success.txt").unlink()
     assert "lacks commit_success.txt" in verify.steps(output)[-1].state
-    assert checkpoint.resolve(output).step == 6
+    assert resolve.resolve(output).step == 6
     assert helpers.run(remote).train["loss"] == expected.train["loss"]
     assert problems(output) == []
     jax.tree.map(
         np.testing.assert_array_equal,
-        checkpoint.load_params(output),
-        checkpoint.load_params(tmp_path),
+        load.load_params(output),
+        load.load_params(tmp_path),
     )
     storage.copy_tree(output, tmp_path / "copy")
     assert processes.metrics(tmp_path / "copy") == processes.metrics(tmp_path)
     assert problems(tmp_path / "copy") == []
 
-    values = np.asarray(checkpoint.load_params(output)["embed"]["weight"]).tobytes()
+    values = np.asarray(load.load_params(output)["embed"]["weight"]).tobytes()
     damaged = next(
         file
         for file in storage.files(output / "checkpoints" / "8" / "params")
@@ -74,7 +73,7 @@ def test_a_run_in_a_bucket(standin, tmp_path, helpers):
 def test_what_is_not_there(standin):
     empty = storage.folder(f"{standin}/empty")
     with pytest.raises(ValueError, match="gs://bucket/empty is not a folder"):
-        checkpoint.resolve(empty)
+        resolve.resolve(empty)
     with pytest.raises(ValueError, match="gs://bucket/empty is no training run"):
         verify.steps(empty)
 

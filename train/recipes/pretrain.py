@@ -14,7 +14,8 @@ from partitioning import mesh, rules
 from partitioning.processes import cluster
 from partitioning.sharding import Layout
 from qwen_jax import storage
-from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import load, resolve
+from qwen_jax.checkpoint.resolve import Resolved
 from qwen_jax.text.tokenizer import tokenizer
 from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 from train import executables
@@ -35,7 +36,8 @@ def run(config: TrainConfig) -> loop.Result:
     output that do not fit, and what `loop.run` raises.
     """
     recipes.check_complete(config)
-    cfg = model_of(config)
+    initial = resolve.resolve(config.init_from) if config.init_from else None
+    cfg = model_of(config, initial)
     layout = Layout(mesh.make(config.mesh), rules.rule_set("train", kv_heads=config.mesh.kv_heads))
     program = step_lib.make(cfg, config, layout)
     if config.executables:
@@ -62,33 +64,33 @@ def run(config: TrainConfig) -> loop.Result:
         run_settings.claim(output, config, cfg)
         cluster.agree({"data.tokenizer": words.fingerprint})
         if jax.process_index() == 0:
-            _keep_assets(output / ASSETS, config, words)
+            _keep_assets(output / ASSETS, config, words, initial)
     inputs = loop.Inputs(
         source=source,
-        start=lambda: _start(config, cfg, program),
+        start=lambda: _start(config, cfg, program, initial),
         held_out=held_out if splits.evaluation else None,
         merge_states=pipeline.merge_states,
     )
     return loop.run(cfg, config, program, inputs)
 
 
-def model_of(config: TrainConfig) -> ModelConfig:
-    """The model that a run trains.
+def model_of(config: TrainConfig, initial: Resolved | None) -> ModelConfig:
+    """The model that a run trains; `initial` is the checkpoint that it starts from.
 
     A checkpoint's own config wins over a preset's name, since presets and checkpoints differ; a
     whole config in `config.model` (a longer context, say) wins over both, if the shapes are equal.
     `config.experts` then says how its experts are trained.
     """
-    return config.experts.apply(_model_of(config))
+    return config.experts.apply(_model_of(config, initial))
 
 
-def _model_of(config: TrainConfig) -> ModelConfig:
+def _model_of(config: TrainConfig, initial: Resolved | None) -> ModelConfig:
     if isinstance(config.model, ModelConfig):
-        if config.init_from:
-            checkpoint.check_same_model(checkpoint.resolve(config.init_from), config.model)
+        if initial is not None:
+            resolve.check_same_model(initial, config.model)
         return config.model
-    if config.init_from:
-        return checkpoint.resolve(config.init_from).model
+    if initial is not None:
+        return initial.model
     return presets.preset(config.model)
 
 
@@ -107,17 +109,20 @@ def end_of_document_id(words: Tokenizer) -> int:
     )
 
 
-def _start(config: TrainConfig, cfg: ModelConfig, program: Program) -> State:
-    if not config.init_from:
+def _start(
+    config: TrainConfig, cfg: ModelConfig, program: Program, initial: Resolved | None
+) -> State:
+    if initial is None:
         return program.init(jax.random.key(config.seed))
     where = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    found = checkpoint.resolve(config.init_from)
-    checkpoint.check_plain(found, what="train")
-    params = checkpoint.load_params(found, shardings=where, dtype="float32", model=cfg)
+    resolve.check_not_quantised(initial, remedy="train")
+    params = load.load(initial, shardings=where, dtype="float32", model=cfg)
     return program.adopt(params)
 
 
-def _keep_assets(folder: Path, config: TrainConfig, words: Tokenizer) -> None:
+def _keep_assets(
+    folder: Path, config: TrainConfig, words: Tokenizer, initial: Resolved | None
+) -> None:
     """The tokenizer, and the model's own config.json, beside what is trained with them.
 
     Raises `ValueError` if the run was started with another tokenizer.
@@ -130,7 +135,7 @@ def _keep_assets(folder: Path, config: TrainConfig, words: Tokenizer) -> None:
                 f"which is in {folder}; use that one, or choose another output"
             )
         return
-    assets = checkpoint.resolve(config.init_from).assets if config.init_from else None
+    assets = None if initial is None else initial.assets
     with tempfile.TemporaryDirectory() as made:
         words.save(made)
         for name in ("config.json", "generation_config.json"):

@@ -20,10 +20,11 @@ import numpy as np
 import tensorstore as ts
 
 from configs.models import huggingface
-from qwen_jax.checkpoint import block_plan, tensor_table
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint.huggingface import loader, source
-from qwen_jax.checkpoint.native import store
+from qwen_jax import storage
+from qwen_jax.checkpoint import block_plan, dtypes, resolve, tensor_table
+from qwen_jax.checkpoint.huggingface import source
+from qwen_jax.checkpoint.native import reader, store
+from qwen_jax.checkpoint.resolve import Resolved
 
 _MARKER = "export.json"
 _SAFETENSORS_NAMES = {name: short for short, name in source.SAFETENSORS_NAMES.items()}
@@ -75,13 +76,13 @@ def export_checkpoint(
     `hf_dir` in the way or too small a `max_memory` (naming the least); `OSError` for a full disk.
     """
     hf_dir = Path(hf_dir)
-    resolved = checkpoint.resolve(path)
+    resolved = resolve.resolve(path)
     if resolved.kind == "huggingface":
         raise ValueError(f"{path} is a Hugging Face folder already")
     if hf_dir.exists():
         raise ValueError(f"{hf_dir} exists already; delete it, or choose another place")
     if dtype is not None:
-        loader.checked_dtype(dtype)
+        dtypes.check_name(dtype)
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be greater than 0")
     if tensor_table.has_router_bias(resolved.model):
@@ -91,13 +92,13 @@ def export_checkpoint(
             f"without them other experts would be chosen. It runs here as it is; to export a "
             f"model, train it with experts.bias_update_rate left out"
         )
-    checkpoint.check_plain(resolved, what="export")
-    arrays = checkpoint.open_arrays(resolved, store.context())
-    dtypes = {p: source.DTYPES[dtype or array.dtype.name] for p, array in arrays.items()}
-    slots = _lay_out(resolved, dtypes, max_shard_bytes=max_shard_bytes)
+    resolve.check_not_quantised(resolved, remedy="export")
+    arrays = reader.open_arrays(resolved.folder, resolved.model, resolved.specs)
+    written_dtypes = {p: dtypes.DTYPES[dtype or array.dtype.name] for p, array in arrays.items()}
+    slots = _lay_out(resolved, written_dtypes, max_shard_bytes=max_shard_bytes)
     params = _choose_grids(resolved, arrays, max_memory=max_memory)
     planned = block_plan.Plan(
-        source=resolved.path,
+        source=resolved.folder,
         target=hf_dir,
         model=resolved.model,
         num_tensors=len(slots),
@@ -120,7 +121,7 @@ def export_checkpoint(
     return planned
 
 
-def _tensor_names(resolved: checkpoint.Resolved) -> dict[str, tensor_table.Row]:
+def _tensor_names(resolved: Resolved) -> dict[str, tensor_table.Row]:
     """Hugging Face's order: embedding, layer by layer, norm, projection."""
     model = resolved.model
     by_layer: dict[int, dict[str, tensor_table.Row]] = {
@@ -141,14 +142,14 @@ def _tensor_names(resolved: checkpoint.Resolved) -> dict[str, tensor_table.Row]:
 
 
 def _lay_out(
-    resolved: checkpoint.Resolved, dtypes: dict[str, np.dtype], *, max_shard_bytes: int
+    resolved: Resolved, written_dtypes: dict[str, np.dtype], *, max_shard_bytes: int
 ) -> dict[str, Slot]:
     """Every tensor's place: greedy shards, in order."""
     shards: list[dict[str, tuple[tensor_table.Row, int]]] = [{}]
     filled = 0
     for name, row in _tensor_names(resolved).items():
         shape = tensor_table.hf_shape(row, resolved.model)
-        nbytes = math.prod(shape) * dtypes[row.path].itemsize
+        nbytes = math.prod(shape) * written_dtypes[row.path].itemsize
         if filled and filled + nbytes > max_shard_bytes:
             shards.append({})
             filled = 0
@@ -162,14 +163,14 @@ def _lay_out(
             slots[name] = Slot(
                 file="model.safetensors" if single else file,
                 offset=offset,
-                dtype=dtypes[row.path],
+                dtype=written_dtypes[row.path],
                 shape=tensor_table.hf_shape(row, resolved.model),
             )
     return slots
 
 
 def _choose_grids(
-    resolved: checkpoint.Resolved, arrays: dict[str, ts.TensorStore], *, max_memory: int | None
+    resolved: Resolved, arrays: dict[str, ts.TensorStore], *, max_memory: int | None
 ) -> list[Stored]:
     smallest = max(_bytes(array.chunk_layout.read_chunk.shape, array) for array in arrays.values())
     block = block_plan.BLOCK_BYTES
@@ -273,7 +274,7 @@ def _fill(
     partial: Path,
     slots: dict[str, Slot],
     params: list[Stored],
-    resolved: checkpoint.Resolved,
+    resolved: Resolved,
     planned: block_plan.Plan,
     *,
     on_progress: block_plan.Progress | None,
@@ -306,8 +307,8 @@ def _fill(
 
 
 def _converted(part: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    source.check_finite(part, name)
-    return part if part.dtype == dtype else loader.convert_dtype(part, dtype, name)
+    dtypes.check_finite(part, name)
+    return part if part.dtype == dtype else dtypes.convert(part, dtype, name)
 
 
 def _write(
@@ -339,9 +340,7 @@ def _write(
     )
 
 
-def _commit(
-    partial: Path, hf_dir: Path, slots: dict[str, Slot], resolved: checkpoint.Resolved
-) -> None:
+def _commit(partial: Path, hf_dir: Path, slots: dict[str, Slot], resolved: Resolved) -> None:
     """Writes index and side files, makes all durable, and moves the folder into place."""
     files = list(_by_file(slots))
     if len(files) > 1:
@@ -355,7 +354,7 @@ def _commit(
             if path.is_file():
                 shutil.copyfile(path, partial / path.name)
         if (resolved.assets / "config.json").exists():
-            base = source.read_json(resolved.assets / "config.json")
+            base = storage.read_json(resolved.assets / "config.json")
     written = slots[tensor_table.EMBED.hf].dtype.name
     config = huggingface.write_model(resolved.model, base=base, dtype=written)
     if config != base:

@@ -11,9 +11,7 @@ itself is the journal: what it names was written completely, so a later run goes
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
 import threading
@@ -25,12 +23,10 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from configs import schema
-from configs.models import huggingface
-from qwen_jax.checkpoint import block_plan, tensor_table
-from qwen_jax.checkpoint.huggingface import source
+from qwen_jax import storage
+from qwen_jax.checkpoint import block_plan, dtypes, resolve, tensor_table
+from qwen_jax.checkpoint.huggingface import quantised_importer, source
 from qwen_jax.checkpoint.native import store, writer
-from qwen_jax.checkpoint.quantised import gptq_awq, stored_arrays
 
 _JOURNAL = "import.json"
 
@@ -53,10 +49,11 @@ def import_checkpoint(
     `max_memory`, or an `out` in the way; `OSError` when the disk is full: run again after.
     """
     out = Path(out)
-    opened = source.open_source(hf_dir)
-    _check_assets(opened)
+    resolved = resolve.resolve_huggingface(hf_dir)
+    opened = source.open_source(resolved)
+    _ = resolved.generation_config  # raises for what it asks and is not supported
     if opened.quantisation is not None:
-        return _import_packed(
+        return quantised_importer.import_opened(
             opened, out, max_memory=max_memory, on_plan=on_plan, on_progress=on_progress
         )
     partial = out.with_name(out.name + ".partial")
@@ -114,7 +111,7 @@ def _lock(partial: Path) -> Iterator[None]:
 
 def _fingerprint(opened: source.Source) -> dict:
     """What tells one set of source files from another without reading them."""
-    config = json.dumps(opened.config, sort_keys=True).encode()
+    config = json.dumps(opened.resolved.config, sort_keys=True).encode()
     stats = {path.name: path.stat() for path in opened.files}
     return {
         "config_sha256": hashlib.sha256(config).hexdigest(),
@@ -128,7 +125,7 @@ def _finished(out: Path, journal: dict) -> bool:
         return False
     path = out / _JOURNAL
     if path.exists():
-        written = source.read_json(path)
+        written = storage.read_json(path)
         if written.get("source") == journal["source"]:
             path.unlink()
             return True
@@ -146,7 +143,7 @@ def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
         block_bytes = block_plan.choose_block_bytes(max_memory)
         store.write_json(path, {**journal, "block_bytes": block_bytes, "boot_id": boot_id})
         return block_bytes
-    earlier = source.read_json(path)
+    earlier = storage.read_json(path)
     if any(earlier.get(key) != value for key, value in journal.items()):
         raise ValueError(
             f"{partial} is an unfinished import of other files; delete it to start again"
@@ -208,18 +205,12 @@ def _check_space(partial: Path, planned: block_plan.Plan) -> None:
         )
 
 
-def _check_assets(opened: source.Source) -> None:
-    path = opened.folder / "generation_config.json"
-    if path.exists():
-        huggingface.read_generation(source.read_json(path))
-
-
 def _check_tied(opened: source.Source, *, block_bytes: int) -> None:
     """A stored copy of the tied projection must equal the embedding, for it is not kept."""
     name, embed = tensor_table.LM_HEAD.hf, tensor_table.EMBED.hf
     if not opened.model.tie_word_embeddings or name not in opened.tensors:
         return
-    row_bytes = opened.model.hidden_size * source.DTYPES[opened.tensors[embed].dtype].itemsize
+    row_bytes = opened.model.hidden_size * dtypes.DTYPES[opened.tensors[embed].dtype].itemsize
     step = max(1, block_bytes // row_bytes)
     for start in range(0, opened.model.vocab_size, step):
         slices = (slice(start, min(start + step, opened.model.vocab_size)), slice(None))
@@ -251,7 +242,7 @@ def _write_arrays(
         nbytes = block_plan.block_bytes(stored, block)
         if getattr(buffers, "bytes", np.empty(0)).size < nbytes:
             buffers.bytes = np.empty(nbytes, np.uint8)
-        data = _read_block(opened, stored, block, buffers.bytes[:nbytes])
+        data = source.read_block(opened, stored, block, buffers.bytes[:nbytes])
         write = array[block.index(stored.row)].write(data)
         with store.write_errors():
             write.copy.result()
@@ -285,23 +276,6 @@ def _write_arrays(
                     future.result()[0].exception()
 
 
-def _read_block(
-    opened: source.Source, stored: block_plan.Array, block: block_plan.Block, buffer: np.ndarray
-) -> np.ndarray:
-    """The block of every tensor in it, in our layout, in the bytes of `buffer`."""
-    row, size = stored.row, tensor_table.sizes(opened.model)
-    shape = [part.stop - part.start for part in block.index(row)]
-    data = buffer.view(stored.dtype).reshape(shape)
-    for offset in itertools.product(*(range(len(part)) for part in block.stack)):
-        place = tuple(part[i] for part, i in zip(block.stack, offset, strict=True))
-        name = tensor_table.hf_name(row, opened.model, place)
-        view = tensor_table.read_region(
-            row, block.region, size, lambda slices, name=name: source.read(opened, name, slices)
-        )
-        tensor_table.copy_blocked(view, data[offset])
-    return data
-
-
 def _commit(
     opened: source.Source, partial: Path, out: Path, arrays: list[block_plan.Array]
 ) -> None:
@@ -316,88 +290,9 @@ def _commit(
     writer.copy_assets(opened.folder, partial / "assets")
     # Export needs to know what is not in the parameters to give back the files as they were.
     stored_twice = opened.model.tie_word_embeddings and tensor_table.LM_HEAD.hf in opened.tensors
-    origin = {"kind": opened.kind, "stores_tied_lm_head": stored_twice}
+    origin = {"kind": opened.resolved.weights.format, "stores_tied_lm_head": stored_twice}
     store.write_json(partial / "model" / "metadata", store.metadata(opened.model, source=origin))
     store.sync_tree(partial)
     partial.rename(out)
     store.sync(out.parent)
     (out / _JOURNAL).unlink()
-
-
-def _import_packed(
-    opened: source.Source,
-    out: Path,
-    *,
-    max_memory: int | None,
-    on_plan: Callable[[block_plan.Plan], None] | None,
-    on_progress: block_plan.Progress | None,
-) -> block_plan.Plan:
-    """The import of a GPTQ or AWQ checkpoint: of quantised kernels, one tensor at a time."""
-    specs = gptq_awq.specs(opened)
-    arrays: list[block_plan.Array | writer.Array] = []
-    kernels: dict[str, dict[str, writer.Array]] = {}
-    for row in tensor_table.rows(opened.model):
-        if row.path not in specs:
-            arrays.append(block_plan.array(row, opened.model, source.row_dtype(opened, row)))
-            continue
-        spec = specs[row.path]
-        dtypes = gptq_awq.piece_dtypes(opened, row, spec)
-        kernels[row.path] = {
-            name: writer.Array(
-                path=f"{row.path}.{name}",
-                shape=shape,
-                dtype=dtypes[name],
-                num_stacked=len(row.stack),
-            )
-            for name, shape in stored_arrays.pieces(row, opened.model, spec).items()
-        }
-        arrays += kernels[row.path].values()
-
-    def blocks() -> writer.Blocks:
-        for row in tensor_table.rows(opened.model):
-            if row.path in specs:
-                for place in itertools.product(
-                    *map(range, tensor_table.stack_shape(row, opened.model))
-                ):
-                    read = gptq_awq.read(opened, row, specs[row.path], place)
-                    for name, values in read.items():
-                        yield kernels[row.path][name], place, values
-                continue
-            stored = next(a for a in arrays if a.path == row.path)
-            for block in block_plan.blocks(stored, opened.model):
-                buffer = np.empty(block_plan.block_bytes(stored, block), np.uint8)
-                yield stored, block.index(row), _read_block(opened, stored, block, buffer)
-
-    # Of a kernel: its file's pages, its values a byte each (twice), and what is being written.
-    largest = max(math.prod(a.shape[a.num_stacked :]) for k in kernels.values() for a in k.values())
-    peak = block_plan.peak_bytes(max(block_plan.BLOCK_BYTES // 2, largest // 2))
-    if max_memory is not None and peak > max_memory:
-        raise ValueError(
-            f"max_memory={max_memory / block_plan.MIB:.0f} MiB is too little; this import of "
-            f"quantised kernels needs at least {math.ceil(peak / block_plan.MIB)} MiB"
-        )
-    planned = block_plan.Plan(
-        source=opened.folder,
-        target=out,
-        model=opened.model,
-        num_tensors=len(opened.tensors) + len(opened.packed),
-        total_bytes=sum(stored.nbytes for stored in arrays),
-        done_bytes=0,
-        block_bytes=largest,
-        peak_bytes=peak,
-        max_memory=max_memory,
-    )
-    if on_plan:
-        on_plan(planned)
-    settings = schema.to_dict(opened.quantisation)
-    writer.write(
-        out,
-        opened.model,
-        arrays,
-        blocks(),
-        assets=opened.folder,
-        on_progress=on_progress,
-        source={"kind": opened.kind, "quantisation": settings},
-        **{stored_arrays.METADATA_KEY: stored_arrays.to_json(specs)},
-    )
-    return planned

@@ -6,39 +6,32 @@ mapping, because its own are copies, a third of the time of an import. Torch is 
 pytorch_model.bin only.
 """
 
+import itertools
 import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
-from configs.models import huggingface, huggingface_quantised
 from configs.models.architecture import ModelConfig, QuantisationConfig
-from qwen_jax.checkpoint import tensor_table
+from qwen_jax import storage
+from qwen_jax.checkpoint import block_plan, dtypes, tensor_table
+from qwen_jax.checkpoint.resolve import Resolved
 
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
-_PACKED_DTYPES = {**DTYPES, "I32": np.dtype(np.int32)}
+_PACKED_DTYPES = {**dtypes.DTYPES, "I32": np.dtype(np.int32)}
 _PIECES = (".qweight", ".qzeros", ".scales", ".g_idx")  # of a quantised kernel
 SAFETENSORS_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-# What the largest finite number's bits are below, for the signed and the unsigned reading.
-_NON_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
     file: Path
-    dtype: str  # a key of DTYPES, or the file's own name of one that is not supported
+    dtype: str  # a key of `dtypes.DTYPES`, or the file's own name of one that is not supported
     shape: tuple[int, ...]
     offset: int = 0  # bytes into a safetensors file
 
@@ -47,13 +40,18 @@ class Tensor:
 class Source:
     """An opened Hugging Face folder whose tensors are those of `model`."""
 
-    folder: Path
-    kind: Literal["safetensors", "torch"]
-    config: dict  # the parsed config.json
-    model: ModelConfig
+    resolved: Resolved
+    model: ModelConfig  # the folder's, unless its experts are padded
     tensors: Mapping[str, Tensor]
-    quantisation: QuantisationConfig | None = None
-    packed: Mapping[str, Tensor] = field(default_factory=dict)  # pieces of quantised kernels
+    packed: Mapping[str, Tensor] = field(default_factory=dict)  # arrays of quantised kernels
+
+    @property
+    def folder(self) -> Path:
+        return self.resolved.folder
+
+    @property
+    def quantisation(self) -> QuantisationConfig | None:
+        return self.resolved.quantisation
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -61,87 +59,22 @@ class Source:
         return tuple(sorted({tensor.file for tensor in found}))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises `ValueError` naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values
+def open_source(resolved: Resolved) -> Source:
+    """The tensors of a Hugging Face folder, found by reading the headers of its files only.
 
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-_LAYOUTS = (
-    ("safetensors", "model.safetensors"),
-    ("torch", "pytorch_model.bin"),
-)
-
-
-def weight_files(folder: Path) -> tuple[Literal["safetensors", "torch"], Path] | None:
-    """The kind and the file (or index file) of the weights in `folder`; None if there are none.
-
-    Safetensors are taken where both kinds are there. Raises `ValueError` where one kind is there
-    both whole and in shards.
+    Raises `ValueError` naming what is wrong: the file, or the tensors that are missing, extra,
+    misshapen, truncated or of an unsupported dtype.
     """
-    for kind, name in _LAYOUTS:
-        found = [p for p in (folder / name, folder / f"{name}.index.json") if p.is_file()]
-        if len(found) == 2:
-            raise ValueError(
-                f"{folder} has both {name} and {name}.index.json; remove the stale one"
-            )
-        if found:
-            return kind, found[0]
-    return None
-
-
-def open_source(folder: Path | str) -> Source:
-    """Opens `folder`, reading headers only.
-
-    Raises `ValueError` naming what is wrong: the config key, the file, or the tensors that are
-    missing, extra, misshapen, truncated or of an unsupported dtype.
-    """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    model = huggingface.read_model(config, name=folder.resolve().name)
-    found = weight_files(folder)
-    if found is None:
-        raise ValueError(
-            f"{folder} has no weights: none of model.safetensors, model.safetensors.index.json, "
-            f"pytorch_model.bin, pytorch_model.bin.index.json"
-        )
-    kind, path = found
-    header = _safetensors_header if kind == "safetensors" else _torch_header
-    tensors = _indexed(path, header) if path.name.endswith(".index.json") else header(path)
-    quantisation, packed = huggingface_quantised.read(config), {}
-    if quantisation is not None:
-        if kind != "safetensors":
-            raise ValueError(f"{path} is quantised; use the checkpoint in safetensors")
+    folder, model, weights = resolved.folder, resolved.model, resolved.weights
+    header = _safetensors_header if weights.format == "safetensors" else _torch_header
+    tensors = _indexed(weights.path, header) if weights.is_index else header(weights.path)
+    packed = {}
+    if resolved.quantisation is not None:
+        if weights.format != "safetensors":
+            raise ValueError(f"{weights.path} is quantised; use the checkpoint in safetensors")
         tensors, packed = _split_packed(tensors, model, folder)
     _check(tensors, model, folder, packed=packed)
-    return Source(
-        folder=folder,
-        kind=kind,
-        config=config,
-        model=model,
-        tensors=tensors,
-        quantisation=quantisation,
-        packed=packed,
-    )
-
-
-def is_packed(folder: Path | str) -> bool:
-    """Whether the checkpoint in a Hugging Face folder is quantised."""
-    return huggingface_quantised.read(read_json(Path(folder) / "config.json")) is not None
+    return Source(resolved=resolved, model=model, tensors=tensors, packed=packed)
 
 
 def _split_packed(
@@ -169,7 +102,7 @@ def _split_packed(
 
 def _indexed(index: Path, header) -> dict[str, Tensor]:
     """The tensors of all shards, which must be those that the index names."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = storage.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     names: dict[str, list[str]] = {}
@@ -179,12 +112,17 @@ def _indexed(index: Path, header) -> dict[str, Tensor]:
     for file, expected in names.items():
         path = index.parent / file
         if Path(file).name != file or not path.is_file():
-            raise ValueError(f"{path} is missing; {index.name} says it holds {listed(expected)}")
+            names_lost = tensor_table.first_names(expected)
+            raise ValueError(f"{path} is missing; {index.name} says it holds {names_lost}")
         there = header(path)
         if missing := [name for name in expected if name not in there]:
-            raise ValueError(f"{path} lacks tensors that {index.name} names: {listed(missing)}")
+            raise ValueError(
+                f"{path} lacks tensors that {index.name} names: {tensor_table.first_names(missing)}"
+            )
         if extra := [name for name in there if name not in expected]:
-            raise ValueError(f"{path} has tensors that {index.name} lacks: {listed(extra)}")
+            raise ValueError(
+                f"{path} has tensors that {index.name} lacks: {tensor_table.first_names(extra)}"
+            )
         tensors |= there
     return tensors
 
@@ -223,7 +161,9 @@ def _diagnosis(path: Path) -> str:
         lost = [name for name, e in entries.items() if start + e["data_offsets"][1] > size]
     except (struct.error, ValueError, KeyError, TypeError, OverflowError, MemoryError):
         return f"its header cannot be read ({size} bytes in all); copy the file again"
-    return f"truncated, losing {listed(lost)}; copy the file again" if lost else ""
+    return (
+        f"truncated, losing {tensor_table.first_names(lost)}; copy the file again" if lost else ""
+    )
 
 
 def _load_torch(path: Path) -> dict:
@@ -263,11 +203,15 @@ def _check(
         if f"{name.removesuffix('.weight')}.qweight" not in packed
     }
     if missing := [name for name in expected if name not in tensors]:
-        raise ValueError(f"{folder} lacks tensors that config.json asks for: {listed(missing)}")
+        raise ValueError(
+            f"{folder} lacks tensors that config.json asks for: {tensor_table.first_names(missing)}"
+        )
     # Some writers store the tied projection too; the importer checks that it is the same.
     optional = {tensor_table.LM_HEAD.hf} if model.tie_word_embeddings else set()
     if extra := [name for name in tensors if name not in expected and name not in optional]:
-        raise ValueError(f"{folder} has tensors that the model does not: {listed(extra)}")
+        raise ValueError(
+            f"{folder} has tensors that the model does not: {tensor_table.first_names(extra)}"
+        )
     for name, tensor in tensors.items():
         row = expected.get(name, tensor_table.LM_HEAD)
         shape = tensor_table.hf_shape(row, model)
@@ -275,28 +219,32 @@ def _check(
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; supported are {', '.join(DTYPES)}")
-    dtypes_of: dict[tensor_table.Row, set[str]] = {}
+        if tensor.dtype not in dtypes.DTYPES:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; supported are {', '.join(dtypes.DTYPES)}"
+            )
+    found_dtypes: dict[tensor_table.Row, set[str]] = {}
     for name, row in expected.items():
-        dtypes_of.setdefault(row, set()).add(tensors[name].dtype)
-    for row, dtypes in dtypes_of.items():
-        if len(dtypes) > 1:
-            raise ValueError(f"{row.hf} has several dtypes over its stack: {sorted(dtypes)}")
+        found_dtypes.setdefault(row, set()).add(tensors[name].dtype)
+    for row, names in found_dtypes.items():
+        if len(names) > 1:
+            raise ValueError(f"{row.hf} has several dtypes over its stack: {sorted(names)}")
 
 
 def row_dtype(source: Source, row: tensor_table.Row) -> np.dtype:
     """The dtype of a parameter, the same in its whole stack; float32 where the folder has none."""
     first = tensor_table.hf_name(row, source.model, (0,) * len(row.stack))
-    return DTYPES["float32" if first is None else source.tensors[first].dtype]
+    return dtypes.DTYPES["float32" if first is None else source.tensors[first].dtype]
 
 
 def read(source: Source, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     """A read-only view of a slice of one tensor. Raises `ValueError` if it is not finite."""
     tensor = source.tensors[name]
-    read_kind = _read_safetensors if source.kind == "safetensors" else _read_torch
+    read_kind = (
+        _read_safetensors if source.resolved.weights.format == "safetensors" else _read_torch
+    )
     array = read_kind(tensor, name, slices)
-    check_finite(array, name)
+    dtypes.check_finite(array, name)
     return array
 
 
@@ -304,6 +252,23 @@ def read_packed(source: Source, name: str) -> np.ndarray:
     """A read-only view of one piece of a quantised kernel."""
     tensor = source.packed[name]
     return _read_safetensors(tensor, name, tuple(slice(0, size) for size in tensor.shape))
+
+
+def read_block(
+    opened: Source, stored: block_plan.Array, block: block_plan.Block, buffer: np.ndarray
+) -> np.ndarray:
+    """The block of every tensor in it, in our layout, in the bytes of `buffer`."""
+    row, size = stored.row, tensor_table.sizes(opened.model)
+    shape = [part.stop - part.start for part in block.index(row)]
+    data = buffer.view(stored.dtype).reshape(shape)
+    for offset in itertools.product(*(range(len(part)) for part in block.stack)):
+        place = tuple(part[i] for part, i in zip(block.stack, offset, strict=True))
+        name = tensor_table.hf_name(row, opened.model, place)
+        view = tensor_table.read_region(
+            row, block.region, size, lambda slices, name=name: read(opened, name, slices)
+        )
+        tensor_table.copy_blocked(view, data[offset])
+    return data
 
 
 def _read_safetensors(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndarray:
@@ -330,20 +295,4 @@ def _read_torch(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndar
     block = _load_torch(tensor.file)[name][slices]
     if tensor.dtype == "bfloat16":  # which torch does not give to numpy
         block = block.view(torch.int16)
-    return block.numpy().view(DTYPES[tensor.dtype])
-
-
-def check_finite(array: np.ndarray, name: str) -> None:
-    """Raises `ValueError` naming the tensor if it has NaN or infinite values.
-
-    Reads the bits as integers: every non-finite value is at or above the infinity of its sign.
-    """
-    if not array.size:
-        return
-    infinity = _NON_FINITE[array.dtype.name]
-    bits = 8 * array.itemsize
-    positive = array.view(f"i{array.itemsize}").max() >= infinity
-    negative = array.view(f"u{array.itemsize}").max() >= infinity + (1 << (bits - 1))
-    if positive or negative:
-        finite = np.isfinite(array.astype(np.float32))
-        raise ValueError(f"{name} has {int((~finite).sum())} values that are NaN or infinite")
+    return block.numpy().view(dtypes.DTYPES[tensor.dtype])

@@ -124,10 +124,10 @@ def quantize(
         dtype: Of the arithmetic in which the loss is measured.
     """
     from qwen_jax.analysis import quantisation
-    from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+    from qwen_jax.checkpoint.quantised import quantised_params
     from qwen_jax.cli import conversion_progress
 
-    settings = quantised_parameters.Settings(
+    settings = quantised_params.Settings(
         weights=weights, group_size=group_size, output=output_layer
     )
     with conversion_progress.progress_bar() as bar:

@@ -14,7 +14,7 @@ import pytest
 
 from configs.engine import EngineConfig
 from infer.text import loading
-from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import load
 from tests.infer import whole_forward
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +29,7 @@ def _alone(folder: Path, prompts: list[str]) -> list[str]:
     """Answers of the model without engine, pages and server, one at a time."""
     loaded = dataclasses.replace(
         loading.load_model(folder, dtype="float32"),
-        params=checkpoint.load_params(folder, dtype="float32"),  # not fused
+        params=load.load_params(folder, dtype="float32"),  # not fused
     )
     texts = []
     for prompt in prompts:

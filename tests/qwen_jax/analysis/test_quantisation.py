@@ -13,10 +13,9 @@ from configs.engine import EngineConfig
 from configs.models import qwen2_5, qwen2_moe
 from infer.text import generate, loading
 from qwen_jax.analysis import quantisation
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table
+from qwen_jax.checkpoint import load, tensor_table
 from qwen_jax.checkpoint.huggingface import exporter
-from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+from qwen_jax.checkpoint.quantised import quantised_params
 from qwen_jax.cli import main
 from qwen_jax.model import transformer
 from qwen_jax.quant import array
@@ -66,12 +65,12 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
     [
         (
             ("--weights", "int4", "--group-size", "32"),
-            quantised_parameters.Settings(weights="int4", group_size=32),
+            quantised_params.Settings(weights="int4", group_size=32),
         ),
-        pytest.param((), quantised_parameters.Settings(), marks=pytest.mark.slow),
+        pytest.param((), quantised_params.Settings(), marks=pytest.mark.slow),
         pytest.param(
             ("--weights", "fp8", "--output-layer", "keep"),
-            quantised_parameters.Settings(weights="fp8", output="keep"),
+            quantised_params.Settings(weights="fp8", output="keep"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -87,8 +86,8 @@ def test_the_command(monkeypatch, capsys, tmp_path, plain, flags, settings):
     assert 0 < abs(after - before) < 0.3
     assert run(monkeypatch, capsys, "checkpoint", "verify", out)[0] == 0
 
-    want = quantised_parameters.quantise(CFG, drawn(CFG), settings)
-    got = checkpoint.load_params(out, dtype="float32")
+    want = quantised_params.quantise(CFG, drawn(CFG), settings)
+    got = load.load_params(out, dtype="float32")
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert ours.dtype == theirs.dtype
@@ -108,15 +107,15 @@ def test_the_command(monkeypatch, capsys, tmp_path, plain, flags, settings):
 
 
 def test_experts_are_quantised_and_gates_are_not(tmp_path):
-    params = quantised_parameters.quantise(
-        SPARSE, drawn(SPARSE), quantised_parameters.Settings(weights="int4", group_size=32)
+    params = quantised_params.quantise(
+        SPARSE, drawn(SPARSE), quantised_params.Settings(weights="int4", group_size=32)
     )
     flat = tensor_table.flatten(params)
     kept = {path for path, value in flat.items() if not array.is_quantised(value)}
     assert {"layers.moe.router.kernel", "layers.moe.shared_gate.kernel"} <= kept
     assert flat["layers.moe.experts.down.kernel"].values.dtype == jnp.uint8
     quantisation.save(SPARSE, params, tmp_path / "c", assets=None, source={})
-    again = checkpoint.load_params(tmp_path / "c")
+    again = load.load_params(tmp_path / "c")
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
@@ -129,12 +128,12 @@ def test_what_cannot_be_is_refused(monkeypatch, capsys, tmp_path, plain):
     )  # fmt: skip
     assert code == 2 and "layers.mlp.down.kernel: 96 inputs are no multiple of" in said
     assert not out.exists()
-    quantisation.quantise_checkpoint(plain, out, quantised_parameters.Settings())
+    quantisation.quantise_checkpoint(plain, out, quantised_params.Settings())
     with pytest.raises(ValueError, match="out exists already"):
-        quantisation.quantise_checkpoint(plain, out, quantised_parameters.Settings())
+        quantisation.quantise_checkpoint(plain, out, quantised_params.Settings())
     for act in (
         lambda: quantisation.quantise_checkpoint(
-            out, tmp_path / "again", quantised_parameters.Settings()
+            out, tmp_path / "again", quantised_params.Settings()
         ),
         lambda: exporter.export_checkpoint(out, tmp_path / "hf"),
     ):

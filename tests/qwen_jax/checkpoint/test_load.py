@@ -11,8 +11,7 @@ import pytest
 
 from configs.models import huggingface
 from configs.models.architecture import ModelConfig
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table
+from qwen_jax.checkpoint import load, resolve, tensor_table
 from qwen_jax.checkpoint.native import store
 
 MODEL = ModelConfig(
@@ -57,37 +56,37 @@ def save_run(output, steps=(3, 12)):
 
 def test_native(tmp_path):
     path = save(tmp_path / "c")
-    resolved = checkpoint.resolve(path)
-    assert (resolved.kind, resolved.path, resolved.assets) == ("native", path, None)
+    resolved = resolve.resolve(path)
+    assert (resolved.kind, resolved.folder, resolved.assets) == ("native", path, None)
     assert (resolved.model, resolved.step) == (MODEL, None)
     (path / "assets").mkdir()
-    assert checkpoint.resolve(str(path)).assets == path / "assets"
+    assert resolve.resolve(str(path)).assets == path / "assets"
 
 
 def test_huggingface(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(huggingface.write_model(MODEL)))
     with pytest.raises(ValueError, match="neither safetensors nor"):
-        checkpoint.resolve(tmp_path)
+        resolve.resolve(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    resolved = checkpoint.resolve(tmp_path)
+    resolved = resolve.resolve(tmp_path)
     assert (resolved.kind, resolved.assets) == ("huggingface", tmp_path)
     assert resolved.model == dataclasses.replace(MODEL, name=tmp_path.name)
 
 
 def test_training_run_takes_the_newest_complete_step(tmp_path):
     output = save_run(tmp_path / "run")
-    resolved = checkpoint.resolve(output)
+    resolved = resolve.resolve(output)
     assert (resolved.kind, resolved.step) == ("training", 12)
-    assert resolved.path == output / "checkpoints" / "12"
+    assert resolved.folder == output / "checkpoints" / "12"
     assert resolved.assets == output / "assets"
     (output / "checkpoints" / "12" / "model" / "metadata").unlink()
     (output / "checkpoints" / "40.orbax-checkpoint-tmp").mkdir()
-    assert checkpoint.resolve(output).step == 3
-    step = checkpoint.resolve(output / "checkpoints" / "3")
+    assert resolve.resolve(output).step == 3
+    step = resolve.resolve(output / "checkpoints" / "3")
     assert (step.kind, step.assets) == ("native", output / "assets")
     (output / "checkpoints" / "3" / "params" / "_METADATA").unlink()
     with pytest.raises(ValueError, match="without a complete checkpoint yet"):
-        checkpoint.resolve(output)
+        resolve.resolve(output)
 
 
 @pytest.mark.parametrize(
@@ -101,31 +100,31 @@ def test_training_run_takes_the_newest_complete_step(tmp_path):
 )
 def test_metadata_that_does_not_fit(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
-        checkpoint.resolve(save(tmp_path / "c", values=values))
+        resolve.resolve(save(tmp_path / "c", values=values))
 
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint: it has neither"):
-        checkpoint.resolve(tmp_path)
+        resolve.resolve(tmp_path)
     with pytest.raises(ValueError, match="is not a folder$"):
-        checkpoint.resolve(tmp_path / "nowhere")
+        resolve.resolve(tmp_path / "nowhere")
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(ValueError, match="unfinished import: run it again"):
-        checkpoint.resolve(tmp_path / "out")
+        resolve.resolve(tmp_path / "out")
     (tmp_path / "out.partial" / "import.json").touch()
     with pytest.raises(ValueError, match="unfinished import; run the import again"):
-        checkpoint.resolve(tmp_path / "out.partial")
+        resolve.resolve(tmp_path / "out.partial")
     (tmp_path / "half" / "params").mkdir(parents=True)
     with pytest.raises(ValueError, match="incomplete native checkpoint: params/_METADATA"):
-        checkpoint.resolve(tmp_path / "half")
+        resolve.resolve(tmp_path / "half")
 
 
 def test_params_come_back(tmp_path):
     params = random_params()
     path = save(tmp_path / "c", params)
-    loaded = checkpoint.load_params(path, model=MODEL)
+    loaded = load.load_params(path, model=MODEL)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    half = checkpoint.load_params(checkpoint.resolve(path), dtype="bfloat16")
+    half = load.load(resolve.resolve(path), dtype="bfloat16")
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, params
     )
@@ -139,20 +138,20 @@ def test_checkpoint_of_another_model(tmp_path):
         match=r"another model \(m, not wide\): layers\.mlp\.gate\.kernel \[2, 8, 12\] "
         r"instead of \[2, 8, 16\]",
     ):
-        checkpoint.load_params(path, model=other)
+        load.load_params(path, model=other)
     tied = dataclasses.replace(MODEL, name="tied", tie_word_embeddings=True)
     with pytest.raises(ValueError, match=r"lm_head\.kernel \[8, 24\] instead of \[\]"):
-        checkpoint.load_params(path, model=tied)
+        load.load_params(path, model=tied)
 
 
 def test_parameters_that_do_not_fit_their_own_config(tmp_path):
     params = random_params()
     missing = {k: v for k, v in params.items() if k != "norm"}
     with pytest.raises(ValueError, match=r"lacks norm\.scale"):
-        checkpoint.load_params(save(tmp_path / "missing", missing))
+        load.load_params(save(tmp_path / "missing", missing))
     extra = {**params, "more": {"kernel": jnp.zeros(3)}}
     with pytest.raises(ValueError, match=r"it has also more\.kernel"):
-        checkpoint.load_params(save(tmp_path / "extra", extra))
+        load.load_params(save(tmp_path / "extra", extra))
     wrong = {**params, "norm": {"scale": jnp.zeros(9)}}
     with pytest.raises(ValueError, match=r"norm\.scale has shape \[9\], .* \[8\]"):
-        checkpoint.load_params(save(tmp_path / "wrong", wrong))
+        load.load_params(save(tmp_path / "wrong", wrong))

@@ -16,8 +16,7 @@ from configs.models import huggingface
 from configs.models.architecture import ModelConfig
 from configs.train import CheckpointConfig
 from qwen_jax import cli
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table, verify
+from qwen_jax.checkpoint import load, tensor_table, verify
 from qwen_jax.checkpoint.huggingface import importer
 from train.core import state
 from train.core.step import State
@@ -133,7 +132,7 @@ def test_values_that_are_not_there_cannot_be_loaded(run):
     newest = run / "checkpoints" / "4"
     shutil.rmtree(newest / "params" / "ocdbt.process_0")
     with pytest.raises(ValueError, match=f"{newest} is damaged: .*checkpoint verify"):
-        checkpoint.load_params(run)
+        load.load_params(run)
     gc.collect()
     assert any("cannot be read" in problem for problem in problems(run))
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs.models import qwen2_5, qwen2_moe
 from partitioning import mesh, rules, sharding
-from qwen_jax.checkpoint.quantised import parameters as quantised_parameters
+from qwen_jax.checkpoint.quantised import quantised_params
 from qwen_jax.decode import weights
 from qwen_jax.model import stack, transformer
 from qwen_jax.quant import array
@@ -47,8 +47,8 @@ def test_routers_stay_in_float32():
 @pytest.mark.parametrize("cfg", [SMALL, MIXED], ids=["dense", "experts"])
 def test_words_are_the_fused_matrices(cfg):
     def prepared(form: weights.Form) -> dict:
-        params = quantised_parameters.quantise(
-            cfg, transformer.init(cfg, jax.random.key(0)), quantised_parameters.Settings()
+        params = quantised_params.quantise(
+            cfg, transformer.init(cfg, jax.random.key(0)), quantised_params.Settings()
         )
         return weights.prepare(cfg, params, dtype=jnp.bfloat16, form=form)
 

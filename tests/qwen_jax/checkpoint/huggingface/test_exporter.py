@@ -12,8 +12,8 @@ import transformers
 from safetensors import numpy as safetensors_numpy
 
 from configs.models import huggingface
-from qwen_jax.checkpoint import block_plan
-from qwen_jax.checkpoint.huggingface import exporter, importer, loader
+from qwen_jax.checkpoint import block_plan, load
+from qwen_jax.checkpoint.huggingface import exporter, importer
 from qwen_jax.checkpoint.native import store
 
 
@@ -92,7 +92,7 @@ def test_value_too_large_for_float16(hf, tmp_path):
 def training_run(hf, folder, *, step=7):
     """A training run's output: Orbax chooses chunks (whole stacks) and compresses them."""
     output = folder.parent / "run"
-    params = loader.load_huggingface(folder)
+    params = load.load_params(folder)
     model = huggingface.read_model(json.loads((folder / "config.json").read_text()), name="hf")
     with ocp.CheckpointManager(
         output / "checkpoints", item_names=("params", "optimizer", "model")

@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from configs.models import architecture, huggingface
 from configs.models.architecture import ModelConfig
 from qwen_jax.checkpoint import block_plan, tensor_table
-from qwen_jax.checkpoint.huggingface import importer
+from qwen_jax.checkpoint.huggingface import importer, source
 from qwen_jax.checkpoint.native import store
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -319,7 +319,7 @@ def test_going_on_with_less_memory_says_how_much_it_takes(medium, tmp_path, monk
 
 
 def test_blocks_done_before_are_not_written_again(medium, tmp_path, monkeypatch):
-    real, written = importer._read_block, []
+    real, written = source.read_block, []
 
     def stop_halfway(opened, stored, block, buffer):
         if len(written) == 20:
@@ -328,13 +328,13 @@ def test_blocks_done_before_are_not_written_again(medium, tmp_path, monkeypatch)
         return real(opened, stored, block, buffer)
 
     monkeypatch.setattr(block_plan, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(importer, "_read_block", stop_halfway)
+    monkeypatch.setattr(source, "read_block", stop_halfway)
     with pytest.raises(KeyboardInterrupt):
         importer.import_checkpoint(medium / "hf", tmp_path / "out")
     first, plans = set(written), []
     written.clear()
     monkeypatch.setattr(
-        importer, "_read_block", lambda *a: written.append((a[1].row.path, str(a[2]))) or real(*a)
+        source, "read_block", lambda *a: written.append((a[1].row.path, str(a[2]))) or real(*a)
     )
     importer.import_checkpoint(medium / "hf", tmp_path / "out", on_plan=plans.append)
     assert plans[0].done_bytes > 10 << 20

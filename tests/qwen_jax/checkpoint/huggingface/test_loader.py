@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table
-from qwen_jax.checkpoint.huggingface import importer, loader
+from qwen_jax.checkpoint import load, tensor_table
+from qwen_jax.checkpoint.huggingface import importer
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -20,7 +19,7 @@ EIGHT_DEVICES = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import load, resolve
 from qwen_jax.checkpoint.huggingface import loader
 from qwen_jax.checkpoint import tensor_table
 
@@ -30,7 +29,7 @@ axes = {"D": "fsdp", "F": "tensor", "V": "tensor", "N": "tensor", "K": "tensor",
 specs = {
     row.path: P(*((None,) if row.stack else ()), *(axes[d] if len(row.dims) > 1 else None
                 for d in row.dims))
-    for row in tensor_table.rows(checkpoint.resolve(folder).model)
+    for row in tensor_table.rows(resolve.resolve(folder).model)
 }
 shardings = tensor_table.nest({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
 
@@ -42,10 +41,10 @@ def watched(opened, row, index, dtype, model):
     return part
 loader._read_part = watched
 
-plain = tensor_table.flatten(loader.load_huggingface(folder))
+plain = tensor_table.flatten(load.load_params(folder))
 parts.clear()
-sharded = tensor_table.flatten(loader.load_huggingface(folder, shardings=shardings))
-restored = tensor_table.flatten(checkpoint.load_params(native, shardings=shardings))
+sharded = tensor_table.flatten(load.load_params(folder, shardings=shardings))
+restored = tensor_table.flatten(load.load_params(native, shardings=shardings))
 assert jax.device_count() == 8
 for path, array in plain.items():
     wanted = NamedSharding(mesh, specs[path])
@@ -78,8 +77,8 @@ def test_eight_devices_each_read_their_own_part(hf, tmp_path):
 def test_native_and_huggingface_load_the_same(hf, tmp_path, dtype):
     folder = hf.make(tmp_path / "hf", dtype="float32", tie_word_embeddings=True)
     importer.import_checkpoint(folder, tmp_path / "native")
-    theirs = tensor_table.flatten(checkpoint.load_params(folder, dtype=dtype))
-    ours = tensor_table.flatten(checkpoint.load_params(tmp_path / "native", dtype=dtype))
+    theirs = tensor_table.flatten(load.load_params(folder, dtype=dtype))
+    ours = tensor_table.flatten(load.load_params(tmp_path / "native", dtype=dtype))
     assert "lm_head.kernel" not in ours
     assert ours.keys() == theirs.keys()
     for path, array in theirs.items():
@@ -91,12 +90,12 @@ def test_native_and_huggingface_load_the_same(hf, tmp_path, dtype):
 def test_refusals(hf, tmp_path):
     folder = hf.make(tmp_path / "hf", dtype="float32")
     with pytest.raises(ValueError, match="dtype='int4' is not one of"):
-        loader.load_huggingface(folder, dtype="int4")
+        load.load_params(folder, dtype="int4")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match=r"differ in .*embed\.weight"):
-        loader.load_huggingface(folder, shardings={"norm": {"scale": device}})
+        load.load_params(folder, shardings={"norm": {"scale": device}})
     found = hf.tensors(folder)
     found["model.layers.2.mlp.down_proj.weight"][1, 1] = np.inf
     safetensors_numpy.save_file(found, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.down_proj\.weight has 1 values"):
-        loader.load_huggingface(folder)
+        load.load_params(folder)

@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from configs.models.architecture import ModelConfig, MoEConfig
-from qwen_jax.checkpoint import block_plan, tensor_table
-from qwen_jax.checkpoint import load as checkpoint
+from qwen_jax.checkpoint import block_plan, load, resolve, tensor_table
 from qwen_jax.checkpoint.huggingface import exporter, importer
 from qwen_jax.checkpoint.native import store
 from qwen_jax.model import transformer
@@ -34,7 +33,7 @@ def make(hf, folder: Path, moe: MoEConfig = MOE, *, dtype: str = "bfloat16") -> 
 
 
 def flat(path, **options) -> dict[str, np.ndarray]:
-    params = tensor_table.flatten(checkpoint.load_params(path, **options))
+    params = tensor_table.flatten(load.load_params(path, **options))
     return {name: np.asarray(array) for name, array in params.items()}
 
 
@@ -72,9 +71,9 @@ def test_transformers_loads_an_export(hf, tmp_path):
 def test_padding_is_added_at_load_and_stripped_on_export(hf, tmp_path, kind):
     folder = make(hf, tmp_path / "hf", dtype="float32")
     importer.import_checkpoint(folder, tmp_path / "native")
-    cfg = checkpoint.resolve(folder).model
+    cfg = resolve.resolve(folder).model
     padded = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, pad_experts_to=8))
-    params = checkpoint.load_params(tmp_path / kind, model=padded)
+    params = load.load_params(tmp_path / kind, model=padded)
     plain, held = flat(folder), tensor_table.flatten(params)
     for path, leaf in tensor_table.flatten(transformer.shapes(padded)).items():
         assert held[path].shape == leaf.shape, path
@@ -99,9 +98,9 @@ def save(folder: Path, cfg: ModelConfig, params: dict) -> None:
 
 def test_router_biases_begin_as_zeros_and_are_not_exported(hf, tmp_path):
     folder = make(hf, tmp_path / "hf", dtype="float32")
-    cfg = checkpoint.resolve(folder).model
+    cfg = resolve.resolve(folder).model
     biased = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, bias_update_rate=1e-3))
-    params = checkpoint.load_params(folder, model=biased)
+    params = load.load_params(folder, model=biased)
     bias = params["layers"]["moe"]["router"]["bias"]
     assert bias.shape == (2, 6) and not np.any(bias)
     params["layers"]["moe"]["router"]["bias"] = bias + 0.5
@@ -110,7 +109,7 @@ def test_router_biases_begin_as_zeros_and_are_not_exported(hf, tmp_path):
     with pytest.raises(ValueError, match="router biases .* no place"):
         exporter.export_checkpoint(tmp_path / "biased", tmp_path / "back")
     with pytest.raises(ValueError, match="set experts.bias_update_rate to go on with them"):
-        checkpoint.load_params(tmp_path / "biased", model=cfg)
+        load.load_params(tmp_path / "biased", model=cfg)
     assert not (tmp_path / "back").exists()
 
 

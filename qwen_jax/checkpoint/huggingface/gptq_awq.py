@@ -18,7 +18,7 @@ import itertools
 import numpy as np
 
 from configs.models.architecture import ModelConfig, QuantisationConfig
-from qwen_jax.checkpoint import tensor_table
+from qwen_jax.checkpoint import dtypes, tensor_table
 from qwen_jax.checkpoint.huggingface import source
 from qwen_jax.checkpoint.quantised import stored_arrays
 
@@ -63,18 +63,18 @@ def specs(opened: source.Source) -> dict[str, stored_arrays.Spec]:
 def scale_dtype(opened: source.Source, row: tensor_table.Row) -> np.dtype:
     """The dtype of a parameter's scales."""
     name = _names(row, opened.model)[0]
-    return source.DTYPES[opened.packed[f"{_base(name)}.scales"].dtype]
+    return dtypes.DTYPES[opened.packed[f"{_base(name)}.scales"].dtype]
 
 
 def piece_dtypes(opened: source.Source, row: tensor_table.Row, spec: stored_arrays.Spec) -> dict:
     """The dtype of each of a parameter's pieces by name."""
-    dtypes = {
+    by_name = {
         "values": np.dtype("uint8" if spec.format == "int4" else "int8"),
         "scales": scale_dtype(opened, row),
         "zeros": np.dtype("int8"),
         "order": np.dtype("int32"),
     }
-    return {name: dtypes[name] for name in stored_arrays.pieces(row, opened.model, spec)}
+    return {name: by_name[name] for name in stored_arrays.pieces(row, opened.model, spec)}
 
 
 def read(
@@ -92,8 +92,8 @@ def read(
     }
     name = tensor_table.hf_name(row, model, place)
     if name is None:
-        dtypes = piece_dtypes(opened, row, spec)
-        return {piece: np.zeros(shape, dtypes[piece]) for piece, shape in shapes.items()}
+        zeros = piece_dtypes(opened, row, spec)
+        return {piece: np.zeros(shape, zeros[piece]) for piece, shape in shapes.items()}
     base, half = _base(name), 1 << (settings.bits - 1)
 
     def tensor(piece: str) -> np.ndarray:
@@ -103,7 +103,7 @@ def read(
     values_CO, zeros_SO = unpack(tensor("qweight"), tensor("qzeros"), settings.bits)
     order = _order(opened, base, spec, num_inputs=values_CO.shape[0])
     pieces = {"scales": tensor("scales")}
-    source.check_finite(pieces["scales"], f"{base}.scales")
+    dtypes.check_finite(pieces["scales"], f"{base}.scales")
     if spec.has_order:
         values_CO, pieces["order"] = values_CO[order], order
     if spec.has_zeros:
@@ -170,7 +170,7 @@ def _check(opened: source.Source, row: tensor_table.Row, base: str) -> None:
             raise ValueError(
                 f"{base}.{piece} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        known = tuple(source.DTYPES) if piece == "scales" else ("I32",)
+        known = tuple(dtypes.DTYPES) if piece == "scales" else ("I32",)
         if tensor.dtype not in known:
             raise ValueError(
                 f"{base}.{piece} has dtype {tensor.dtype}; supported: {', '.join(known)}"

@@ -11,8 +11,7 @@ import safetensors.numpy
 
 from configs.models import huggingface
 from configs.models.architecture import ModelConfig, MoEConfig
-from qwen_jax.checkpoint import load as checkpoint
-from qwen_jax.checkpoint import tensor_table, verify
+from qwen_jax.checkpoint import load, tensor_table, verify
 from qwen_jax.checkpoint.huggingface import importer
 from qwen_jax.model import transformer
 from qwen_jax.quant import array
@@ -136,11 +135,11 @@ CASES = {
 def test_values_are_those_of_the_formula(tmp_path, case):
     config, cfg = CASES[case]
     packed, plain = folders(tmp_path, config, cfg)
-    want = checkpoint.load_params(plain)
-    loaded = checkpoint.load_params(packed, dtype="float32")
+    want = load.load_params(plain)
+    loaded = load.load_params(packed, dtype="float32")
     assert assert_equal(loaded, want) == (10 if cfg.moe else 7)
     importer.import_checkpoint(packed, tmp_path / "native")
-    again = checkpoint.load_params(tmp_path / "native", dtype="float32")
+    again = load.load_params(tmp_path / "native", dtype="float32")
     assert jax.tree.structure(again) == jax.tree.structure(loaded)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(loaded), strict=True):
         assert (np.asarray(ours) == np.asarray(theirs)).all()
@@ -153,7 +152,7 @@ def test_logits_are_those_of_the_plain_weights(tmp_path):
     tokens_BT = jnp.arange(12).reshape(2, 6)
 
     def logits(path):
-        params = checkpoint.load_params(path, dtype="float32")
+        params = load.load_params(path, dtype="float32")
         hidden_BTD = transformer.apply(DENSE, params, tokens_BT).hidden_BTD
         return transformer.unembed(DENSE, params, hidden_BTD)
 
