@@ -1,4 +1,4 @@
-"""Hugging Face's config.json and generation_config.json, read and written key by key.
+"""Hugging Face's config.json, read and written key by key.
 
 Every key is honoured, known to be harmless (with the reason), bound to the one value we implement,
 or refused by name. Absent keys take the defaults of transformers' `Qwen2Config`, or where experts
@@ -9,10 +9,8 @@ from typing import Any
 
 from configs import schema
 from configs.models import huggingface_moe, huggingface_quantised
-from configs.models.architecture import DualChunkConfig, GenerationConfig, ModelConfig, YarnConfig
-from configs.models.huggingface_values import means as _means
-from configs.models.huggingface_values import refuse_unknown as _refuse_unknown
-from configs.models.huggingface_values import typed as _typed
+from configs.models.architecture import DualChunkConfig, ModelConfig, YarnConfig
+from configs.models.huggingface_values import means, refuse_unknown, token_id, token_ids, typed
 
 # Keys that do not change what the model computes, and why.
 HARMLESS = {
@@ -79,76 +77,6 @@ _YARN_OPTIONAL = {
     "truncate": bool,
 }
 
-# generation_config.json: fields honoured, with their types.
-_GENERATION_FIELDS: dict[str, type] = {
-    "do_sample": bool,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "max_new_tokens": int,
-}
-# Methods we do not implement, by the values with which they are off. None is always "not set".
-_GENERATION_OFF: dict[str, tuple[Any, ...]] = {
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_lookbehind": (10,),
-    "diversity_penalty": (0,),
-    "early_stopping": (False,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "guidance_scale": (1,),
-    "is_assistant": (False,),
-    "length_penalty": (1,),
-    "max_length": (20,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_assistant_tokens": (20,),
-    "num_assistant_tokens_schedule": ("constant",),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "target_lookbehind": (10,),
-    "token_healing": (False,),
-    "typical_p": (1,),
-    "use_mtp": (False,),
-    **dict.fromkeys(
-        (
-            "assistant_early_exit", "assistant_ensemble_weight", "bad_words_ids",
-            "begin_suppress_tokens", "constraints", "decoder_start_token_id", "dola_layers",
-            "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
-            "forced_eos_token_id", "max_matching_ngram_size", "max_time", "prefill_chunk_size",
-            "prompt_lookup_num_tokens", "sequence_bias", "speculation_type", "stop_strings",
-            "suppress_tokens", "top_h", "watermarking_config",
-        ),
-        (),
-    ),
-}  # fmt: skip
-# Keys that do not change which tokens come out, and why.
-GENERATION_HARMLESS = {
-    "_from_model_config": "where transformers took the values from",
-    "cache_config": "transformers' own cache",
-    "cache_implementation": "transformers' own cache",
-    "compile_config": "transformers' own compilation",
-    "continuous_batching_config": "transformers' own server",
-    "disable_compile": "transformers' own compilation",
-    "low_memory": "how transformers' search methods use memory",
-    "max_cache_len": "transformers' own cache",
-    "output_attentions": "what transformers' generate returns",
-    "output_hidden_states": "what transformers' generate returns",
-    "output_logits": "what transformers' generate returns",
-    "output_scores": "what transformers' generate returns",
-    "return_dict_in_generate": "what transformers' generate returns",
-    "transformers_version": "who wrote the file",
-    "use_cache": "transformers' own decoding; ours always keeps a cache",
-}
-
 
 def _check_kind(values: dict) -> None:
     model_type = values.get("model_type")
@@ -164,7 +92,7 @@ def _check_kind(values: dict) -> None:
             f"model, {wanted}, is"
         )
     for key, (allowed, remedy) in _FIXED.items():
-        if key in values and not _means(values[key], allowed):
+        if key in values and not means(values[key], allowed):
             raise ValueError(f"config.json: {key}={values[key]!r} is not supported: {remedy}")
     layer_types = values.get("layer_types")
     others = sorted(set(layer_types or ()) - {"full_attention"})
@@ -180,28 +108,19 @@ def _check_kind(values: dict) -> None:
         )
 
 
-def _token_ids(key: str, value: Any, *, file: str = "config.json") -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(_typed(key, i, int, file=file) for i in ids)
-
-
-def _token_id(key: str, value: Any, *, file: str = "config.json") -> int | None:
-    return None if value is None else _typed(key, value, int, file=file)
-
-
 def _read_yarn(key: str, rope: dict, *, max_positions: int) -> YarnConfig:
     """Optional values may be null; the original length defaults to max_position_embeddings."""
     if rope.get("factor") is None:
         raise ValueError(f"config.json: {key} of type yarn has no factor")
     original = rope.get("original_max_position_embeddings")
     optional = {
-        name: _typed(f"{key}.{name}", rope[name], kind)
+        name: typed(f"{key}.{name}", rope[name], kind)
         for name, kind in _YARN_OPTIONAL.items()
         if rope.get(name) is not None
     }
     return YarnConfig(
-        factor=_typed(f"{key}.factor", rope["factor"], float),
-        original_max_position_embeddings=_typed(
+        factor=typed(f"{key}.factor", rope["factor"], float),
+        original_max_position_embeddings=typed(
             f"{key}.original_max_position_embeddings",
             max_positions if original is None else original,
             int,
@@ -222,7 +141,7 @@ def _read_rope(values: dict, *, max_positions: int) -> tuple[float, YarnConfig |
         )
     key, rope = next(iter(given.items()), ("rope_parameters", {}))
     thetas = [
-        _typed(name, value, float)
+        typed(name, value, float)
         for name, value in (
             ("rope_theta", values.get("rope_theta")),
             (f"{key}.rope_theta", rope.get("rope_theta")),
@@ -233,7 +152,7 @@ def _read_rope(values: dict, *, max_positions: int) -> tuple[float, YarnConfig |
         raise ValueError(f"config.json: rope_theta={thetas[0]} but {key}.rope_theta={thetas[1]}")
     theta = thetas[0] if thetas else _DEFAULT_THETA
     kinds = {
-        _typed(f"{key}.{name}", rope[name], str)
+        typed(f"{key}.{name}", rope[name], str)
         for name in ("type", "rope_type")
         if rope.get(name) is not None
     }
@@ -242,14 +161,14 @@ def _read_rope(values: dict, *, max_positions: int) -> tuple[float, YarnConfig |
     kind = kinds.pop() if kinds else "default"
     known = {"type", "rope_type", "rope_theta"}
     if kind == "default":
-        _refuse_unknown(rope, known, what=f"config.json {key} of type default")
+        refuse_unknown(rope, known, what=f"config.json {key} of type default")
         return theta, None
     if kind != "yarn":
         raise ValueError(
             f"config.json: {key} of type {kind!r} is not supported; use yarn, default, or null"
         )
     known |= {"factor", "original_max_position_embeddings", *_YARN_OPTIONAL}
-    _refuse_unknown(rope, known, what=f"config.json {key} of type yarn")
+    refuse_unknown(rope, known, what=f"config.json {key} of type yarn")
     return theta, _read_yarn(key, rope, max_positions=max_positions)
 
 
@@ -258,23 +177,23 @@ def _read_dual_chunk(values: dict) -> DualChunkConfig | None:
     if given is None:
         return None
     known = {"chunk_size", "local_size", "original_max_position_embeddings"}
-    _typed("dual_chunk_attention_config", given, dict)
-    _refuse_unknown(given, known, what="config.json dual_chunk_attention_config")
+    typed("dual_chunk_attention_config", given, dict)
+    refuse_unknown(given, known, what="config.json dual_chunk_attention_config")
     missing = sorted(known - set(given))
     if missing:
         raise ValueError(f"config.json: dual_chunk_attention_config has no {', '.join(missing)}")
     return DualChunkConfig(
-        **{k: _typed(f"dual_chunk_attention_config.{k}", given[k], int) for k in sorted(known)}
+        **{k: typed(f"dual_chunk_attention_config.{k}", given[k], int) for k in sorted(known)}
     )
 
 
 def _read_heads(values: dict, *, hidden_size: int, num_heads: int) -> tuple[int, int]:
     """Key-value heads and head size, derived where the file leaves them out."""
     kv_heads = values.get("num_key_value_heads", _DEFAULT_KV_HEADS)
-    kv_heads = num_heads if kv_heads is None else _typed("num_key_value_heads", kv_heads, int)
+    kv_heads = num_heads if kv_heads is None else typed("num_key_value_heads", kv_heads, int)
     head_dim = values.get("head_dim")
     if head_dim is not None:
-        return kv_heads, _typed("head_dim", head_dim, int)
+        return kv_heads, typed("head_dim", head_dim, int)
     if num_heads <= 0 or hidden_size % num_heads:
         raise ValueError(
             f"config.json: hidden_size={hidden_size} is not a multiple of "
@@ -295,10 +214,10 @@ def read_model(values: dict, *, name: str = "huggingface") -> ModelConfig:
         known |= huggingface_moe.KEYS
         values = huggingface_moe.DEFAULTS | values
     _check_kind(values)
-    _refuse_unknown(values, known, what="config.json")
+    refuse_unknown(values, known, what="config.json")
     huggingface_quantised.read(values)  # how the tensors are stored, not what they compute
     fields = {
-        field: _typed(key, values.get(key, default), kind)
+        field: typed(key, values.get(key, default), kind)
         for key, (field, default, kind) in _FIELDS.items()
     }
     theta, scaling = _read_rope(values, max_positions=fields["max_position_embeddings"])
@@ -313,9 +232,9 @@ def read_model(values: dict, *, name: str = "huggingface") -> ModelConfig:
         rope_scaling=scaling,
         dual_chunk_attention=_read_dual_chunk(values),
         moe=huggingface_moe.read(values) if sparse else None,
-        bos_token_id=_token_id("bos_token_id", values.get("bos_token_id")),
-        eos_token_ids=_token_ids("eos_token_id", values.get("eos_token_id")),
-        pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
+        bos_token_id=token_id("bos_token_id", values.get("bos_token_id")),
+        eos_token_ids=token_ids("eos_token_id", values.get("eos_token_id")),
+        pad_token_id=token_id("pad_token_id", values.get("pad_token_id")),
         **fields,
     )
 
@@ -365,35 +284,6 @@ def write_model(model: ModelConfig, *, base: dict | None = None, dtype: str | No
     if dtype is not None and values.get(key) != dtype:
         values[key] = dtype
     return values
-
-
-def read_generation(values: dict) -> GenerationConfig:
-    """The sampling defaults of a parsed generation_config.json; None where it says nothing.
-
-    Raises `ValueError` naming the key for one that is unknown, of the wrong type, or asks for a
-    method that is not implemented.
-    """
-    file = "generation_config.json"
-    ids = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    known = {*_GENERATION_FIELDS, *_GENERATION_OFF, *GENERATION_HARMLESS, *ids}
-    _refuse_unknown(values, known, what=file)
-    for key, off in _GENERATION_OFF.items():
-        value = values.get(key)
-        if value is not None and not _means(value, off):
-            raise ValueError(
-                f"{file}: {key}={value!r} is not supported; remove it"
-                + (f" or set it to {off[0]!r}" if off else "")
-            )
-    return GenerationConfig(
-        bos_token_id=_token_id("bos_token_id", values.get("bos_token_id"), file=file),
-        eos_token_ids=_token_ids("eos_token_id", values.get("eos_token_id"), file=file),
-        pad_token_id=_token_id("pad_token_id", values.get("pad_token_id"), file=file),
-        **{
-            key: _typed(key, values[key], kind, file=file)
-            for key, kind in _GENERATION_FIELDS.items()
-            if values.get(key) is not None
-        },
-    )
 
 
 def write_generation(model: ModelConfig) -> dict:

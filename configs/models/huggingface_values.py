@@ -25,3 +25,12 @@ def refuse_unknown(values: dict, known: set[str], *, what: str) -> None:
             f"{what}: unknown keys {', '.join(unknown)}; they may change what the model computes, "
             f"so they are not ignored. Remove them if you know they do not"
         )
+
+
+def token_ids(key: str, value: Any, *, file: str = "config.json") -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(typed(key, i, int, file=file) for i in ids)
+
+
+def token_id(key: str, value: Any, *, file: str = "config.json") -> int | None:
+    return None if value is None else typed(key, value, int, file=file)

@@ -19,7 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from configs.models import architecture, huggingface, huggingface_quantised
+from configs.models import (
+    architecture,
+    huggingface,
+    huggingface_generation,
+    huggingface_quantised,
+)
 from configs.models.architecture import GenerationConfig, ModelConfig, QuantisationConfig
 from qwen_jax import storage
 from qwen_jax.checkpoint import tensor_table
@@ -84,7 +89,7 @@ class Resolved:
         name = "generation_config.json"
         if name not in self.files:
             return GenerationConfig()
-        return huggingface.read_generation(storage.read_json(self.assets / name))
+        return huggingface_generation.read(storage.read_json(self.assets / name))
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":

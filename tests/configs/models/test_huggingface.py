@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.models import huggingface, qwen2_5
+from configs.models import huggingface, huggingface_generation, qwen2_5
 from configs.models.architecture import GenerationConfig, ModelConfig, YarnConfig
 
 YARN = YarnConfig(factor=4.0, original_max_position_embeddings=32768)
@@ -203,7 +203,7 @@ def test_changed_model_keeps_only_harmless_keys_of_its_base():
 
 
 def test_generation_of_instruct():
-    got = huggingface.read_generation(
+    got = huggingface_generation.read(
         {
             "bos_token_id": 151643,
             "pad_token_id": 151643,
@@ -225,7 +225,7 @@ def test_generation_of_instruct():
 def test_generation_knows_every_key_and_default_of_transformers():
     values = transformers.GenerationConfig().to_dict()
     values |= transformers.GenerationConfig._get_default_generation_params()
-    got = huggingface.read_generation(values)
+    got = huggingface_generation.read(values)
     assert got.temperature == 1.0
     assert got.top_k == 50
     assert got.do_sample is False
@@ -245,10 +245,10 @@ def test_generation_knows_every_key_and_default_of_transformers():
 )
 def test_generation_refusals(values, message):
     with pytest.raises(ValueError, match=message):
-        huggingface.read_generation(values)
+        huggingface_generation.read(values)
 
 
 def test_written_generation_stops_where_the_model_stops():
     model = qwen2_5.instruct("7b")
-    got = huggingface.read_generation(huggingface.write_generation(model))
+    got = huggingface_generation.read(huggingface.write_generation(model))
     assert got.eos_token_ids == model.eos_token_ids

@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from infer.text import loading
+from tests.support import opened_files
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,9 @@ def test_where_programs_are_kept(monkeypatch, tmp_path, backend, before, folder,
         assert jax.config.jax_compilation_cache_dir == (after and after.format(home=tmp_path))
     finally:
         jax.config.update("jax_compilation_cache_dir", was)
+
+
+def test_a_models_config_is_read_once(hf_folder):
+    with opened_files.counted() as opened:
+        loading.load_model(hf_folder, dtype="float32")
+    assert opened[hf_folder.resolve() / "config.json"] == 1

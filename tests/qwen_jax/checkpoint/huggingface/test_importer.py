@@ -1,11 +1,8 @@
-"""Imports: what plain Orbax restores, memory within its bound, and kills at any moment."""
+"""Imports: what plain Orbax restores, refusals, and memory within its bound."""
 
 import json
-import random
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,34 +14,13 @@ from safetensors import numpy as safetensors_numpy
 from configs.models import architecture, huggingface
 from configs.models.architecture import ModelConfig
 from qwen_jax.checkpoint import block_plan, tensor_table
-from qwen_jax.checkpoint.huggingface import importer, source
-from qwen_jax.checkpoint.native import store
-
-ROOT = Path(__file__).resolve().parents[4]
-CHILD = """
-import resource, sys
 from qwen_jax.checkpoint.huggingface import importer
-hf_dir, out, max_memory, file_limit = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-if file_limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-try:
-    planned = importer.import_checkpoint(
-        hf_dir, out, max_memory=max_memory or None,
-        on_progress=lambda done, total, what: print(done, flush=True),
-    )
-except (OSError, ValueError) as error:
-    sys.exit(f"{type(error).__name__}: {error}")
-with open("/proc/self/status") as status:
-    print(next(int(s.split()[1]) * 1024 for s in status if s.startswith("VmHWM")))
-    print(planned.peak_bytes)
-"""
-
-
-def start_import(hf_dir, out, *, max_memory=0, file_limit=0) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(hf_dir), str(out), str(max_memory), str(file_limit)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+from qwen_jax.checkpoint.native import store
+from tests.qwen_jax.checkpoint.huggingface.import_process import (
+    assert_same_params,
+    restored,
+    start_import,
+)
 
 
 def make_zeros(folder: Path, model: ModelConfig, *, dtype="BF16") -> Path:
@@ -61,19 +37,6 @@ def make_zeros(folder: Path, model: ModelConfig, *, dtype="BF16") -> Path:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     return folder
-
-
-def restored(out: Path) -> dict:
-    """The parameters by path, as plain Orbax restores them."""
-    return tensor_table.flatten(ocp.PyTreeCheckpointer().restore(out.resolve() / "params"))
-
-
-def assert_same_params(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for path, array in theirs.items():
-        assert ours[path].dtype == array.dtype, path
-        assert ours[path].shape == array.shape, path
-        assert np.asarray(ours[path]).tobytes() == np.asarray(array).tobytes(), path
 
 
 def expected_params(hf, folder: Path) -> dict:
@@ -253,47 +216,6 @@ def test_disk_known_to_be_too_small(hf, tmp_path, monkeypatch):
     importer.import_checkpoint(folder, tmp_path / "out", max_memory=block_plan.peak_bytes(1 << 20))
 
 
-@pytest.fixture(scope="module")
-def medium(hf, tmp_path_factory):
-    """A folder of some 50 blocks, and its undisturbed import."""
-    folder = tmp_path_factory.mktemp("medium")
-    hf.make(
-        folder / "hf", dtype="float32", vocab_size=8192, hidden_size=256, intermediate_size=1024,
-        num_hidden_layers=6, head_dim=64,
-    )  # fmt: skip
-    importer.import_checkpoint(folder / "hf", folder / "out")
-    return folder
-
-
-SMALL_BLOCKS = 160 << 20  # memory with which blocks are small, so that there are many
-
-
-def test_killed_imports_go_on(medium, tmp_path):
-    chance = random.Random(0)
-    out = tmp_path / "out"
-    finished, kills = False, 0
-    while not finished:
-        child = start_import(medium / "hf", out, max_memory=SMALL_BLOCKS)
-        for _ in range(chance.randint(1, 12)):
-            if not child.stdout.readline():
-                break
-        finished = child.poll() is not None or kills == 6
-        if not finished:
-            child.kill()
-            kills += 1
-        _, errors = child.communicate()
-        assert not errors
-        assert out.exists() == (child.returncode == 0)
-        finished = child.returncode == 0
-    assert kills >= 3
-    assert_same_params(restored(out), restored(medium / "out"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    # What the killed runs were writing has been cleared away: the database names every file.
-    files = set((out / "params").rglob("*"))
-    store.remove_leftovers(out / "params")
-    assert files - set((out / "params").rglob("*")) == {out / "params" / "_METADATA"}
-
-
 def test_leftovers_are_removed_and_nothing_else(hf, tmp_path):
     importer.import_checkpoint(hf.make(tmp_path / "hf"), tmp_path / "out")
     params = tmp_path / "out" / "params"
@@ -306,82 +228,6 @@ def test_leftovers_are_removed_and_nothing_else(hf, tmp_path):
     assert not (params / "manifest.ocdbt.__lock").exists()
     (params / "_METADATA").write_text(metadata)
     assert_same_params(restored(tmp_path / "out"), expected)
-
-
-def test_going_on_with_less_memory_says_how_much_it_takes(medium, tmp_path, monkeypatch):
-    monkeypatch.setattr(importer, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        importer.import_checkpoint(medium / "hf", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"begun with more memory .* at least \d+ MiB"):
-        importer.import_checkpoint(
-            medium / "hf", tmp_path / "out", max_memory=block_plan.peak_bytes(1 << 20)
-        )
-
-
-def test_blocks_done_before_are_not_written_again(medium, tmp_path, monkeypatch):
-    real, written = source.read_block, []
-
-    def stop_halfway(opened, stored, block, buffer):
-        if len(written) == 20:
-            raise KeyboardInterrupt
-        written.append((stored.row.path, str(block)))
-        return real(opened, stored, block, buffer)
-
-    monkeypatch.setattr(block_plan, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(source, "read_block", stop_halfway)
-    with pytest.raises(KeyboardInterrupt):
-        importer.import_checkpoint(medium / "hf", tmp_path / "out")
-    first, plans = set(written), []
-    written.clear()
-    monkeypatch.setattr(
-        source, "read_block", lambda *a: written.append((a[1].row.path, str(a[2]))) or real(*a)
-    )
-    importer.import_checkpoint(medium / "hf", tmp_path / "out", on_plan=plans.append)
-    assert plans[0].done_bytes > 10 << 20
-    assert len(first & set(written)) <= block_plan.UNDER_WAY
-    assert_same_params(restored(tmp_path / "out"), restored(medium / "out"))
-
-
-def test_killed_between_commit_and_end(medium, tmp_path, monkeypatch):
-    real = Path.unlink
-
-    def keep_journal(self, **kwargs):
-        if self.name == importer._JOURNAL:
-            raise KeyboardInterrupt
-        real(self, **kwargs)
-
-    monkeypatch.setattr(Path, "unlink", keep_journal)
-    with pytest.raises(KeyboardInterrupt):
-        importer.import_checkpoint(medium / "hf", tmp_path / "out")
-    monkeypatch.undo()
-    importer.import_checkpoint(medium / "hf", tmp_path / "out")
-    assert not (tmp_path / "out" / importer._JOURNAL).exists()
-
-
-def test_nothing_is_trusted_after_the_machine_stopped(medium, tmp_path, monkeypatch):
-    monkeypatch.setattr(importer, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        importer.import_checkpoint(medium / "hf", tmp_path / "out")
-    monkeypatch.undo()
-    monkeypatch.setattr(store, "boot_id", lambda: "another")
-    plans = []
-    importer.import_checkpoint(medium / "hf", tmp_path / "out", on_plan=plans.append)
-    assert plans[0].done_bytes == 0
-    assert_same_params(restored(tmp_path / "out"), restored(medium / "out"))
-
-
-def test_full_disk_is_one_clear_error_and_resumable(medium, tmp_path):
-    out = tmp_path / "out"
-    # No file may grow beyond a megabyte: what a full disk looks like to the writer.
-    child = start_import(medium / "hf", out, max_memory=SMALL_BLOCKS, file_limit=1 << 20)
-    _, errors = child.communicate()
-    assert child.returncode == 1
-    assert errors.startswith(f"OSError: cannot write {out}.partial: ")
-    assert "it goes on where it stopped" in errors
-    assert len(errors.strip().splitlines()) == 1
-    assert not out.exists()
-    importer.import_checkpoint(medium / "hf", out)
-    assert_same_params(restored(out), restored(medium / "out"))
 
 
 @pytest.mark.parametrize("max_memory", [144 << 20, 0])
