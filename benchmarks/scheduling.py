@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
-from infer.engine import scheduler as scheduler_lib
+from infer.engine import buckets
 from infer.engine.page_table import PageTable
 from infer.engine.request import Request
 from infer.engine.scheduler import Decode, Prefill, Scheduler
@@ -73,7 +73,7 @@ def drive(settings: EngineConfig, arrivals: Sequence[Arrival]) -> str:
     pages = PageTable(
         NUM_PAGES,
         page_size=settings.page_size,
-        granularity=scheduler_lib.granularity(settings),
+        granularity=buckets.granularity(settings),
     )
     scheduler = Scheduler(settings, pages)
     coming = sorted(arrivals, key=lambda arrival: -arrival.at)

@@ -1,8 +1,17 @@
-"""The device's side of an engine: its programs with their state, and padding to their shapes."""
+"""The device's side of an engine: its arrays, and the table of its programs.
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+Every program that an engine can dispatch is a row of one table, by name. Warm-up compiles and runs
+the rows with padding, lowering for a device that is elsewhere takes shapes in place of arrays, and
+a dispatch runs what was compiled: a program of any other shape cannot be run.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +19,209 @@ import numpy as np
 
 from configs.engine import EngineConfig
 from configs.models.architecture import ModelConfig
-from infer.engine import scheduler
-from infer.speculation import draft as draft_lib
+from infer.engine import buckets, scheduler
+from infer.engine.padding import Padding
+from infer.speculation.draft import Draft
+from infer.speculation.proposers import DraftChunk
 from partitioning.sharding import Layout
-from qwen_jax.decode import forward, sampling, slot_state
-from qwen_jax.decode import programs as decode_programs
+from qwen_jax.decode import draft_programs, forward, programs, sampling, slot_state
 from qwen_jax.model import transformer
+from qwen_jax.ops.attention.paged import kv_pages
 
-_LEAST = 16  # tokens of the smallest bucket of prompts to embed
+_SHORTEST_EMBED = 16  # tokens of the smallest bucket of prompts to embed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program by name: `call` binds it to padding, `run` has the device run it on that."""
+    """A jitted function, and the arguments for which it is compiled.
 
-    name: str
-    call: Callable[[], functools.partial]
-    run: Callable[[], object]
+    `arrays` says which of the device's own arrays an argument is; the first output takes the place
+    of the one that `replaces` names. `padding` holds the arguments that come with a dispatch, as
+    arrays of its shapes that belong to no request.
+    """
 
-    def compile(self) -> None:
-        """Leaves the program where a call will find it; in any thread, before any `run`."""
-        call = self.call()
-        call.func.lower(*call.args, **call.keywords).compile()
+    function: Callable
+    static: Mapping[str, Any]
+    arrays: Mapping[str, str]
+    padding: Mapping[str, Any]
+    replaces: str | None
+    compile_at: Literal["warm_up", "first_use"] = "warm_up"
+    layout: Layout | None = None
+
+    def lower(self, arrays: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The program, lowered for these arrays of a device, or for their shapes alone.
+
+        On a mesh the arguments of a dispatch are on every device.
+        """
+        where = None if self.layout is None else jax.NamedSharding(self.layout.mesh, jax.P())
+        padding = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), dict(self.padding)
+        )
+        own = {argument: arrays[name] for argument, name in self.arrays.items()}
+        return self.function.lower(**self.static, **own, **padding)
+
+
+def _prefill_name(rows: int, length: int, *, prefix: str, score: str) -> str:
+    return f"prefill {rows} x {length}, prefix {prefix}, scores {score}"
+
+
+def _decode_name(rows: int, *, sampler: str, num_steps: int) -> str:
+    return f"decode {rows}, {num_steps} steps, {sampler}"
+
+
+def _verify_name(rows: int, *, sampler: str) -> str:
+    return f"verify draft tokens of {rows}, {sampler}"
+
+
+def _read_draft_name(rows: int, length: int, *, prefix: str) -> str:
+    return f"draft model: prefill {rows} x {length}, prefix {prefix}"
+
+
+def _propose_name(rows: int, *, sampler: str) -> str:
+    return f"draft model: propose draft tokens of {rows}, {sampler}"
+
+
+def _embed_name(length: int) -> str:
+    return f"embed {length}"
+
+
+def table(
+    cfg: ModelConfig,
+    settings: EngineConfig,
+    *,
+    dtype: jnp.dtype,
+    attention: forward.Attention | None = None,
+    layout: Layout | None = None,
+    draft: Draft | None = None,
+) -> dict[str, Program]:
+    """Every program that an engine of these settings dispatches, by name.
+
+    Arrays of the device: params, state, slots, eos_E, draft_params, draft_pages.
+    """
+    pad, shapes = Padding(cfg, settings), buckets.shapes(settings)
+    common = {"cfg": cfg, "attention": attention, "layout": layout}
+    own = {"params": "params", "state": "state", "eos_E": "eos_E"}
+    found: dict[str, Program] = {}
+
+    def add(name: str, function: Callable, padding: dict, **static) -> None:
+        found[name] = Program(
+            function=function, static={**common, **static}, arrays=own, padding=padding,
+            replaces="state", layout=layout,
+        )  # fmt: skip
+
+    for rows, length in shapes.prefill:
+        empty = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
+        chunks = pad.chunks(empty, ())
+        for prefix in ("none", "pages"):
+            for score in ("no", "prompt"):
+                name = _prefill_name(rows, length, prefix=prefix, score=score)
+                static = {"prefix": prefix, "score": score, "sampler": "full"}
+                add(name, programs.prefill, {"chunks": chunks}, **static)
+    steps = settings.decode_steps
+    for rows in shapes.decode:
+        padding = {"slots_R": pad.slots((), num_rows=rows), "mask_RW": pad.masks((), num_rows=rows)}
+        # A grammar's mask serves one step.
+        for sampler, num_steps in sorted({("greedy", steps), ("full", steps), ("full", 1)}):
+            name = _decode_name(rows, sampler=sampler, num_steps=num_steps)
+            add(name, programs.advance, padding, sampler=sampler, num_steps=num_steps)
+    for rows in _speculation_rows(settings, shapes.decode):
+        padding = {
+            "slots_R": pad.slots((), num_rows=rows),
+            "mask_RW": pad.masks((), num_rows=rows),
+            "guesses_RT": np.full((rows, settings.guesses), forward.PAD, np.int32),
+        }
+        for sampler in ("greedy", "full"):
+            name = _verify_name(rows, sampler=sampler)
+            add(name, programs.verify, padding, sampler=sampler)
+    if draft is not None:
+        found |= _draft_table(
+            draft, settings, pad=pad, vocab_size=cfg.vocab_size, attention=attention
+        )
+    return found | _embed_table(cfg, dtype=dtype, layout=layout)
+
+
+def _draft_table(
+    draft: Draft,
+    settings: EngineConfig,
+    *,
+    pad: Padding,
+    vocab_size: int,
+    attention: forward.Attention | None,
+) -> dict[str, Program]:
+    """The draft model's programs; `vocab_size` is the model's."""
+    shapes = buckets.shapes(settings)
+    common = {"cfg": draft.cfg, "attention": attention, "layout": draft.layout}
+    own = {"params": "draft_params", "pages": "draft_pages"}
+    found = {}
+    for rows, length in shapes.prefill:
+        for prefix in ("none", "pages"):
+            found[_read_draft_name(rows, length, prefix=prefix)] = Program(
+                function=draft_programs.read,
+                static={**common, "prefix": prefix},
+                arrays=own,
+                padding=pad.reads((), num_rows=rows, length=length),
+                replaces="draft_pages",
+                layout=draft.layout,
+            )
+    for rows in _speculation_rows(settings, shapes.decode):
+        for sampler in ("greedy", "full"):
+            found[_propose_name(rows, sampler=sampler)] = Program(
+                function=draft_programs.propose,
+                static={
+                    **common,
+                    "sampler": sampler,
+                    "num_guesses": settings.guesses,
+                    "vocab_size": vocab_size,
+                },
+                arrays={**own, "slots": "slots", "eos_E": "eos_E"},
+                padding={"slots_R": pad.slots((), num_rows=rows)},
+                replaces="draft_pages",
+                layout=draft.layout,
+            )
+    return found
+
+
+def _embed_lengths(cfg: ModelConfig) -> tuple[int, ...]:
+    """Powers of two below the most tokens that the model reads, and that many."""
+    most, length = transformer.max_length(cfg), _SHORTEST_EMBED
+    lengths = []
+    while length < most:
+        lengths.append(length)
+        length *= 2
+    return (*lengths, most)
+
+
+def _embed_table(
+    cfg: ModelConfig, *, dtype: jnp.dtype, layout: Layout | None
+) -> dict[str, Program]:
+    """The programs that embed one prompt, by its padded length."""
+    return {
+        _embed_name(length): Program(
+            function=programs.embed,
+            static={"cfg": cfg, "dtype": dtype, "layout": layout},
+            arrays={"params": "params"},
+            padding={
+                "tokens_RT": np.zeros((1, length), np.int32),
+                "lengths_R": np.ones(1, np.int32),
+            },
+            replaces=None,
+            compile_at="first_use",
+            layout=layout,
+        )
+        for length in _embed_lengths(cfg)
+    }
+
+
+def _speculation_rows(settings: EngineConfig, decode_rows: Sequence[int]) -> list[int]:
+    """Numbers of rows for which draft tokens may be asked."""
+    if settings.speculation == "off":
+        return []
+    most = buckets.round_up(min(settings.speculation_rows, settings.num_slots), decode_rows)
+    return [rows for rows in decode_rows if rows <= most]
 
 
 class Device:
-    """Parameters and state of one engine, with the programs of `qwen_jax/decode/programs.py`."""
+    """Arrays of one engine, and its programs, each compiled once."""
 
     def __init__(
         self,
@@ -47,213 +233,161 @@ class Device:
         dtype: jnp.dtype,
         attention: forward.Attention | None,
         layout: Layout | None,
-        draft: draft_lib.Draft | None,
+        draft: Draft | None,
     ):
         """`settings` have their num_pages and max_length."""
-        self._cfg, self._params, self._settings = cfg, params, settings
-        self._dtype, self._layout = dtype, layout
-        self._common = {
-            "eos_E": np.asarray(tuple(eos_ids), np.int32),
-            "attention": attention,
-            "layout": layout,
+        self._cfg, self._has_draft = cfg, draft is not None
+        self._pad = Padding(cfg, settings)
+        sizes = {
+            "num_pages": settings.num_pages,
+            "page_size": settings.page_size,
+            "dtype": dtype,
+            "storage": settings.kv_cache,
         }
-        self._width = -(-settings.max_length // settings.page_size)
-        self._words = -(-cfg.vocab_size // 32)
-        self._allowed: dict[int, jax.Array] = {}  # masks that allow all, by number of rows
-        self._state = slot_state.empty(
-            cfg,
-            num_slots=settings.num_slots,
-            width=self._width,
-            num_pages=settings.num_pages,
-            page_size=settings.page_size,
-            dtype=dtype,
-            storage=settings.kv_cache,
-            layout=layout,
+        state = slot_state.empty(
+            cfg, num_slots=settings.num_slots, width=self._pad.width, layout=layout, **sizes
         )
+        self._arrays: dict[str, Any] = {
+            "params": params,
+            "state": state,
+            "eos_E": np.asarray(tuple(eos_ids), np.int32),
+        }
+        if draft is not None:
+            self._arrays["draft_params"] = draft.params
+            self._arrays["draft_pages"] = kv_pages.create(draft.cfg, layout=draft.layout, **sizes)
+        self._where = None if layout is None else jax.NamedSharding(layout.mesh, jax.P())
+        self._allow_all: dict[int, jax.Array] = {}  # masks that allow all tokens, by rows
+        self.programs = table(
+            cfg, settings, dtype=dtype, attention=attention, layout=layout, draft=draft
+        )
+        self._compiled: dict[str, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
 
-        self._draft = draft and draft_lib.DraftDevice(
-            draft,
-            settings=settings,
-            vocab_size=cfg.vocab_size,
-            eos_ids=eos_ids,
-            dtype=dtype,
-            attention=attention,
-        )
+    @property
+    def num_compiled(self) -> int:
+        """Programs of this engine compiled so far."""
+        return len(self._compiled)
+
+    def warm_up(self, *, show: Callable[[str], None]) -> None:
+        """Compiles the programs of the table that requests can need, and runs each on padding.
+
+        As many are compiled at a time as there are cores, 16 at most; `show` is told of each.
+        """
+
+        def compile(name: str) -> tuple[str, float]:
+            began = time.monotonic()
+            self.compile(name)
+            return name, time.monotonic() - began
+
+        names = [name for name, row in self.programs.items() if row.compile_at == "warm_up"]
+        missing = [name for name in names if name not in self._compiled]
+        pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        try:
+            jobs = [pool.submit(compile, name) for name in missing]
+            for count, job in enumerate(futures.as_completed(jobs), 1):
+                name, seconds = job.result()
+                show(f"compiled {count} of {len(jobs)}: {name}, {seconds:.1f} s")
+        finally:
+            pool.shutdown(cancel_futures=True)
+        for name in names:
+            jax.block_until_ready(self.run(name, **self.programs[name].padding))
+
+    def compile(self, name: str) -> None:
+        """Compiles a program of the table; in any thread, while none is dispatched."""
+        compiled = self.programs[name].lower(self._own()).compile()
+        with self._lock:
+            assert name not in self._compiled, f"{name} compiled twice"
+            self._compiled[name] = compiled
+
+    def run(self, name: str, /, **arguments) -> tuple:
+        """Dispatches a program of the table -> its outputs, but for the array that it replaces."""
+        program = self.programs[name]
+        if name not in self._compiled:
+            self.compile(name)
+        own = self._own()
+        kept = {argument: own[name] for argument, name in program.arrays.items()}
+        outputs = self._compiled[name](**kept, **arguments)
+        if type(outputs) is not tuple:
+            outputs = (outputs,)
+        if program.replaces is None:
+            return outputs
+        self._arrays[program.replaces] = outputs[0]
+        return outputs[1:]
+
+    def _own(self) -> dict[str, Any]:
+        return {**self._arrays, "slots": self._arrays["state"].slots}
+
+    # -- dispatches
 
     def prefill(
         self, work: scheduler.Prefill, masks: Sequence[np.ndarray | None], *, score: str
     ) -> tuple:
-        """`paged_decode.prefill` on the state -> what was drawn, and scores or None."""
-        prefix = "none" if work.fresh else "pages"
-        return self._prefill(self._chunks(work, masks), prefix=prefix, score=score)
-
-    def _prefill(self, chunks: slot_state.Chunks, *, prefix: str, score: str) -> tuple:
-        self._state, drawn, scored = self._reading(chunks, prefix=prefix, score=score)()
-        if self._draft is not None:
-            self._draft.read(chunks, prefix=prefix)
+        """Prefills chunks on both models -> tokens drawn, and logprobs of the prompts or None."""
+        shape, prefix = (work.num_rows, work.length), "none" if work.fresh else "pages"
+        chunks = self._pad.chunks(work, masks)
+        drawn, scored = self.run(_prefill_name(*shape, prefix=prefix, score=score), chunks=chunks)
+        if self._has_draft:
+            names = ("tokens_RT", "starts_R", "lengths_R", "table_RM")
+            reads = {name: getattr(chunks, name) for name in names}
+            self.run(_read_draft_name(*shape, prefix=prefix), **reads)
         return drawn, scored
 
-    def _reading(self, chunks: slot_state.Chunks, **options) -> functools.partial:
-        return functools.partial(
-            decode_programs.prefill, self._cfg, self._params, self._state, chunks, sampler="full",
-            **options, **self._common,
-        )  # fmt: skip
-
-    def advance(
-        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **options
+    def decode(
+        self,
+        slots: Sequence[int],
+        masks: Sequence[np.ndarray | None],
+        *,
+        num_rows: int,
+        sampler: str,
+        num_steps: int,
     ) -> sampling.Drawn:
-        """`paged_decode.advance` on the state, for these slots in a bucket of `rows`."""
-        self._state, drawn = self._advancing(slots, masks, rows=rows, **options)()
+        """Draws up to `num_steps` tokens for these slots -> leaves [steps, R]."""
+        name = _decode_name(num_rows, sampler=sampler, num_steps=num_steps)
+        slots_R = self._pad.slots(slots, num_rows=num_rows)
+        (drawn,) = self.run(name, slots_R=slots_R, mask_RW=self._masks(masks, num_rows=num_rows))
         return drawn
-
-    def _advancing(
-        self, slots: Sequence[int], masks: Sequence[np.ndarray | None], *, rows: int, **options
-    ) -> functools.partial:
-        slots_R, mask_RW = self._padded(slots, rows), self._masks(masks, rows=rows)
-        return functools.partial(
-            decode_programs.advance, self._cfg, self._params, self._state, slots_R, mask_RW,
-            **options, **self._common,
-        )  # fmt: skip
 
     def verify(
-        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, sampler: sampling.Sampler
+        self, slots: Sequence[int], draft_RT: np.ndarray | jax.Array, *, sampler: str
     ) -> sampling.Drawn:
-        """`paged_decode.verify` on the state, for these slots in a bucket of R rows."""
-        self._state, drawn = self._verifying(slots, guesses_RT, sampler=sampler)()
+        """Draws a token more than the draft tokens that come true -> leaves [T + 1, R]."""
+        num_rows = draft_RT.shape[0]
+        (drawn,) = self.run(
+            _verify_name(num_rows, sampler=sampler),
+            slots_R=self._pad.slots(slots, num_rows=num_rows),
+            mask_RW=self._masks((), num_rows=num_rows),
+            guesses_RT=draft_RT,
+        )
         return drawn
 
-    def _verifying(
-        self, slots: Sequence[int], guesses_RT: np.ndarray | jax.Array, *, sampler: sampling.Sampler
-    ) -> functools.partial:
-        R = guesses_RT.shape[0]
-        slots_R, mask_RW = self._padded(slots, R), self._masks((), rows=R)
-        return functools.partial(
-            decode_programs.verify, self._cfg, self._params, self._state, slots_R, guesses_RT,
-            mask_RW, sampler=sampler, **self._common,
-        )  # fmt: skip
+    def propose(self, slots: Sequence[int], *, num_rows: int, sampler: str) -> jax.Array:
+        """The draft model's tokens for these slots, [R, T], on the device."""
+        slots_R = self._pad.slots(slots, num_rows=num_rows)
+        (draft_RT,) = self.run(_propose_name(num_rows, sampler=sampler), slots_R=slots_R)
+        return draft_RT
 
-    def propose(self, slots: Sequence[int], *, rows: int, sampler: sampling.Sampler) -> jax.Array:
-        """The draft's guesses for these slots in a bucket of `rows`, on the device."""
-        return self._draft.propose(self._state.slots, self._padded(slots, rows), sampler=sampler)
-
-    def read_draft(self, work: scheduler.Prefill) -> None:
-        """Has the draft alone read these chunks, which have others before them in their pages."""
-        self._draft.read(self._chunks(work, ()), prefix="pages")
+    def read_draft(self, chunks: Sequence[DraftChunk], *, num_rows: int, length: int) -> None:
+        """Has the draft model alone read chunks, whose pages hold what comes before them."""
+        reads = self._pad.reads(chunks, num_rows=num_rows, length=length)
+        self.run(_read_draft_name(num_rows, length, prefix="pages"), **reads)
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
-        """The final hidden state of the last token, of length 1: [D] in float32."""
-        bucket = max(_LEAST, 1 << (len(tokens) - 1).bit_length())
-        tokens_1T = np.zeros((1, min(bucket, transformer.max_length(self._cfg))), np.int32)
+        """Final hidden state of the last token, scaled to length 1: [D] in float32."""
+        lengths = _embed_lengths(self._cfg)
+        length = buckets.round_up(len(tokens), lengths)
+        tokens_1T = np.zeros((1, length), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        lengths_1 = np.asarray([len(tokens)], np.int32)
-        hidden_1D = decode_programs.embed(
-            self._cfg,
-            self._params,
-            tokens_1T,
-            lengths_1,
-            dtype=self._dtype,
-            layout=self._layout,
+        (hidden_1D,) = self.run(
+            _embed_name(length), tokens_RT=tokens_1T, lengths_R=np.asarray([len(tokens)], np.int32)
         )
         return np.asarray(hidden_1D[0])
 
-    def _padded(self, slots: Sequence[int], rows: int) -> np.ndarray:
-        """[rows] with slots that do not exist after these."""
-        slots_R = np.full(rows, self._settings.num_slots, np.int32)
-        slots_R[: len(slots)] = slots
-        return slots_R
-
-    def _masks(self, masks: Sequence[np.ndarray | None], *, rows: int) -> np.ndarray | jax.Array:
-        """Words of allowed tokens [rows, W]; None, and rows beyond: all are allowed."""
-        if rows not in self._allowed:
-            self._allowed[rows] = jnp.full((rows, self._words), 2**32 - 1, jnp.uint32)
-        if all(mask is None for mask in masks):
-            return self._allowed[rows]
-        mask_RW = np.full((rows, self._words), 2**32 - 1, np.uint32)
-        for row, mask in enumerate(masks):
-            if mask is not None:
-                mask_RW[row] = mask
-        return mask_RW
-
-    def _chunks(
-        self, work: scheduler.Prefill, masks: Sequence[np.ndarray | None]
-    ) -> slot_state.Chunks:
-        """Arrays of the chunks; rows beyond them are padding."""
-        rows, length = work.num_rows, work.length
-        fields = {
-            "slots_R": np.full(rows, self._settings.num_slots, np.int32),
-            "tokens_RT": np.zeros((rows, length), np.int32),
-            "starts_R": np.zeros(rows, np.int32),
-            "lengths_R": np.zeros(rows, np.int32),
-            "table_RM": np.zeros((rows, self._width), np.int32),
-            "last_R": np.zeros(rows, bool),
-            "max_tokens_R": np.zeros(rows, np.int32),
-            "next_RT": np.zeros((rows, length), np.int32),
-            "seen_RW": np.zeros((rows, self._words), np.uint32),
-        }
-        for row, chunk in enumerate(work.chunks):
-            prompt, start, count = chunk.request.tokens, chunk.start, len(chunk.tokens)
-            following = prompt[start + 1 : start + count + 1]
-            fields["slots_R"][row] = chunk.slot
-            fields["tokens_RT"][row, :count] = chunk.tokens
-            fields["next_RT"][row, : len(following)] = following
-            fields["starts_R"][row], fields["lengths_R"][row] = start, count
-            fields["table_RM"][row, : len(chunk.pages)] = chunk.pages
-            fields["last_R"][row] = chunk.is_last
-            fields["max_tokens_R"][row] = chunk.request.sampling.max_tokens
-            if chunk.is_last:
-                fields["seen_RW"][row] = self._bits(prompt)
-        requests = [chunk.request.sampling for chunk in work.chunks]
-        return slot_state.Chunks(
-            **fields,
-            settings=sampling.settings(requests, num_rows=rows),
-            mask_RW=self._masks(masks, rows=rows),
-        )
-
-    def _bits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Words with the bit of each token set: uint32 [W]."""
-        marked = np.zeros(32 * self._words, bool)
-        marked[list(tokens)] = True
-        return np.packbits(marked, bitorder="little").view(np.uint32)
-
-    def programs(self) -> Iterator[Program]:
-        """Every program that an engine of these settings dispatches."""
-        shapes = scheduler.shapes(self._settings)
-        for rows, length in shapes.prefill:
-            padding = scheduler.Prefill(chunks=(), num_rows=rows, length=length)
-            chunks = functools.partial(self._chunks, padding, ())
-            for prefix in ("none", "pages"):
-                for score in ("no", "prompt"):
-                    yield Program(
-                        f"prompts {rows} x {length}, prefix {prefix}, scores {score}",
-                        lambda c=chunks, p=prefix, s=score: self._reading(c(), prefix=p, score=s),
-                        lambda c=chunks, p=prefix, s=score: self._prefill(c(), prefix=p, score=s),
-                    )
-        steps = self._settings.decode_steps
-        drawing = {"greedy": ("greedy", steps), "sampled": ("full", steps)}
-        if steps > 1:
-            drawing["constrained"] = ("full", 1)
-        for rows in shapes.decode:
-            for name, (sampler, num_steps) in drawing.items():
-                call = {"sampler": sampler, "num_steps": num_steps, "rows": rows}
-                yield Program(
-                    f"{num_steps} tokens of {rows}, {name}",
-                    functools.partial(self._advancing, (), (), **call),
-                    functools.partial(self.advance, (), (), **call),
-                )
-        if self._settings.speculation == "off":
-            return
-        most = min(self._settings.speculation_rows, self._settings.num_slots)
-        bucket = next(rows for rows in shapes.decode if rows >= most)
-        for rows in (rows for rows in shapes.decode if rows <= bucket):
-            guesses_RT = np.full((rows, self._settings.guesses), forward.PAD, np.int32)
-            for sampler in ("greedy", "full"):
-                yield Program(
-                    f"{self._settings.guesses} guesses of {rows}, {sampler}",
-                    functools.partial(self._verifying, (), guesses_RT, sampler=sampler),
-                    functools.partial(self._dry_round, guesses_RT, sampler),
-                )
-
-    def _dry_round(self, guesses_RT: np.ndarray, sampler: sampling.Sampler) -> sampling.Drawn:
-        if self._draft is not None:
-            guesses_RT = self.propose((), rows=len(guesses_RT), sampler=sampler)
-        return self.verify((), guesses_RT, sampler=sampler)
+    def _masks(
+        self, masks: Sequence[np.ndarray | None], *, num_rows: int
+    ) -> np.ndarray | jax.Array:
+        if any(mask is not None for mask in masks):
+            return self._pad.masks(masks, num_rows=num_rows)
+        if num_rows not in self._allow_all:  # kept on the device: it is large, and asked for often
+            mask_RW = self._pad.masks((), num_rows=num_rows)
+            self._allow_all[num_rows] = jax.device_put(mask_RW, self._where)
+        return self._allow_all[num_rows]

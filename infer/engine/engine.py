@@ -7,40 +7,24 @@ come from a short list, which `warm_up` compiles.
 
 import collections
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs.engine import EngineConfig
 from configs.models.architecture import ModelConfig
 from configs.sampling import SamplingParams
-from infer.engine import capacity, device, page_table, scheduler, token_logprobs, validation
-from infer.engine.live import Live
+from infer.engine import buckets, capacity, device, page_table, results, scheduler
 from infer.engine.request import Event, FinishReason, Request
+from infer.engine.request_state import RequestState
+from infer.engine.results import InFlight
 from infer.speculation import draft as draft_lib
 from infer.speculation import proposers
 from partitioning.sharding import Layout
 from qwen_jax.decode import forward, sampling
-from qwen_jax.decode.logprobs import Logprobs
 from qwen_jax.model import transformer
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A dispatch whose results have not been read: its rows' requests, without padding."""
-
-    rows: tuple[Live, ...]
-    drawn: sampling.Drawn  # leaves [R, ...] or [steps, R, ...]
-    num_steps: int = 1  # tokens that it may have drawn of each
-    scored: Logprobs | None = None
-    chunks: tuple[scheduler.Chunk, ...] = ()
-    guesses_RT: np.ndarray | jax.Array | None = None  # that it checks
 
 
 class Engine:
@@ -58,9 +42,9 @@ class Engine:
         layout: Layout | None = None,
         draft: draft_lib.Draft | None = None,
     ):
-        """`params` have their layers apart, in a form of `decode_params.prepare`.
+        """`params` are as `qwen_jax.decode.weights.prepare` gives them.
 
-        `draft` guesses where settings say so; its tokens mean what the model's do. Raises
+        `draft` is the draft model where settings ask for one; it has the model's tokenizer. Raises
         `ValueError` for stacked parameters, a mesh that spreads the batch, memory in which not even
         one request fits, and a draft that is missing, not asked for, or does not read as far.
         """
@@ -96,17 +80,15 @@ class Engine:
             layout=layout,
             draft=draft,
         )
-        self._guesser = _guesser(self.settings, self._device)
+        self._proposer = _proposer(self.settings, self._device)
         self._pages = page_table.PageTable(
             num_pages,
             page_size=settings.page_size,
-            granularity=scheduler.granularity(self.settings),
+            granularity=buckets.granularity(self.settings),
         )
         self._scheduler = scheduler.Scheduler(self.settings, self._pages)
-        self._live: dict[str, Live] = {}
-        self._in_slot: dict[int, Live] = {}
-        self._flights: collections.deque[_Flight] = collections.deque()
-        self._events: list[Event] = []  # of what ended without a dispatch
+        self._in_flight: collections.deque[InFlight] = collections.deque()
+        self._events: list[Event] = []  # of requests that ended without a dispatch
         self._counts = collections.Counter()
 
     # -- requests
@@ -117,9 +99,9 @@ class Engine:
         Raises `ValueError` for an id in use, a token outside the vocabulary, and a prompt that with
         its max_tokens exceeds the engine's max_length or all of its pages.
         """
-        if request.id in self._live:
+        if self._scheduler.state(request.id) is not None:
             raise ValueError(f"a request with id {request.id!r} is being served; give each its own")
-        tokens = validation.prompt(self._cfg, request.tokens, settings=request.sampling)
+        tokens = capacity.check_prompt(self._cfg, request.tokens, settings=request.sampling)
         request = dataclasses.replace(request, tokens=tokens)
         needed = len(request.tokens) + request.sampling.max_tokens
         limit = min(self.settings.max_length, self.settings.num_pages * self.settings.page_size)
@@ -129,237 +111,201 @@ class Engine:
                 f"{request.sampling.max_tokens} needs {needed} positions; this engine has {limit} "
                 f"for a request: shorten the prompt, lower max_tokens, or raise max_length"
             )
-        sampler = "full" if request.constraint else sampling.sampler(request.sampling)
-        self._live[request.id] = Live(request, sampler, self._ends(request.sampling))
-        self._scheduler.add(request)
+        self._scheduler.add(
+            request,
+            end_tokens=self._end_tokens(request.sampling),
+            sampler="full" if request.constraint else sampling.sampler(request.sampling),
+        )
 
     def cancel(self, id: str) -> None:
         """Ends a request, with an event; nothing happens where none of this id is being served."""
-        live = self._live.get(id)
-        if live is not None:
-            self._scheduler.cancel(id)
-            self._events.append(self._end(live, (), "cancelled"))
+        state = self._scheduler.state(id)
+        if state is not None:
+            self._events.append(self._end(state, (), "cancelled"))
 
     @property
     def idle(self) -> bool:
-        """Nothing is waiting, running or unread."""
-        return not (self._live or self._flights or self._events)
+        """Whether nothing is waiting, running or unread."""
+        return self._scheduler.idle and not (self._in_flight or self._events)
 
     # -- rounds
 
     def step(self) -> list[Event]:
-        """Dispatches what the scheduler says, and gives what has arrived; [] when idle."""
+        """Events that have arrived, after a dispatch of what the scheduler says; [] when idle."""
         events, self._events = self._events, []
-        work, in_flight = self._scheduler.next(), len(self._flights)
+        work, num_unread = self._scheduler.next(), len(self._in_flight)
         if isinstance(work, scheduler.Prefill):
-            self._read_prompts(work)
+            self._prefill(work)
         elif isinstance(work, scheduler.Decode):
             events += self._decode(work)
         # The device always has one dispatch to go on with while another is read.
-        if self._flights and (len(self._flights) > 1 or len(self._flights) <= in_flight):
-            events += self._read(self._flights.popleft())
+        unread = self._in_flight
+        if unread and (len(unread) > 1 or len(unread) <= num_unread):
+            events += self._read(unread.popleft())
         return events
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Submits all, and gives events until the engine is idle."""
+        """Events of these requests and of all others, until the engine is idle."""
         for request in requests:
             self.submit(request)
         while not self.idle:
             yield from self.step()
 
     def stats(self) -> dict[str, float]:
-        """What a monitor shows, by name; sums since the engine was made."""
+        """Counts by name, for monitors; sums are since the engine was made."""
         return {
             "waiting": self._scheduler.num_waiting,
-            "running": len(self._in_slot),
+            "running": self._scheduler.num_running,
             "free_pages": self._pages.free_pages,
             "cached_pages": self._pages.cached_pages,
-            "compilations": forward.compilations.total(),
+            "compilations": self._device.num_compiled,
             **{name: self._counts[name] for name in _COUNTED},
         }
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """The final hidden state of each prompt's last token, of length 1: [n, D] in float32."""
+        """Final hidden state of each prompt's last token, scaled to length 1: [n, D] in float32."""
         settings = SamplingParams(max_tokens=1)
-        rows = [validation.prompt(self._cfg, tokens, settings=settings) for tokens in prompts]
+        rows = [capacity.check_prompt(self._cfg, tokens, settings=settings) for tokens in prompts]
         return np.stack([self._device.embed(row) for row in rows])
 
     def warm_up(self, *, show: Callable[[str], None] = lambda line: None) -> float:
-        """Compiles every program that requests can need, and gives the seconds that it took.
+        """Seconds that it took to compile every program that requests can need.
 
-        As many at a time as there are cores, 16 at most; `show` is told of each. Afterwards
-        `stats()["compilations"]` stays as it is, but for embed.
+        `show` is told of each. Afterwards `stats()["compilations"]`, the number of programs that
+        this engine has compiled, stays as it is, but for embed.
         """
-
-        def compile(program: device.Program) -> tuple[str, float]:
-            at = time.monotonic()
-            program.compile()
-            return program.name, time.monotonic() - at
-
         began = time.monotonic()
-        programs = list(self._device.programs())
-        pool = futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        try:
-            jobs = [pool.submit(compile, program) for program in programs]
-            for count, job in enumerate(futures.as_completed(jobs), 1):
-                name, seconds = job.result()
-                show(f"compiled {count} of {len(jobs)}: {name}, {seconds:.1f} s")
-        finally:
-            pool.shutdown(cancel_futures=True)
-        for program in programs:
-            jax.block_until_ready(program.run())
+        self._device.warm_up(show=show)
         return time.monotonic() - began
 
     # -- dispatches
 
-    def _read_prompts(self, work: scheduler.Prefill) -> None:
-        rows, score = [], "no"
+    def _prefill(self, work: scheduler.Prefill) -> None:
+        score = "no"
         for chunk in work.chunks:
-            live = self._live[chunk.request.id]
-            if live.slot < 0:
-                live.slot, live.pages, live.num_cached = chunk.slot, chunk.pages, chunk.num_cached
-                self._in_slot[chunk.slot] = live
+            if chunk.start == chunk.num_cached:  # the prompt's first
                 self._counts["cached_tokens"] += chunk.num_cached
             self._counts["prompt_tokens"] += len(chunk.tokens)
             if chunk.request.sampling.prompt_logprobs is not None:
                 score = "prompt"
-            rows.append(live)
-        drawn, scored = self._device.prefill(work, _masks(rows), score=score)
-        self._flights.append(_Flight(tuple(rows), drawn, scored=scored, chunks=work.chunks))
-        for chunk, live in zip(work.chunks, rows, strict=True):
+        rows = tuple(chunk.state for chunk in work.chunks)
+        drawn, logprobs = self._device.prefill(work, _masks(rows), score=score)
+        self._in_flight.append(
+            InFlight(rows=rows, drawn=drawn, prompt_logprobs=logprobs, chunks=work.chunks)
+        )
+        for chunk in work.chunks:
             if chunk.is_last:
                 self._scheduler.started(chunk.slot)
-                live.dispatched = 1
+                chunk.state.num_dispatched = 1
 
     def _decode(self, work: scheduler.Decode) -> list[Event]:
-        """Events of what had to be read first: grammars, and some guesses, go by the token before.
+        """Events of results that had to be read before this dispatch.
 
-        Whether to guess goes by the scheduler's number of rows, for which programs are compiled.
+        Grammars, and some proposers, go by the tokens before. Whether draft tokens are asked for
+        goes by the scheduler's number of rows, for which programs are compiled.
         """
         events: list[Event] = []
-        rows = self._decoding(work)
-        constrained = any(live.request.constraint for live in rows)
-        guesser = self._guesser
-        if constrained or len(work.slots) > self.settings.speculation_rows:
-            guesser = None
-        if constrained or (guesser is not None and guesser.must_see(rows)):
-            while self._flights:
-                events += self._read(self._flights.popleft())
-            rows = self._decoding(work)
+        rows = _with_tokens_left(work.states)
+        constrained = any(state.request.constraint for state in rows)
+        proposer = self._proposer
+        if constrained or len(work.states) > self.settings.speculation_rows:
+            proposer = None
+        if constrained or (proposer is not None and proposer.needs_answers(rows)):
+            while self._in_flight:
+                events += self._read(self._in_flight.popleft())
+            rows = _with_tokens_left(work.states)
         if rows:
-            self._flights.append(self._draw(rows, guesser, num_rows=work.num_rows))
+            self._in_flight.append(self._draw(rows, proposer, num_rows=work.num_rows))
         return events
 
     def _draw(
-        self, rows: Sequence[Live], guesser: proposers.Guesser | None, *, num_rows: int
-    ) -> _Flight:
-        """Dispatches a check of guesses where there are some, and plain steps otherwise."""
-        slots, masks, sampler = [live.slot for live in rows], _masks(rows), _joint(rows)
-        guesses_RT = guesser and guesser.guess(rows, num_rows=num_rows, sampler=sampler)
-        if guesses_RT is not None:
+        self, rows: Sequence[RequestState], proposer: proposers.Proposer | None, *, num_rows: int
+    ) -> InFlight:
+        """Dispatches the verification of draft tokens if there are any, else plain decoding."""
+        slots, masks, sampler = [state.slot for state in rows], _masks(rows), _sampler(rows)
+        draft_RT = proposer and proposer.propose(rows, num_rows=num_rows, sampler=sampler)
+        if draft_RT is not None:
             num_steps = self.settings.guesses + 1
-            drawn = self._device.verify(slots, guesses_RT, sampler=sampler)
+            drawn = self._device.verify(slots, draft_RT, sampler=sampler)
         else:
             free = all(mask is None for mask in masks)  # a mask serves one step
             num_steps = self.settings.decode_steps if free else 1
-            drawn = self._device.advance(
-                slots, masks, rows=num_rows, sampler=sampler, num_steps=num_steps
+            drawn = self._device.decode(
+                slots, masks, num_rows=num_rows, sampler=sampler, num_steps=num_steps
             )
-            if self._guesser is not None:
-                self._guesser.passed(rows)
-        for live in rows:
-            live.dispatched += num_steps
-        return _Flight(tuple(rows), drawn, num_steps, guesses_RT=guesses_RT)
-
-    def _decoding(self, work: scheduler.Decode) -> list[Live]:
-        """Those that still run, and have tokens left that no dispatch was asked for."""
-        rows = [self._in_slot[slot] for slot in work.slots if slot in self._in_slot]
-        return [live for live in rows if live.budget > 0]
+            if self._proposer is not None:
+                self._proposer.skipped(rows)
+        for state in rows:
+            state.num_dispatched += num_steps
+        return InFlight(rows=tuple(rows), drawn=drawn, num_steps=num_steps, draft_RT=draft_RT)
 
     # -- results
 
-    def _read(self, flight: _Flight) -> list[Event]:
-        tokens = np.asarray(flight.drawn.tokens_B)
-        tokens_SR = tokens if tokens.ndim == 2 else tokens[None]
-        logprobs = token_logprobs.host(
-            flight.drawn.logprobs, [live.request for live in flight.rows]
-        )
-        guesses_RT = None if flight.guesses_RT is None else np.asarray(flight.guesses_RT)
+    def _read(self, dispatch: InFlight) -> list[Event]:
+        tokens = results.drawn_tokens(dispatch)
+        requests = [state.request for state in dispatch.rows]
+        logprobs = results.host_logprobs(dispatch.drawn.logprobs, requests)
+        draft_RT = None if dispatch.draft_RT is None else np.asarray(dispatch.draft_RT)
         events = []
-        for row, live in enumerate(flight.rows):
-            if live.finished:
+        for row, (state, drawn) in enumerate(zip(dispatch.rows, tokens, strict=True)):
+            settings = state.request.sampling
+            if state.phase == "finished":
                 continue
-            if flight.chunks:
-                self._keep_scores(flight, row, live)
-                if not flight.chunks[row].is_last:
+            if dispatch.chunks:
+                if (count := settings.prompt_logprobs) is not None:
+                    state.prompt_logprobs += results.prompt_logprobs(dispatch, row, count=count)
+                if not dispatch.chunks[row].is_last:
                     continue
-                if live.request.sampling.max_tokens == 0:
-                    events.append(self._end(live, (), "length"))
+                if settings.max_tokens == 0:
+                    events.append(self._end(state, (), "length"))
                     continue
-            column = tokens_SR[:, row]
-            drawn = tuple(int(token) for token in column if token != forward.PAD)
-            live.dispatched -= flight.num_steps - len(drawn)
-            if guesses_RT is not None:
-                self._counts["guessed_tokens"] += int(np.sum(guesses_RT[row] >= 0))
+            state.num_dispatched -= dispatch.num_steps - len(drawn)
+            if draft_RT is not None:
+                self._counts["guessed_tokens"] += int(np.sum(draft_RT[row] >= 0))
                 self._counts["accepted_tokens"] += max(0, len(drawn) - 1)
             if drawn:
-                events.append(self._event(live, drawn, logprobs, row))
+                given = None
+                if (count := settings.logprobs) is not None:
+                    given = results.token_logprobs(drawn, logprobs, row, count=count)
+                events.append(self._take(state, drawn, given))
         return events
 
-    def _event(self, live: Live, drawn: tuple[int, ...], logprobs, row: int) -> Event:
-        settings = live.request.sampling
-        first = not live.answer
-        live.answer += drawn
+    def _take(self, state: RequestState, drawn: tuple[int, ...], logprobs) -> Event:
+        """The event of tokens that were drawn for a request, which may end with them."""
+        first = not state.answer
+        state.answer += drawn
         self._counts["generated_tokens"] += len(drawn)
-        if live.request.constraint is not None:
+        if state.request.constraint is not None:
             for token in drawn:
-                if token not in live.ends:
-                    live.request.constraint.accept(token)
-        given = None
-        if settings.logprobs is not None:
-            given = token_logprobs.token_logprobs(drawn, logprobs, row, count=settings.logprobs)
-        reason: FinishReason | None = None
-        if drawn[-1] in live.ends:
-            reason = "stop"
-        elif len(live.answer) == settings.max_tokens:
-            reason = "length"
-        if reason is not None:
-            return self._end(live, drawn, reason, logprobs=given, first=first)
-        return self._made(live, drawn, None, logprobs=given, first=first)
+                if token not in state.end_tokens:
+                    state.request.constraint.accept(token)
+        if drawn[-1] in state.end_tokens:
+            return self._end(state, drawn, "stop", logprobs=logprobs, first=first)
+        if len(state.answer) == state.request.sampling.max_tokens:
+            return self._end(state, drawn, "length", logprobs=logprobs, first=first)
+        return self._event(state, drawn, None, logprobs=logprobs, first=first)
 
-    def _ends(self, settings: SamplingParams) -> frozenset[int]:
-        eos = () if settings.ignore_eos else self._eos
-        return frozenset((*settings.stop_token_ids, *eos))
-
-    def _end(self, live: Live, tokens, reason: FinishReason, *, logprobs=None, first=True) -> Event:
-        live.finished = True
-        del self._live[live.request.id]
-        if live.slot >= 0:
-            del self._in_slot[live.slot]
-            if reason != "cancelled":  # the scheduler knows of those already
-                self._scheduler.finished(live.slot)
+    def _end(
+        self, state: RequestState, tokens, reason: FinishReason, *, logprobs=None, first=True
+    ) -> Event:
+        self._scheduler.cancel(state.request.id)
         self._counts[f"finished_{reason}"] += 1
-        return self._made(live, tokens, reason, logprobs=logprobs, first=first)
+        return self._event(state, tokens, reason, logprobs=logprobs, first=first)
 
-    def _made(self, live: Live, tokens, reason, *, logprobs, first: bool) -> Event:
-        asked = live.request.sampling.prompt_logprobs is not None and first
+    def _event(self, state: RequestState, tokens, reason, *, logprobs, first: bool) -> Event:
+        asked = state.request.sampling.prompt_logprobs is not None and first
         return Event(
-            id=live.request.id,
+            id=state.request.id,
             tokens=tokens,
             logprobs=logprobs,
-            prompt_logprobs=tuple(live.prompt_logprobs) if asked else None,
+            prompt_logprobs=tuple(state.prompt_logprobs) if asked else None,
             finish_reason=reason,
-            num_cached=live.num_cached,
+            num_cached=state.num_cached,
         )
 
-    def _keep_scores(self, flight: _Flight, row: int, live: Live) -> None:
-        count = live.request.sampling.prompt_logprobs
-        if count is None:
-            return
-        chunk = flight.chunks[row]
-        following = live.request.tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
-        scored = jax.tree.map(lambda x: np.asarray(x[row])[:, None], flight.scored)
-        live.prompt_logprobs += token_logprobs.token_logprobs(following, scored, 0, count=count)
+    def _end_tokens(self, settings: SamplingParams) -> frozenset[int]:
+        eos = () if settings.ignore_eos else self._eos
+        return frozenset((*settings.stop_token_ids, *eos))
 
 
 def _check_mesh(layout: Layout) -> None:
@@ -373,24 +319,30 @@ def _check_mesh(layout: Layout) -> None:
         )
 
 
-def _guesser(settings: EngineConfig, on: device.Device) -> proposers.Guesser | None:
-    """The way to guess that the settings name."""
+def _proposer(settings: EngineConfig, on: device.Device) -> proposers.Proposer | None:
+    """The proposer of draft tokens that the settings name."""
     if settings.speculation == "off":
         return None
     if settings.speculation == "draft":
-        return proposers.Drafts(settings, on)
-    return proposers.Lookups(settings)
+        shapes = buckets.shapes(settings).prefill
+        return proposers.DraftModelProposer(settings, on, prefill_shapes=shapes)
+    return proposers.LookupProposer(settings)
 
 
-def _masks(rows: Sequence[Live]) -> list[np.ndarray | None]:
-    """What each row's grammar allows next."""
-    constraints = [live.request.constraint for live in rows]
+def _with_tokens_left(states: Sequence[RequestState]) -> list[RequestState]:
+    """Those that still run, and have tokens left that no dispatch was asked for."""
+    return [s for s in states if s.phase != "finished" and s.num_to_dispatch > 0]
+
+
+def _masks(rows: Sequence[RequestState]) -> list[np.ndarray | None]:
+    """Tokens that each row's grammar allows next; None where there is no grammar."""
+    constraints = [state.request.constraint for state in rows]
     return [None if grammar is None else grammar.mask() for grammar in constraints]
 
 
-def _joint(rows: Sequence[Live]) -> sampling.Sampler:
-    """What serves all of them."""
-    return "full" if any(r.sampler != "greedy" for r in rows) else "greedy"
+def _sampler(rows: Sequence[RequestState]) -> sampling.Sampler:
+    """The least general sampler that serves every row."""
+    return "full" if any(state.sampler != "greedy" for state in rows) else "greedy"
 
 
 _COUNTED = (

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.engine import EngineConfig
-from infer.engine.page_table import PageTable, Reservation
+from infer.engine import buckets
+from infer.engine.page_table import PageTable
 from infer.engine.request import Request
+from infer.engine.request_state import RequestState
 
-_SHORTEST = 64  # tokens; a program of fewer takes as long: it reads the same weights
-_HALVED = 512  # tokens from which lengths are closer: there padding costs the most
 _PATIENCE = {"fair": 1, "longest_first": 16}  # times num_slots: how often one may be overtaken
 _LOOK_AHEAD = 32  # requests that do not fit which are passed over in one look
 _AT_ONCE = 32  # requests admitted in one look, so that the first need not wait for all the others
@@ -38,18 +38,31 @@ _CHEAP_PADDING = 512  # tokens of empty rows that cost less than one more prefil
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of a prompt to read: `tokens` at positions from `start` on, into `pages`.
+    """Part of a prompt to prefill: `tokens` at positions from `start` on, into `pages`.
 
     `pages[i]` holds positions from i * page_size on; those before `start` are written.
     """
 
-    slot: int
-    request: Request
-    pages: tuple[int, ...]
+    state: RequestState
     start: int
     tokens: tuple[int, ...]
     is_last: bool  # its last token's output draws the answer's first token
-    num_cached: int  # how many of the prompt's tokens were never to be read
+
+    @property
+    def slot(self) -> int:
+        return self.state.slot
+
+    @property
+    def request(self) -> Request:
+        return self.state.request
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        return self.state.pages
+
+    @property
+    def num_cached(self) -> int:
+        return self.state.num_cached
 
 
 @dataclass(frozen=True)
@@ -68,91 +81,20 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Draw `num_steps` tokens for each of these slots (ascending), padded to `num_rows` rows."""
+    """Draw `num_steps` tokens for each of these requests, padded to `num_rows` rows."""
 
-    slots: tuple[int, ...]
+    states: tuple[RequestState, ...]  # by slot, ascending
     num_steps: int
     num_rows: int
 
-
-@dataclass(frozen=True)
-class Shapes:
-    """Every shape that a scheduler asks for: what to compile before the first request."""
-
-    prefill: tuple[tuple[int, int], ...]  # (num_rows, length)
-    decode: tuple[int, ...]  # num_rows
-
-
-def granularity(settings: EngineConfig) -> int:
-    """Tokens that prompts which begin alike share at a time; see `PageTable`.
-
-    A page; with one bucket a chunk, so that a prompt is cut at the same places whatever is cached.
-    """
-    return settings.prefill_chunk if settings.buckets == "one" else settings.page_size
-
-
-def shapes(settings: EngineConfig) -> Shapes:
-    """All shapes of prefills and decodes under these settings, smallest first."""
-    return Shapes(
-        prefill=tuple(
-            (rows, length) for length in _lengths(settings) for rows in _rows(settings, length)
-        ),
-        decode=_decode_rows(settings),
-    )
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(state.slot for state in self.states)
 
 
 def capacity(request: Request) -> int:
     """Positions that a request can ever write: the last token drawn is never read."""
     return len(request.tokens) + max(1, request.sampling.max_tokens) - 1
-
-
-def _doubles(least: int, most: int) -> tuple[int, ...]:
-    """`least`, its doubles below `most`, and `most`."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= 2
-    return (*sizes, most)
-
-
-def _lengths(settings: EngineConfig) -> tuple[int, ...]:
-    """Powers of two, and from `_HALVED` on what lies halfway between them."""
-    most = settings.prefill_chunk
-    if settings.buckets == "one":
-        return (most,)
-    sizes = _doubles(_SHORTEST, most)
-    halfway = {size * 3 // 4 for size in sizes if size >= _HALVED and size & (size - 1) == 0}
-    return tuple(sorted({*sizes, *halfway}))
-
-
-def _rows(settings: EngineConfig, length: int) -> tuple[int, ...]:
-    """The most, about half of them, and then 1/8, 1/32 ... of them; and 1."""
-    most = min(settings.num_slots, settings.prefill_tokens // length)
-    if settings.buckets == "one":
-        return (most,)
-    sizes = _doubles(1, most)[::-1]
-    return tuple(sorted({1, most, *sizes[1::2]}))
-
-
-def _decode_rows(settings: EngineConfig) -> tuple[int, ...]:
-    return (settings.num_slots,) if settings.buckets == "one" else _doubles(1, settings.num_slots)
-
-
-def _up(size: int, buckets: tuple[int, ...]) -> int:
-    return next(bucket for bucket in buckets if bucket >= size)
-
-
-@dataclass(eq=False)
-class _Running:
-    request: Request
-    slot: int
-    reservation: Reservation
-    read: int  # tokens of the prompt that are cached or were handed out in chunks
-    state: Literal["reading", "read", "decoding"] = "reading"
-
-    @property
-    def left(self) -> int:
-        return len(self.request.tokens) - self.read
 
 
 class Scheduler:
@@ -165,20 +107,20 @@ class Scheduler:
     def __init__(self, settings: EngineConfig, pages: PageTable) -> None:
         self._settings = settings
         self._pages = pages
-        self._lengths = _lengths(settings)
-        self._rows = {length: _rows(settings, length) for length in self._lengths}
-        self._decode_rows = _decode_rows(settings)
-        self._waiting: OrderedDict[int, Request] = OrderedDict()  # by order of arrival
+        self._lengths = buckets.lengths(settings)
+        self._rows = {length: buckets.rows(settings, length) for length in self._lengths}
+        self._decode_rows = buckets.decode_rows(settings)
+        self._states: dict[str, RequestState] = {}  # of those that wait or run, by id
+        self._waiting: OrderedDict[int, RequestState] = OrderedDict()  # by order of arrival
+        self._running: dict[int, RequestState] = {}  # by slot, in order of admission
         self._order: list[tuple[int, int]] = []  # heap: what the policy looks at, arrival
-        self._arrivals: dict[str, int] = {}  # of those that wait, by id
         self._last_arrival = 0
         self._overtook: set[int] = set()  # arrivals admitted before the oldest that waits
         self._free_slots = list(range(settings.num_slots))  # a heap: low slots stay in use
-        self._running: dict[int, _Running] = {}  # by slot, in order of admission
-        self._slots: dict[str, int] = {}  # of those that run, by id
-        self._news = False  # since the last look at the line: somebody may fit who did not
+        self._admissions: Literal["open", "held"] = "open"
+        self._look_again = False  # since the last look at the line somebody may fit who did not
         self._spent = 0  # tokens of prefills since the last decode
-        self._turn: Literal["first", "shortest"] = "first"
+        self._next_prompt: Literal["first", "shortest"] = "first"
 
     @property
     def num_waiting(self) -> int:
@@ -190,19 +132,29 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._states
 
     def request(self, slot: int) -> Request:
-        """Whose this slot is."""
+        """The request that this slot belongs to."""
         return self._running[slot].request
 
-    def add(self, request: Request) -> None:
-        """Puts a request in line.
+    def state(self, id: str) -> RequestState | None:
+        """The state of the request of this id; None if it neither waits nor runs."""
+        return self._states.get(id)
+
+    def add(
+        self,
+        request: Request,
+        *,
+        end_tokens: frozenset[int] = frozenset(),
+        sampler: Literal["greedy", "full"] = "full",
+    ) -> RequestState:
+        """The state of a new request, which waits from now on.
 
         Raises `ValueError` for an id in use, an empty prompt, and one that all pages together
         cannot hold.
         """
-        if request.id in self._arrivals or request.id in self._slots:
+        if request.id in self._states:
             raise ValueError(f"request {request.id!r} is here already; give each its own id")
         if not request.tokens:
             raise ValueError(f"request {request.id!r} has an empty prompt; give one token or more")
@@ -214,46 +166,63 @@ class Scheduler:
                 f"all pages hold {most}; shorten it or give more pages"
             )
         self._last_arrival += 1
-        arrival = self._last_arrival
-        self._waiting[arrival] = request
-        self._arrivals[request.id] = arrival
+        state = RequestState(
+            request=request, arrival=self._last_arrival, end_tokens=end_tokens, sampler=sampler
+        )
+        self._states[request.id] = self._waiting[state.arrival] = state
         first = 0 if self._settings.policy == "fair" else -capacity(request)
-        heapq.heappush(self._order, (first, arrival))
-        self._news = True
+        heapq.heappush(self._order, (first, state.arrival))
+        self._look_again = True
+        return state
 
     def cancel(self, id: str) -> int | None:
-        """Forgets a request; returns the slot that it leaves, None if it had none or is unknown."""
-        if (arrival := self._arrivals.get(id)) is not None:
-            self._leave_line(arrival)
-            self._news = True
+        """The slot that a request leaves by being given up; None if it had none or is unknown."""
+        state = self._states.get(id)
+        if state is None:
             return None
-        if (slot := self._slots.get(id)) is not None:
-            self.finished(slot)
-        return slot
+        if state.phase == "waiting":
+            self._leave_line(state)
+            del self._states[id]
+            state.phase = "finished"
+            self._look_again = True
+            return None
+        self.finished(state.slot)
+        return state.slot
 
     def started(self, slot: int) -> None:
         """The prompt of this slot is read and its request decodes from now on."""
-        running = self._running[slot]
-        assert running.state == "read", f"slot {slot} is {running.state}"
-        running.state = "decoding"
+        state = self._running[slot]
+        assert state.phase == "prefilled", f"slot {slot} is {state.phase}"
+        state.phase = "decoding"
 
     def finished(self, slot: int) -> None:
         """The request of this slot is done, or given up: its slot and pages are free."""
-        running = self._running.pop(slot)
-        del self._slots[running.request.id]
-        self._pages.release(running.reservation)
+        state = self._running.pop(slot)
+        del self._states[state.request.id]
+        state.phase = "finished"
+        self._pages.release(state.reservation)
         heapq.heappush(self._free_slots, slot)
-        self._news = True
+        self._look_again = True
+
+    def hold_admissions(self) -> None:
+        """Requests that wait go on waiting until `open_admissions`; those that run go on."""
+        self._admissions = "held"
+
+    def open_admissions(self) -> None:
+        """Requests that wait are admitted again."""
+        self._admissions = "open"
+        self._look_again = True
 
     def next(self) -> Prefill | Decode | None:
         """What the device does next; None if nothing can be done before `add` or `started`."""
-        if self._news:
-            self._news = False
+        if self._look_again and self._admissions == "open":
+            self._look_again = False
             self._admit()
-        decoding = tuple(sorted(s for s, r in self._running.items() if r.state == "decoding"))
-        reading = [r for r in self._running.values() if r.state == "reading"]
-        if reading:
-            group, rows, length = self._choose(reading)
+        running = self._running.values()
+        decoding = sorted((s for s in running if s.phase == "decoding"), key=lambda s: s.slot)
+        prefilling = [s for s in running if s.phase == "prefilling"]
+        if prefilling:
+            group, rows, length = self._choose(prefilling)
             cost = max(rows * length, _LEAST_COST)
             budget = self._settings.prefill_rounds * self._settings.prefill_tokens
             if not decoding or self._spent == 0 or self._spent + cost <= budget:
@@ -263,9 +232,9 @@ class Scheduler:
         if not decoding:
             return None
         return Decode(
-            slots=decoding,
+            states=tuple(decoding),
             num_steps=self._settings.decode_steps,
-            num_rows=_up(len(decoding), self._decode_rows),
+            num_rows=buckets.round_up(len(decoding), self._decode_rows),
         )
 
     # Admission
@@ -296,7 +265,8 @@ class Scheduler:
 
         One whose beginning is being written for another waits for that, unless it is overdue.
         """
-        request = self._waiting[arrival]
+        state = self._waiting[arrival]
+        request = state.request
         tokens = request.tokens if self._shares(request) else ()
         reservation = self._pages.reserve(
             tokens, capacity=capacity(request), most_promised=None if overdue else _WORTH_READING
@@ -304,79 +274,73 @@ class Scheduler:
         if reservation is None:
             return False
         self._overtook.add(arrival)
-        self._leave_line(arrival)
-        slot = heapq.heappop(self._free_slots)
-        self._running[slot] = _Running(request, slot, reservation, read=reservation.num_cached)
-        self._slots[request.id] = slot
+        self._leave_line(state)
+        state.phase, state.slot = "prefilling", heapq.heappop(self._free_slots)
+        state.reservation, state.num_prefilled = reservation, reservation.num_cached
+        self._running[state.slot] = state
         return True
 
     def _shares(self, request: Request) -> bool:
         """Whether cached pages will do: a prompt's logprobs need every token of it read."""
         return self._settings.prefix_cache == "on" and request.sampling.prompt_logprobs is None
 
-    def _leave_line(self, arrival: int) -> None:
-        request = self._waiting.pop(arrival)
-        del self._arrivals[request.id]
+    def _leave_line(self, state: RequestState) -> None:
+        del self._waiting[state.arrival]
         if not self._waiting:
             self._order.clear()
             self._overtook.clear()
             return
         oldest = next(iter(self._waiting))
-        if arrival < oldest:  # the oldest left: the next one was overtaken by fewer
+        if state.arrival < oldest:  # the oldest left: the next one was overtaken by fewer
             self._overtook = {other for other in self._overtook if other > oldest}
 
     # Prompts
 
-    def _choose(self, reading: list[_Running]) -> tuple[list[_Running], int, int]:
+    def _choose(self, prefilling: list[RequestState]) -> tuple[list[RequestState], int, int]:
         """The prompt whose turn it is and those that go well with it, rows, and length."""
-        first = reading[0] if self._turn == "first" else min(reading, key=lambda r: r.left)
+        first = prefilling[0]
+        if self._next_prompt == "shortest":
+            first = min(prefilling, key=lambda s: s.num_to_prefill)
         length = self._length(first)
-        return *self._group(first, reading, length), length
+        return *self._group(first, prefilling, length), length
 
-    def _prefill(self, group: list[_Running], rows: int, length: int) -> Prefill:
+    def _prefill(self, group: list[RequestState], rows: int, length: int) -> Prefill:
         """One chunk of each."""
-        self._turn = "shortest" if self._turn == "first" else "first"
-        chunks = tuple(self._chunk(running) for running in group)
-        for running in group:
-            self._pages.share(running.reservation, running.read)
-        self._news = True  # what was read may be what somebody waits for
+        self._next_prompt = "shortest" if self._next_prompt == "first" else "first"
+        chunks = tuple(self._chunk(state) for state in group)
+        for state in group:
+            self._pages.share(state.reservation, state.num_prefilled)
+        self._look_again = True  # what was read may be what somebody waits for
         return Prefill(chunks=chunks, num_rows=rows, length=length)
 
-    def _length(self, running: _Running) -> int:
-        chunk = min(running.left, self._settings.prefill_chunk)
-        return _up(chunk, self._lengths)
+    def _length(self, state: RequestState) -> int:
+        chunk = min(state.num_to_prefill, self._settings.prefill_chunk)
+        return buckets.round_up(chunk, self._lengths)
 
     def _group(
-        self, first: _Running, reading: list[_Running], length: int
-    ) -> tuple[list[_Running], int]:
+        self, first: RequestState, prefilling: list[RequestState], length: int
+    ) -> tuple[list[RequestState], int]:
         """Who shares a prefill of this length with `first`, and its rows.
 
         Those of the same bucket, as many as there are rows for, or fewer where more than a quarter
         of the rows would be empty and dear; then shorter ones in rows that would be empty.
         """
-        buckets = self._rows[length]
-        others = [r for r in reading if r is not first]
-        alike = [first, *(r for r in others if self._length(r) == length)][: buckets[-1]]
-        shorter = sorted((r for r in others if self._length(r) < length), key=lambda r: -r.left)
-        rows = _up(len(alike), buckets)
+        row_counts = self._rows[length]
+        others = [s for s in prefilling if s is not first]
+        alike = [first, *(s for s in others if self._length(s) == length)][: row_counts[-1]]
+        shorter = [s for s in others if self._length(s) < length]
+        shorter.sort(key=lambda s: -s.num_to_prefill)
+        rows = buckets.round_up(len(alike), row_counts)
         empty = max(0, rows - len(alike) - len(shorter))
-        fewer = [bucket for bucket in buckets if bucket < len(alike)]
+        fewer = [count for count in row_counts if count < len(alike)]
         if fewer and 4 * empty > rows and empty * length >= _CHEAP_PADDING:
             rows = fewer[-1]
         return [*alike, *shorter][:rows], rows
 
-    def _chunk(self, running: _Running) -> Chunk:
-        start = running.read
-        tokens = running.request.tokens[start : start + self._settings.prefill_chunk]
-        running.read += len(tokens)
-        if running.left == 0:
-            running.state = "read"
-        return Chunk(
-            slot=running.slot,
-            request=running.request,
-            pages=running.reservation.pages,
-            start=start,
-            tokens=tokens,
-            is_last=running.left == 0,
-            num_cached=running.reservation.num_cached,
-        )
+    def _chunk(self, state: RequestState) -> Chunk:
+        start = state.num_prefilled
+        tokens = state.prompt[start : start + self._settings.prefill_chunk]
+        state.num_prefilled += len(tokens)
+        if state.num_to_prefill == 0:
+            state.phase = "prefilled"
+        return Chunk(state, start, tokens, is_last=state.num_to_prefill == 0)

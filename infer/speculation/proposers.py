@@ -1,121 +1,153 @@
-"""Where guesses of the next tokens come from, which the model then checks in one pass. No jax.
+"""Proposers of draft tokens, which the model then checks in one pass. No jax.
 
-Guesses are rows of tokens, -1 where there is none. They never change an answer: see
-`paged_decode.verify`. An engine asks for them where few enough requests decode at one time, and
-none of them is bound by a grammar.
+Draft tokens are rows [R, T], -1 where there is none. They never change an answer: see
+`qwen_jax.decode.programs.verify`. An engine asks for them where few enough requests decode at one
+time and no grammar binds any of them.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from configs.engine import EngineConfig
-from infer.engine import scheduler
-from infer.engine.live import Live
 from infer.speculation.prompt_lookup import PromptLookup
 
 
-class Guesser(Protocol):
-    """A way to guess."""
+class Row(Protocol):
+    """What a proposer reads of a decoding request, and, in the last two fields, its own notes."""
 
-    def must_see(self, rows: Sequence[Live]) -> bool:
-        """Whether it needs the tokens of all dispatches to guess for these."""
+    slot: int
+    pages: tuple[int, ...]
+    prompt: tuple[int, ...]
+    answer: list[int]  # tokens read from the device
+    prompt_lookup: PromptLookup | None
+    num_draft_read: int | None  # tokens that a draft model has read; None: as many as the model
+
+
+class Proposer(Protocol):
+    """Proposes draft tokens."""
+
+    def needs_answers(self, rows: Sequence[Row]) -> bool:
+        """Whether the tokens of all dispatches must be read before `propose` is called."""
         ...
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> Any:
-        """Tokens [num_rows, guesses], here or on the device; None where no row has any."""
+    def propose(self, rows: Sequence[Row], *, num_rows: int, sampler: str) -> Any:
+        """Draft tokens [num_rows, T], here or on the device; None where no row has any."""
         ...
 
-    def passed(self, rows: Sequence[Live]) -> None:
-        """These draw tokens now that nobody guessed."""
+    def skipped(self, rows: Sequence[Row]) -> None:
+        """Notes that a dispatch without draft tokens draws tokens for these rows."""
         ...
 
 
-class Lookups:
-    """Guesses copied from what the request has read or written already (`prompt_lookup.py`)."""
+class LookupProposer:
+    """Draft tokens copied from what each request has read or written (`prompt_lookup.py`)."""
 
     def __init__(self, settings: EngineConfig) -> None:
-        self._count = settings.guesses
+        self._num_tokens = settings.guesses
 
-    def must_see(self, rows: Sequence[Live]) -> bool:
+    def needs_answers(self, rows: Sequence[Row]) -> bool:
         return True
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> np.ndarray | None:
-        guesses_RT = np.full((num_rows, self._count), -1, np.int32)
-        for row, live in enumerate(rows):
-            if live.lookup is None:
-                live.lookup = PromptLookup(live.request.tokens)
-            known = len(live.lookup) - len(live.request.tokens)
-            live.lookup.extend(live.answer[known:])
-            some = live.lookup.propose(self._count)
-            guesses_RT[row, : len(some)] = some
-        return guesses_RT if np.any(guesses_RT >= 0) else None
+    def propose(self, rows: Sequence[Row], *, num_rows: int, sampler: str) -> np.ndarray | None:
+        draft_RT = np.full((num_rows, self._num_tokens), -1, np.int32)
+        for index, row in enumerate(rows):
+            if row.prompt_lookup is None:
+                row.prompt_lookup = PromptLookup(row.prompt)
+            num_known = len(row.prompt_lookup) - len(row.prompt)
+            row.prompt_lookup.extend(row.answer[num_known:])
+            tokens = row.prompt_lookup.propose(self._num_tokens)
+            draft_RT[index, : len(tokens)] = tokens
+        return draft_RT if np.any(draft_RT >= 0) else None
 
-    def passed(self, rows: Sequence[Live]) -> None:
-        """They are in the answer when it is read."""
-
-
-class DraftSide(Protocol):
-    """What is used of `infer.engine.device.Device`."""
-
-    def read_draft(self, work: scheduler.Prefill) -> None: ...
-    def propose(self, slots: Sequence[int], *, rows: int, sampler: str) -> Any: ...
+    def skipped(self, rows: Sequence[Row]) -> None:
+        """Does nothing: the tokens are in the answers when `propose` reads them."""
 
 
-class Drafts:
-    """Guesses of a draft model, which reads prompts and guesses with the model, on its device.
+@dataclass(frozen=True)
+class DraftChunk:
+    """Tokens that a draft model reads at positions from `start` on, into these pages."""
 
-    Between rounds nothing comes to the host. Tokens that were drawn without the draft, because too
-    many requests ran or a grammar did, it reads when it is asked again.
+    pages: tuple[int, ...]
+    start: int
+    tokens: tuple[int, ...]
+
+
+class DraftModel(Protocol):
+    """A draft model on the engine's device."""
+
+    def read_draft(self, chunks: Sequence[DraftChunk], *, num_rows: int, length: int) -> None:
+        """Reads one chunk a row, padded to `num_rows` rows of `length` tokens."""
+        ...
+
+    def propose(self, slots: Sequence[int], *, num_rows: int, sampler: str) -> Any:
+        """Draft tokens [num_rows, T] of these slots, on the device."""
+        ...
+
+
+class DraftModelProposer:
+    """Draft tokens of a smaller model, which reads prompts with the model, on its device.
+
+    Between rounds nothing comes to the host. Tokens that were drawn without the draft model,
+    because too many requests ran or a grammar bound one, it reads when it is asked again.
     """
 
-    def __init__(self, settings: EngineConfig, device: DraftSide) -> None:
-        self._settings, self._device = settings, device
-        self._shapes = scheduler.shapes(settings).prefill
+    def __init__(
+        self,
+        settings: EngineConfig,
+        model: DraftModel,
+        *,
+        prefill_shapes: Sequence[tuple[int, int]],
+    ) -> None:
+        """`prefill_shapes` are the (rows, length) that the model reads chunks in."""
+        self._most = settings.prefill_chunk
+        self._model = model
+        self._shapes = prefill_shapes
 
-    def must_see(self, rows: Sequence[Live]) -> bool:
-        return any(live.drafted is not None for live in rows)
+    def needs_answers(self, rows: Sequence[Row]) -> bool:
+        return any(row.num_draft_read is not None for row in rows)
 
-    def guess(self, rows: Sequence[Live], *, num_rows: int, sampler: str) -> Any:
-        for work in self._missed(rows):
-            self._device.read_draft(work)
-        return self._device.propose([live.slot for live in rows], rows=num_rows, sampler=sampler)
+    def propose(self, rows: Sequence[Row], *, num_rows: int, sampler: str) -> Any:
+        for chunks, rows_of_read, length in self._unread(rows):
+            self._model.read_draft(chunks, num_rows=rows_of_read, length=length)
+        slots = [row.slot for row in rows]
+        return self._model.propose(slots, num_rows=num_rows, sampler=sampler)
 
-    def passed(self, rows: Sequence[Live]) -> None:
-        for live in rows:
-            if live.drafted is None:
+    def skipped(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.num_draft_read is None:
                 # It may have read what dispatches under way have drawn: reading again is right.
-                live.drafted = len(live.request.tokens) + max(0, len(live.answer) - 1)
+                row.num_draft_read = len(row.prompt) + max(0, len(row.answer) - 1)
 
-    def _missed(self, rows: Sequence[Live]) -> Iterator[scheduler.Prefill]:
-        """Chunks of all that the draft has not read but for the last token, which it reads next."""
-        behind = {live: live.tokens[:-1] for live in rows if live.drafted is not None}
+    def _unread(self, rows: Sequence[Row]) -> Iterator[tuple[list[DraftChunk], int, int]]:
+        """Chunks with rows and length of each read: all tokens that the draft model has not read.
+
+        But for the last token of a request, which `propose` reads itself.
+        """
+        behind = {
+            index: (*row.prompt, *row.answer)[:-1]
+            for index, row in enumerate(rows)
+            if row.num_draft_read is not None
+        }
         while behind:
-            longest = max(len(tokens) - live.drafted for live, tokens in behind.items())
-            length, num_rows = self._shape(min(longest, self._settings.prefill_chunk), len(behind))
+            longest = max(len(tokens) - rows[i].num_draft_read for i, tokens in behind.items())
+            length, num_rows = self._shape(min(longest, self._most), len(behind))
             chunks = []
-            for live, tokens in list(behind.items())[:num_rows]:
-                piece = tokens[live.drafted : live.drafted + length]
-                chunks.append(
-                    scheduler.Chunk(
-                        slot=live.slot,
-                        request=live.request,
-                        pages=live.pages,
-                        start=live.drafted,
-                        tokens=piece,
-                        is_last=False,
-                        num_cached=0,
-                    )
-                )
-                live.drafted += len(piece)
-                if live.drafted == len(tokens):
-                    live.drafted = None
-                    del behind[live]
-            yield scheduler.Prefill(chunks=tuple(chunks), num_rows=num_rows, length=length)
+            for index, tokens in list(behind.items())[:num_rows]:
+                row = rows[index]
+                start = row.num_draft_read
+                chunk = DraftChunk(row.pages, start, tokens[start : start + length])
+                chunks.append(chunk)
+                row.num_draft_read = start + len(chunk.tokens)
+                if row.num_draft_read == len(tokens):
+                    row.num_draft_read = None
+                    del behind[index]
+            yield chunks, num_rows, length
 
     def _shape(self, length: int, num_rows: int) -> tuple[int, int]:
-        """The shortest prefill of this length, with rows for so many or as many as there are."""
-        least = min(size for _, size in self._shapes if size >= length)
-        rows = [rows for rows, size in self._shapes if size == least]
-        return least, min((n for n in rows if n >= num_rows), default=max(rows))
+        """The shortest length that holds so many tokens, and rows for so many or the most."""
+        shortest = min(size for _, size in self._shapes if size >= length)
+        counts = [count for count, size in self._shapes if size == shortest]
+        return shortest, min((n for n in counts if n >= num_rows), default=max(counts))

@@ -4,32 +4,40 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from configs.sampling import SamplingParams
 from infer.engine.request import Event, TokenLogprobs
 from infer.text.outputs import TextLogprobs, TokenText, Update
 from infer.text.stop_strings import StopStrings
 from qwen_jax.text.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
-if TYPE_CHECKING:
-    from infer.text.service import TextRequest
-
 
 class Choice:
-    """The state between an engine's events. What comes of them does not depend on their cuts."""
+    """One answer between an engine's events. Its text does not depend on where events cut it."""
 
     def __init__(
-        self, request: "TextRequest", index: int, *, tokens: tuple[int, ...], tokenizer: Tokenizer
+        self,
+        request_id: str,
+        index: int,
+        *,
+        tokens: tuple[int, ...],
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        echo: Literal["answer", "prompt_and_answer"] = "answer",
     ) -> None:
+        """`tokens` are the prompt's; the answer ends before any of `stop`."""
         self.index = index
-        self._request = request
+        self._request_id = request_id
+        self._sampling = sampling
         self._tokenizer = tokenizer
         self._prompt = tokens
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
-        self._stops = StopStrings(request.stop)
+        self._stops = StopStrings(stop)
         # Text that is looked into, and tokens that are told apart, are decoded one by one.
-        self._one_by_one = bool(request.stop) or request.sampling.logprobs is not None
-        self._lead = tokenizer.decode(tokens) if request.echo == "prompt_and_answer" else ""
+        self._one_by_one = bool(stop) or sampling.logprobs is not None
+        self._lead = tokenizer.decode(tokens) if echo == "prompt_and_answer" else ""
         self._decoded = len(self._lead)  # characters of the text, held back ones included
         self._shown = 0  # characters of the text that are out
         self._num_tokens = 0
@@ -39,7 +47,7 @@ class Choice:
         """Its tokens as text. A reason that the event does not have is a stop string's."""
         tokens, reason, texts = event.tokens, event.finish_reason, self._texts(event)
         # Of the first ones the last is token number min_tokens - 1: the answer may not end yet.
-        early = max(0, self._request.sampling.min_tokens - 1 - self._num_tokens)
+        early = max(0, self._sampling.min_tokens - 1 - self._num_tokens)
         shown = [self._lead, self._stops.skip("".join(texts[:early]))]
         text, end = self._stops.push("".join(texts[early:]))
         shown.append(text)
@@ -54,7 +62,7 @@ class Choice:
         self._shown += len(text)
         self._wait(event, texts)
         return Update(
-            id=self._request.id,
+            id=self._request_id,
             index=self.index,
             text=text,
             tokens=tokens,
@@ -77,7 +85,7 @@ class Choice:
 
     def _wait(self, event: Event, texts: list[str]) -> None:
         """Keeps what is known of the tokens until their texts are out."""
-        if self._request.sampling.logprobs is not None:
+        if self._sampling.logprobs is not None:
             special = self._tokenizer.special_ids
             last = len(event.tokens) - 1 if event.finish_reason == "stop" else None
             for number, (entry, text) in enumerate(zip(event.logprobs or (), texts, strict=False)):

@@ -137,14 +137,20 @@ class Service:
         opened = _Open(request, num_prompt=len(tokens))
         try:
             for index in range(request.best_of or request.n):
-                drawn = dataclasses.replace(request, sampling=_sampling(request, index))
+                sampling = _sampling(request, index)
                 guard = self.constraint(request.constraint)
                 name = str(next(self._serial))
                 self.engine.submit(
-                    Request(id=name, tokens=tokens, sampling=drawn.sampling, constraint=guard)
+                    Request(id=name, tokens=tokens, sampling=sampling, constraint=guard)
                 )
                 opened.running[name] = choices_lib.Choice(
-                    drawn, index, tokens=tokens, tokenizer=self.tokenizer
+                    request.id,
+                    index,
+                    tokens=tokens,
+                    tokenizer=self.tokenizer,
+                    sampling=sampling,
+                    stop=request.stop,
+                    echo=request.echo,
                 )
                 opened.guards[name] = guard
         except ValueError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
+from infer.engine import buckets
 from infer.engine import scheduler as scheduler_lib
 from infer.engine.page_table import PageTable
 from infer.engine.request import Request
@@ -62,7 +63,7 @@ class Simulation:
         self.pages = PageTable(
             num_pages,
             page_size=settings.page_size,
-            granularity=scheduler_lib.granularity(settings),
+            granularity=buckets.granularity(settings),
         )
         self.scheduler = Scheduler(settings, self.pages)
         self.device = pretended.Device(num_pages, settings.page_size)
@@ -77,7 +78,7 @@ class Simulation:
         self.num_arrived = 0
         self.in_a_row: list[int] = []  # padded tokens of the prefills without a pause
         self.last: Prefill | Decode | None = None
-        shapes = scheduler_lib.shapes(settings)
+        shapes = buckets.shapes(settings)
         self.allowed = {*shapes.prefill, *((rows,) for rows in shapes.decode)}
 
     def run(self) -> Report:
@@ -141,7 +142,7 @@ class Simulation:
         for running in self.scheduler._running.values():
             if (wait := self.reading.get(running.request.id)) is None:
                 continue
-            before += -(-(running.left) // self.settings.prefill_chunk)
+            before += -(-(running.num_to_prefill) // self.settings.prefill_chunk)
             if wait.most_prefills == 0:
                 wait.most_prefills = 2 * before + 1
 
@@ -153,7 +154,7 @@ class Simulation:
         assert program.num_rows * program.length <= self.settings.prefill_tokens
         assert program.fresh == (not any(chunk.start for chunk in program.chunks))
         self.in_a_row.append(program.num_rows * program.length)
-        if any(r.state == "decoding" for r in self.scheduler._running.values()):
+        if any(r.phase == "decoding" for r in self.scheduler._running.values()):
             budget = self.settings.prefill_rounds * self.settings.prefill_tokens
             assert len(self.in_a_row) == 1 or sum(self.in_a_row) <= budget
         owners = self._owners()
@@ -180,9 +181,9 @@ class Simulation:
     def _decode(self, program: Decode) -> None:
         self.in_a_row = []
         running = self.scheduler._running
-        decoding = sorted(slot for slot, r in running.items() if r.state == "decoding")
+        decoding = sorted(slot for slot, r in running.items() if r.phase == "decoding")
         assert list(program.slots) == decoding
-        if any(r.state == "reading" for r in running.values()):
+        if any(r.phase == "prefilling" for r in running.values()):
             assert not isinstance(self.last, Decode)
         assert (program.num_rows,) in self.allowed
         assert len(program.slots) <= program.num_rows

@@ -38,7 +38,7 @@ def _promised(table: PageTable, tokens: range | list[int]) -> int:
 
 
 def test_what_decides_on_the_host_needs_no_jax():
-    engine = "infer.engine.scheduler, infer.engine.page_table"
+    engine = "infer.engine.scheduler, infer.engine.request_state, infer.engine.page_table"
     modules = f"{engine}, infer.speculation.prompt_lookup, infer.speculation.proposers"
     code = f"import sys, {modules}; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
+from infer.engine import buckets
 from infer.engine import scheduler as scheduler_lib
 from infer.engine.page_table import PageTable
 from infer.engine.request import Request
@@ -26,7 +27,7 @@ def _settings(**changes) -> EngineConfig:
 
 def _scheduler(num_pages: int = 1000, **changes) -> Scheduler:
     settings = _settings(**changes)
-    granularity = scheduler_lib.granularity(settings)
+    granularity = buckets.granularity(settings)
     pages = PageTable(num_pages, page_size=settings.page_size, granularity=granularity)
     return Scheduler(settings, pages)
 
@@ -326,7 +327,7 @@ def test_short_prompts_do_not_keep_a_long_one_from_being_read():
         for chunk in program.chunks:
             if chunk.is_last:
                 scheduler.finished(chunk.slot)
-        if "long" not in scheduler._slots:
+        if scheduler.state("long") is None:
             break
     assert (i, turns) == (38, 20)  # every other turn
 
@@ -375,15 +376,15 @@ def test_fresh_is_when_nothing_is_before():
 
 
 def test_shapes_are_few_and_cover_the_settings():
-    shapes = scheduler_lib.shapes(_settings(num_slots=6, prefill_chunk=800, prefill_tokens=1700))
+    shapes = buckets.shapes(_settings(num_slots=6, prefill_chunk=800, prefill_tokens=1700))
     assert shapes.decode == (1, 2, 4, 6)
     assert shapes.prefill == (
         (1, 64), (4, 64), (6, 64), (1, 128), (4, 128), (6, 128), (1, 256), (4, 256), (6, 256),
         (1, 384), (2, 384), (4, 384), (1, 512), (2, 512), (3, 512), (1, 800), (2, 800),
     )  # fmt: skip
-    one = scheduler_lib.shapes(_settings(buckets="one"))
+    one = buckets.shapes(_settings(buckets="one"))
     assert (one.prefill, one.decode) == (((4, 128),), (12,))
-    default = scheduler_lib.shapes(EngineConfig())
+    default = buckets.shapes(EngineConfig())
     assert default.decode == (1, 2, 4, 8, 16, 32, 64, 128, 256)
     assert len(default.prefill) == 35
 

@@ -13,8 +13,8 @@ from configs.models.architecture import ModelConfig
 from configs.sampling import SamplingParams
 from infer.engine import capacity
 from infer.engine import engine as engine_lib
-from infer.engine.live import Live
 from infer.engine.request import Request
+from infer.engine.request_state import RequestState
 from infer.speculation import draft as draft_lib
 from infer.text import loading
 from qwen_jax.decode import weights
@@ -104,14 +104,14 @@ def test_the_model_as_its_own_draft_is_always_right(plain, its_own):
         check_same(plain, request, *got[id])
 
 
-def check_pages(engine: engine_lib.Engine, rows: Sequence[Live]) -> None:
+def check_pages(engine: engine_lib.Engine, rows: Sequence[RequestState]) -> None:
     """The draft, which is the model, has written what the model has, but what it reads anew."""
-    on = engine._device
-    slots = on._state.slots
-    for live in rows:
-        length = int(slots.lengths_B[live.slot]) - 1
-        table_1M = slots.table_BM[live.slot][None]
-        for ours, theirs in zip(on._draft._pages.layers, on._state.pages.layers, strict=True):
+    arrays = engine._device._arrays
+    slots, pages = arrays["state"].slots, arrays["state"].pages
+    for state in rows:
+        length = int(slots.lengths_B[state.slot]) - 1
+        table_1M = slots.table_BM[state.slot][None]
+        for ours, theirs in zip(arrays["draft_pages"].layers, pages.layers, strict=True):
             mine, its = (kv_pages.gather(x, table_1M)[0] for x in (ours, theirs))
             np.testing.assert_allclose(mine[0, :length], its[0, :length], atol=1e-4)
 
@@ -129,11 +129,11 @@ def test_a_draft_catches_up_with_what_was_drawn_without_it(plain):
         for event in engine.step():
             got[event.id][0].extend(event.tokens)
             got[event.id][1].extend(event.logprobs or ())
-        last = engine._flights[-1] if engine._flights else None
-        if last is not None and last.guesses_RT is not None:
+        last = engine._in_flight[-1] if engine._in_flight else None
+        if last is not None and last.draft_RT is not None:
             check_pages(engine, last.rows)
             checked += 1
-        plain_steps += last is not None and last.guesses_RT is None and not last.chunks
+        plain_steps += last is not None and last.draft_RT is None and not last.chunks
     assert checked > 4 and plain_steps > 4
     for request in requests:
         check_same(plain, request, *got[request.id])
@@ -232,7 +232,7 @@ def test_nothing_compiles_after_the_warm_up():
     engine = drafted(target=other(), speculation_rows=1, **small)
     lines = []
     engine.warm_up(show=lines.append)
-    assert any("guesses of" in line for line in lines) and compiled
+    assert any("draft tokens of" in line for line in lines) and compiled
     before, count = engine.stats()["compilations"], len(compiled)
     rng = random.Random(25)
     for request in [any_request(rng, str(i)) for i in range(4)]:
