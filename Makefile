@@ -3,12 +3,13 @@
 # make test         all default tests
 # make test-slow    the tests that need minutes: a real trained checkpoint, kill -9, big imports
 # make lint         ruff, as CI runs it
+# make docs         the pages and the API reference in runs/site; a warning is an error
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-slow lint
+.PHONY: install quickstart test test-slow lint docs
 
 install: .venv/installed
 
@@ -32,3 +33,12 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/docs-installed
+	$(BIN)/mkdocs build --quiet --strict
+	@echo "open runs/site/index.html"
+
+.venv/docs-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
