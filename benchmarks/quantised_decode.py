@@ -190,7 +190,7 @@ def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job
                 run = functools.partial(_row, tuning=packed_words_kernel.Tuning(*tuning))
                 job = f"{name} | m1 {label} words{'x'.join(map(str, tuning))} p1"
                 jobs.append(Job(job, run, x[None], turned))
-        tried = {row_kernels.choose(ws[0], rows=rows): "chosen"}
+        tried = {row_kernels.default_blocks(ws[0], rows=rows): "chosen"}
         for columns, step, warps, stages in (
             (64, 128, 4, 4), (64, 128, 2, 4), (64, 64, 2, 4), (128, 128, 4, 4), (128, 64, 4, 4),
             (128, 32, 4, 4), (256, 32, 4, 4), (256, 64, 8, 4), (128, 128, 8, 3), (64, 128, 4, 2),

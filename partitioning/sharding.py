@@ -36,6 +36,11 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
 
 
+def platform(layout: Layout | None) -> str:
+    """The platform of the layout's devices; without a layout that of JAX's default backend."""
+    return jax.default_backend() if layout is None else layout.platform
+
+
 def spec(axes: Axes, layout: Layout) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes.
 

@@ -35,7 +35,7 @@ def best_form(
     not, a fused kernel would have to be on every device too. Quantised kernels can be fused if they
     are quantised alike, and their inputs are in order.
     """
-    if (jax.default_backend() if layout is None else layout.platform) == "tpu":
+    if sharding.platform(layout) == "tpu":
         return "unstacked"
     if layout is not None and layout.size("kv_heads") != layout.size("heads"):
         return "unstacked"
@@ -90,7 +90,7 @@ def _in_words(params: dict, *, dtype: jnp.dtype) -> dict:
     def turned(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
         if (
             not array.is_quantised(x)
-            or packed_words_kernel.why_not(x, rows=1, dtype=dtype) is not None
+            or packed_words_kernel.unsupported(x, rows=1, dtype=dtype) is not None
         ):
             return x
         made = jax.block_until_ready(_turn(x))

@@ -282,7 +282,7 @@ def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
 
 def compute(layout: Layout | None) -> expert_parallel.Compute:
     """The arithmetic of experts on the devices of `layout`."""
-    platform = jax.default_backend() if layout is None else layout.platform
+    platform = sharding.platform(layout)
     grouped = functools.partial(_grouped, platform=platform)
     return expert_parallel.Compute(grouped=grouped, batched=_batched, axes=EXPERT_AXES)
 

@@ -39,8 +39,8 @@ def inputs(format: str) -> int:
     return 32 if format == "fp8" else 64
 
 
-def why_not(format: str, *, num_outputs: int, num_inputs: int) -> str | None:
-    """Why a matrix cannot be packed; None if it can."""
+def unsupported(format: str, *, num_outputs: int, num_inputs: int) -> str | None:
+    """The reason why a matrix cannot be packed; None: it can."""
     if num_outputs % tile(format) == 0 and num_inputs % inputs(format) == 0:
         return None
     return (

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.models.architecture import ModelConfig
+from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax.decode import fused_layers, sampling, slot_state
 from qwen_jax.decode.small_batch import layer_kernel, lm_head
@@ -29,7 +30,7 @@ def choose(
     """What decodes so many rows fastest here."""
     if rows > FASTER_ROWS:
         return "xla"
-    platform = jax.default_backend() if layout is None else layout.platform
+    platform = sharding.platform(layout)
     reason = why_not(cfg, params, pages, rows=rows, layout=layout, platform=platform)
     return "kernels" if reason is None else "xla"
 
@@ -54,7 +55,7 @@ def why_not(
         return "pages are int8"
     if (reason := why_not_model(cfg, dtype=pages.dtype, layout=layout, platform=platform)) is None:
         q_RNH = jax.ShapeDtypeStruct((rows, cfg.num_attention_heads, cfg.head_dim), pages.dtype)
-        return paged_gpu.why_not_decode(q_RNH, pages.layers[0], platform=platform)
+        return paged_gpu.unsupported_decode(q_RNH, pages.layers[0])
     return reason
 
 

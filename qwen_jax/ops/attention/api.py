@@ -1,12 +1,13 @@
-"""One name for attention, many implementations: what is masked, and who computes it."""
+"""Attention over whole sequences: its mask, its implementations and the choice among them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 
-from partitioning import ring
+from partitioning import ring, sharding
 from partitioning.sharding import Layout
+from qwen_jax.ops import registry
 from qwen_jax.ops.attention import context_parallelism, cudnn, reference, sharded, splash
 
 
@@ -27,20 +28,41 @@ class Mask:
 
 jax.tree_util.register_dataclass(Mask, ["segment_ids_BT", "lengths_B"], ["causal"])
 
-Implementation = Callable[..., jax.Array]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "reference": reference.attention,
-    "cudnn": cudnn.attention,
-    "splash": splash.attention,
-}
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation's function over whole sequences, and its blocks for `context_parallel`."""
 
-# The same, over blocks of keys, for `context_parallel`.
-BLOCKS: dict[str, ring.Blocks] = {
-    "reference": ring.Blocks(reference.block_forward, reference.block_backward),
-    "cudnn": ring.Blocks(cudnn.block_forward, cudnn.block_backward),
-    "splash": ring.Blocks(splash.block_forward, splash.block_backward),
-}
+    whole: Callable[..., jax.Array]
+    blocks: ring.Blocks
+
+
+ATTENTION = registry.Operation(
+    "attention",
+    (
+        registry.Implementation(
+            name="splash",
+            platforms=("tpu",),
+            compute=Kernels(
+                splash.attention, ring.Blocks(splash.block_forward, splash.block_backward)
+            ),
+        ),
+        registry.Implementation(
+            name="cudnn",
+            platforms=("gpu",),
+            unsupported=cudnn.unsupported,
+            compute=Kernels(
+                cudnn.attention, ring.Blocks(cudnn.block_forward, cudnn.block_backward)
+            ),
+        ),
+        registry.Implementation(
+            name="reference",
+            compute=Kernels(
+                reference.attention, ring.Blocks(reference.block_forward, reference.block_backward)
+            ),
+        ),
+    ),
+)
 
 
 def attention(
@@ -55,22 +77,15 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v with grouped query heads -> [B, T, N, H], in q's dtype.
 
-    `context_parallel` is how rows that are spread over devices meet: a name of
-    `qwen_jax/ops/attention/context_parallelism.py`, which says in which order their tokens are.
+    `context_parallel` is a variant of `context_parallelism.py`, for sequences that are spread over
+    devices; the variant says in which order their tokens are.
 
-    `implementation=None` takes the best that can run on the layout's devices, or without a layout
-    on JAX's default backend; a named one that cannot raises `ValueError`.
+    `implementation=None` chooses for the layout's platform, or without a layout for JAX's default
+    backend. Raises `ValueError` for a named implementation that cannot run.
     """
-    platform = jax.default_backend() if layout is None else layout.platform
-    name = choose(q_BTNH, platform=platform) if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown attention implementation {name!r}; known: {', '.join(IMPLEMENTATIONS)}"
-        )
-    reason = why_not(name, q_BTNH, platform=platform)
-    if reason is not None:
-        raise ValueError(f"attention implementation {name!r} cannot run: {reason}")
-    kernel = IMPLEMENTATIONS[name]
+    platform = sharding.platform(layout)
+    chosen = ATTENTION.choose(q_BTNH, platform=platform, name=implementation)
+    kernel = chosen.compute.whole
     if context_parallel is not None and layout is not None and layout.size("length") > 1:
         return context_parallelism.attention(
             context_parallel,
@@ -79,27 +94,9 @@ def attention(
             v_BSKH,
             mask=mask,
             kernel=kernel,
-            blocks=BLOCKS[name],
+            blocks=chosen.compute.blocks,
             layout=layout,
         )
-    if name == "reference" or layout is None or layout.mesh.size == 1:
+    if chosen.name == "reference" or layout is None or layout.mesh.size == 1:
         return kernel(q_BTNH, k_BSKH, v_BSKH, mask=mask)
     return sharded.attention(kernel, q_BTNH, k_BSKH, v_BSKH, mask=mask, layout=layout)
-
-
-def choose(q_BTNH: jax.Array, *, platform: str) -> str:
-    """The best implementation on `platform`: splash on TPU, cuDNN on GPU where it fits."""
-    return next(
-        (name for name in ("splash", "cudnn") if why_not(name, q_BTNH, platform=platform) is None),
-        "reference",
-    )
-
-
-def why_not(name: str, q_BTNH: jax.Array, *, platform: str) -> str | None:
-    """Why the implementation cannot run this call on `platform`, or None if it can."""
-    if name == "splash":
-        return splash.why_not(platform)
-    if name == "cudnn":
-        wrong = None if platform == "gpu" else f"platform {platform!r} is not 'gpu'"
-        return cudnn.why_not(q_BTNH) or wrong
-    return None

@@ -9,8 +9,8 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from partitioning import ring
 
 
-def why_not(q_BTNH: jax.Array) -> str | None:
-    """Why cuDNN cannot run this call, or None if it can (given a GPU)."""
+def unsupported(q_BTNH: jax.Array) -> str | None:
+    """The reason why cuDNN cannot take these queries on any GPU; None: it can."""
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q_BTNH.dtype} is not bfloat16 or float16"
     if q_BTNH.shape[-1] > 128 or q_BTNH.shape[-1] % 8:
@@ -23,7 +23,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask) 
 
     Raises `ValueError` for a dtype or head size that the fused kernel does not take.
     """
-    reason = why_not(q_BTNH)
+    reason = unsupported(q_BTNH)
     if reason is not None:
         raise ValueError(f"attention implementation 'cudnn' cannot run: {reason}")
     lengths_B = mask.lengths_B

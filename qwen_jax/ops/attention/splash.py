@@ -18,11 +18,6 @@ LANES = 128  # a TPU's vector width: blocks and head sizes are multiples of it
 RESIDUAL_NAME = "attention_out"
 
 
-def why_not(platform: str) -> str | None:
-    """Why the kernel cannot run on this platform, or None if it can."""
-    return None if platform == "tpu" else f"platform {platform!r} is not 'tpu'"
-
-
 def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask, interpret: bool = False
 ) -> jax.Array:

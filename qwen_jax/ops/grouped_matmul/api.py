@@ -1,23 +1,40 @@
-"""One name for a matrix product whose rows belong to groups, each with its own matrix."""
+"""The matrix product whose rows belong to groups, each with its own matrix."""
 
 import functools
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partitioning import sharding
+from qwen_jax.ops import registry
 from qwen_jax.ops.grouped_matmul import hopper, megablox, reference
 
 # Each module computes two products, which are also each other's derivatives:
 #   rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN" or "ENK") -> out_MN
 #   outer(lhs_MK, dout_MN, sizes_E) -> drhs_EKN
-# and says with why_not(lhs_MK, rhs_EKN) what keeps it from running.
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "reference": reference,
-    "megablox": megablox,
-    "hopper": hopper,
-}
+# By name, a kernel is also traced where its platform is not: a program is compiled for TPUs on
+# machines that have none, and Pallas's interpreters run on CPUs.
+GROUPED_MATMUL = registry.Operation(
+    "grouped_matmul",
+    (
+        registry.Implementation(
+            name="hopper",
+            platforms=("gpu",),
+            unsupported=hopper.unsupported,
+            elsewhere="by name",
+            compute=hopper,
+        ),
+        registry.Implementation(
+            name="megablox",
+            platforms=("tpu",),
+            unsupported=megablox.unsupported,
+            elsewhere="by name",
+            compute=megablox,
+        ),
+        registry.Implementation(name="reference", compute=reference),
+    ),
+)
 
 
 def grouped_matmul(
@@ -39,26 +56,14 @@ def grouped_matmul(
 
     Knows nothing of meshes: inside `shard_map` it multiplies this device's rows and experts.
 
-    `implementation=None` takes the best that can run on `platform`, by default JAX's own; a named
-    one that cannot raises `ValueError`, as do shapes and dtypes that do not fit together.
+    `implementation=None` chooses for `platform`, by default that of JAX's default backend. Raises
+    `ValueError` for a named implementation that cannot run, and for shapes and dtypes that do not
+    fit together.
     """
     _check(lhs_MK, rhs_EKN, group_sizes_E)
-    if implementation is None:
-        implementation = _best(lhs_MK, rhs_EKN, platform or jax.default_backend())
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"unknown grouped_matmul implementation {implementation!r}; known: "
-            f"{', '.join(IMPLEMENTATIONS)}"
-        )
-    reason = IMPLEMENTATIONS[implementation].why_not(lhs_MK, rhs_EKN)
-    if reason is not None:
-        raise ValueError(f"grouped_matmul implementation {implementation!r} cannot run: {reason}")
-    return _product(implementation, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
-
-
-def _best(lhs_MK: jax.Array, rhs_EKN: jax.Array, platform: str) -> str:
-    choice = {"tpu": "megablox", "gpu": "hopper"}.get(platform, "reference")
-    return choice if IMPLEMENTATIONS[choice].why_not(lhs_MK, rhs_EKN) is None else "reference"
+    platform = platform or sharding.platform(None)
+    chosen = GROUPED_MATMUL.choose(lhs_MK, rhs_EKN, platform=platform, name=implementation)
+    return _product(chosen.name, lhs_MK, rhs_EKN, group_sizes_E.astype(jnp.int32))
 
 
 def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> None:
@@ -75,18 +80,19 @@ def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(implementation, lhs_MK, rhs_EKN, sizes_E):
-    return IMPLEMENTATIONS[implementation].rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN")
+    products = GROUPED_MATMUL[implementation].compute
+    return products.rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN")
 
 
 def _forward(implementation, lhs_MK, rhs_EKN, sizes_E):
     return _product(implementation, lhs_MK, rhs_EKN, sizes_E), (lhs_MK, rhs_EKN, sizes_E)
 
 
-def _backward(implementation, kept, dout_MN):
-    lhs_MK, rhs_EKN, sizes_E = kept
-    module = IMPLEMENTATIONS[implementation]
-    dlhs_MK = module.rows(dout_MN, rhs_EKN, sizes_E, rhs_order="ENK")
-    drhs_EKN = module.outer(lhs_MK, dout_MN, sizes_E)
+def _backward(implementation, residuals, dout_MN):
+    lhs_MK, rhs_EKN, sizes_E = residuals
+    products = GROUPED_MATMUL[implementation].compute
+    dlhs_MK = products.rows(dout_MN, rhs_EKN, sizes_E, rhs_order="ENK")
+    drhs_EKN = products.outer(lhs_MK, dout_MN, sizes_E)
     return dlhs_MK, drhs_EKN, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 

@@ -11,18 +11,18 @@ from qwen_jax.ops.grouped_matmul import hopper_kernels as kernels
 from qwen_jax.ops.grouped_matmul.hopper_kernels import Blocks
 
 
-def why_not(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
-    """Why the kernels cannot run this call here, or None."""
+def unsupported(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
+    """The reason why the kernels cannot run this call on JAX's default device; None: they can."""
     if jax.default_backend() != "gpu":
         return f"it needs a Hopper GPU, this is {jax.default_backend()}"
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if str(capability) != "9.0":
         return f"it needs compute capability 9.0 (H100, H200), this GPU has {capability}"
-    return shape_reason(lhs_MK, rhs_EKN)
+    return unsupported_operands(lhs_MK, rhs_EKN)
 
 
-def shape_reason(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
-    """Why the kernels cannot take these operands on any GPU, or None."""
+def unsupported_operands(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
+    """The reason why the kernels cannot take these operands on any GPU; None: they can."""
     M, K = lhs_MK.shape
     N = rhs_EKN.shape[2]
     if lhs_MK.dtype not in (jnp.bfloat16, jnp.float16):

@@ -34,11 +34,8 @@ class Blocks:
         return self.m, self.k, self.n
 
 
-def why_not(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
-    """Why the kernels cannot take these operands, or None; the platform is Pallas's to refuse.
-
-    (A program is compiled for TPUs on machines that have none, so the devices here say nothing.)
-    """
+def unsupported(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
+    """The reason why the kernels cannot take these operands on any TPU; None: they can."""
     M, K = lhs_MK.shape
     if lhs_MK.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtype {lhs_MK.dtype} is not bfloat16 or float32"

@@ -7,11 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-def why_not(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
-    """Runs everywhere."""
-    return None
-
-
 def rows(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, *, rhs_order: str) -> jax.Array:
     """[M, K] x [E, K, N] -> [M, N], zeros past the last group.
 

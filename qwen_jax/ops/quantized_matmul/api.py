@@ -7,39 +7,17 @@ matrix first, then an ordinary product, the fastest for many rows, where arithme
 is what takes time.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from partitioning import sharding
 from partitioning.sharding import Layout
+from qwen_jax.ops import registry
 from qwen_jax.ops.quantized_matmul import packed_words_kernel, row_kernels
 from qwen_jax.quant import array
 from qwen_jax.quant.array import QuantArray
 
-Implementation = Literal["xla", "gpu", "dequantise"]
 MOST_ROWS = 64  # more are bound by arithmetic, and go through an ordinary product
-
-
-def choose(q: QuantArray, *, rows: int, dtype: jnp.dtype, layout: Layout | None) -> Implementation:
-    """The fastest that runs here for so many rows; in float32 the same for any number of them.
-
-    Who asks for float32 wants answers that do not depend on how many rows there are.
-    """
-    platform = jax.default_backend() if layout is None else layout.platform
-    if rows > MOST_ROWS or jnp.dtype(dtype) == jnp.float32:
-        return "dequantise"
-    alone = layout is None or layout.mesh.size == 1
-    if platform == "gpu" and alone and _why_not(q, rows=rows, dtype=dtype) is None:
-        return "gpu"
-    return "dequantise" if q.is_words else "xla"
-
-
-def _why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
-    """Why no kernel multiplies so many rows; None if one does."""
-    if not q.is_words:
-        return row_kernels.why_not(q, rows=rows, dtype=dtype)
-    return packed_words_kernel.why_not(q, rows=rows, dtype=dtype)
 
 
 def contract(
@@ -48,7 +26,7 @@ def contract(
     q: QuantArray,
     *,
     layout: Layout | None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
     preferred: jnp.dtype | None = None,
 ) -> jax.Array:
     """`jnp.einsum(einsum, x, kernel)` of x [B, T, inputs...] -> [B, T, outputs...].
@@ -61,12 +39,15 @@ def contract(
     x_BTC = x.reshape(B, T, q.num_inputs)
     if q.order is not None:
         x_BTC = jnp.take(x_BTC, q.order, axis=-1)
-    if implementation is None:
-        implementation = choose(q, rows=B * T, dtype=x.dtype, layout=layout)
-    compute = {"xla": _xla, "gpu": _gpu, "dequantise": _dequantise}
-    if implementation not in compute:
-        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(compute)}")
-    return compute[implementation](x_BTC, q).astype(preferred or x.dtype)
+    chosen = QUANTIZED_MATMUL.choose(
+        q,
+        rows=B * T,
+        dtype=x.dtype,
+        devices=1 if layout is None else layout.mesh.size,
+        platform=sharding.platform(layout),
+        name=implementation,
+    )
+    return chosen.compute(x_BTC, q).astype(preferred or x.dtype)
 
 
 def _check(einsum: str, x: jax.Array, q: QuantArray) -> None:
@@ -109,8 +90,54 @@ def _dequantise(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
 
 def _gpu(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
     B, T, C = x_BTC.shape
-    if (reason := _why_not(q, rows=B * T, dtype=x_BTC.dtype)) is not None:
-        raise ValueError(f"the kernel of quantised products cannot run: {reason}")
     flat, x_MC = array.with_outputs(q, (-1,)), x_BTC.reshape(B * T, C)
     multiply = packed_words_kernel.multiply if q.is_words else row_kernels.multiply
     return multiply(x_MC, flat).reshape(B, T, *q.outputs)
+
+
+# Each function of a call takes these:
+#   q: the quantised matrix. rows: rows of x. dtype: that of x. devices: those of the mesh.
+
+
+def _unsupported_by_kernels(
+    q: QuantArray, *, rows: int, dtype: jnp.dtype, devices: int
+) -> str | None:
+    """The reason why no kernel multiplies so many rows with the matrix; None: one does."""
+    kernels = packed_words_kernel if q.is_words else row_kernels
+    return kernels.unsupported(q, rows=rows, dtype=dtype)
+
+
+def _kernels_not_preferred(
+    q: QuantArray, *, rows: int, dtype: jnp.dtype, devices: int
+) -> str | None:
+    """The reason why the kernels are not chosen: XLA cannot partition them over a mesh."""
+    return None if devices == 1 else f"there are {devices} devices"
+
+
+def _xla_not_preferred(q: QuantArray, *, rows: int, dtype: jnp.dtype, devices: int) -> str | None:
+    """The reason why the whole matrix is dequantised first.
+
+    Callers who ask for float32 want results that do not depend on the number of rows.
+    """
+    if rows > MOST_ROWS:
+        return f"{rows} rows are bound by arithmetic"
+    if jnp.dtype(dtype) == jnp.float32:
+        return "one product for any number of rows"
+    return "values are in packed words" if q.is_words else None
+
+
+QUANTIZED_MATMUL = registry.Operation(
+    "quantized_matmul",
+    (
+        registry.Implementation(
+            name="gpu",
+            platforms=("gpu",),
+            unsupported=_unsupported_by_kernels,
+            not_preferred=_kernels_not_preferred,
+            elsewhere="by name",
+            compute=_gpu,
+        ),
+        registry.Implementation(name="xla", not_preferred=_xla_not_preferred, compute=_xla),
+        registry.Implementation(name="dequantise", compute=_dequantise),
+    ),
+)

@@ -38,8 +38,8 @@ class Tuning:
     reads: int = 2
 
 
-def choose(q: QuantArray, *, rows: int) -> Tuning:
-    """The fastest of those tried on an H100 with the matrices of the 7B.
+def default_tuning(q: QuantArray, *, rows: int) -> Tuning:
+    """The fastest tuning of those tried on an H100 with the matrices of the 7B.
 
     The table is in docs/experiments/quantisation.md.
 
@@ -58,20 +58,23 @@ def choose(q: QuantArray, *, rows: int) -> Tuning:
     return Tuning(warps=16 if small else 8, tiles=1, reads=1)
 
 
-def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
-    """Why so many rows cannot be multiplied with the matrix, once in words; None if they can."""
+def unsupported(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
+    """The reason why the kernel cannot multiply so many rows with the matrix; None: it can.
+
+    The matrix is in packed words, or is to be packed.
+    """
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
     if rows > MOST_ROWS:
         return f"in words it takes {MOST_ROWS} rows, not {rows}"
-    if (reason := ptx.why_not()) is not None:
+    if (reason := ptx.unsupported()) is not None:
         return reason
     if q.values.ndim != len(q.outputs) + 1:
         return "it takes one matrix, not a stack"
     O, C = math.prod(q.outputs), q.num_inputs  # noqa: E741
     if q.group_size % packed_words.inputs(q.format):
         return f"groups of {q.group_size} inputs are no multiple of {packed_words.inputs(q.format)}"
-    return packed_words.why_not(q.format, num_outputs=O, num_inputs=C)
+    return packed_words.unsupported(q.format, num_outputs=O, num_inputs=C)
 
 
 def multiply(
@@ -81,7 +84,7 @@ def multiply(
 
     `q.order` must have been applied to x. interpret: None where there is no GPU.
     """
-    tuning = tuning or choose(q, rows=x_RC.shape[0])
+    tuning = tuning or default_tuning(q, rows=x_RC.shape[0])
     (R, C), O = x_RC.shape, q.values.shape[0]  # noqa: E741
     tile, steps = packed_words.tile(q.format), C // packed_words.inputs(q.format)
     of_group = q.group_size // packed_words.inputs(q.format)

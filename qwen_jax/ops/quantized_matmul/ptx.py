@@ -16,12 +16,12 @@ try:
     from jax._src.lib.mlir import ir
     from jax._src.pallas.triton import lowering, primitives
     from jax._src.state import types as state
-except ImportError:  # a JAX that has moved them: `why_not` says so
+except ImportError:  # a JAX that has moved them: `unsupported` says so
     lowering = primitives = None
 
 
-def why_not() -> str | None:
-    """Why kernels with such PTX cannot be lowered by this JAX; None if they can."""
+def unsupported() -> str | None:
+    """The reason why this JAX cannot lower kernels with such PTX; None: it can."""
     found = hasattr(primitives, "_elementwise_inline_asm_lowering")
     return None if found else f"JAX {jax.__version__} lowers PTX in kernels in a way of its own"
 
@@ -72,7 +72,7 @@ def _(words, at, mask):
     return [jax.core.ShapedArray(at.shape, jnp.uint32)] * 4, {state.ReadEffect(0)}
 
 
-if why_not() is None:
+if unsupported() is None:
 
     @lowering.register_lowering(_load_four_p)
     def _(ctx, words, at, mask):

@@ -42,8 +42,8 @@ class Blocks:
     stages: int = 4
 
 
-def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
-    """Why a product cannot run here; None if it can."""
+def unsupported(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
+    """The reason why the kernel cannot multiply so many rows with the matrix; None: it can."""
     outputs = math.prod(q.outputs)
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
@@ -61,8 +61,8 @@ def why_not(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def choose(q: QuantArray, *, rows: int) -> Blocks:
-    """Blocks for a matrix [C, O] or [O, C]."""
+def default_blocks(q: QuantArray, *, rows: int) -> Blocks:
+    """Blocks for a matrix [C, O] or [O, C] and so many rows."""
     outputs = q.values.shape[-1 if q.axis == -2 else 0]
     inputs = _power(q.group_size, 128) if q.num_groups > 1 else _power(q.num_inputs, 128)
     columns = _power(outputs, 128 if outputs >= 16384 else 64)
@@ -88,7 +88,7 @@ def multiply(
     `q.order` must have been applied to x. interpret: None where there is no GPU.
     """
     M, C = x_MC.shape
-    blocks = blocks or choose(q, rows=M)
+    blocks = blocks or default_blocks(q, rows=M)
     columns, step, parts = blocks.outputs, blocks.inputs, blocks.parts
     packed = 2 if q.format == "int4" else 1
     major = q.axis == -1

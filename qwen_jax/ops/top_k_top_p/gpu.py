@@ -24,8 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-LIMB = 14  # bits of a weight that are summed in one number: 2^18 weights cannot overflow 32
-REACH = 21.0  # below the best score by this, a weight in units of 2^-28 is 0
+from qwen_jax.ops.top_k_top_p.fixed_point import LIMB, REACH
 
 _FEW_TURNS = 3  # with pivots among scores
 _LISTED = 4  # entries of a lane's list that are on their way at a time: most lists are short
@@ -49,6 +48,55 @@ class Tuning:
     def lanes(self) -> int:
         """One a thread: with more, Triton would pass what is to be listed between threads."""
         return 32 * self.warps
+
+
+def kth(
+    scores_BV: jax.Array, *, best_B: jax.Array, top_k_B: jax.Array, tuning: Tuning | None
+) -> jax.Array:
+    """See `reference.kth`."""
+    tops_B = _tops(best_B)
+    keys_B = largest(
+        scores_BV,
+        least_B=jnp.minimum(top_k_B, scores_BV.shape[1]),
+        # An interval of one key is no work.
+        lows_B=jnp.where(top_k_B > 0, jnp.iinfo(jnp.int32).min, tops_B),
+        tops_B=tops_B,
+        tuning=tuning,
+    )
+    return to_scores(keys_B)
+
+
+def nucleus(
+    scores_BV: jax.Array,
+    weights_BV: jax.Array,
+    *,
+    best_B: jax.Array,
+    kth_B: jax.Array,
+    top_p_B: jax.Array,
+    tuning: Tuning | None,
+) -> jax.Array:
+    """See `reference.nucleus`."""
+    tops_B = _tops(best_B)
+    # Below these lies no weight.
+    least_B = jnp.maximum(kth_B, best_B - REACH)
+    lows_B = jnp.where(jnp.isfinite(best_B), to_keys(least_B), jnp.iinfo(jnp.int32).min)
+    keys_B = largest(
+        scores_BV,
+        weights_BV,
+        least_B=top_p_B,
+        lows_B=jnp.where(top_p_B < 1.0, lows_B, tops_B),
+        tops_B=tops_B,
+        bounded_B=kth_B > -jnp.inf,
+        tuning=tuning,
+    )
+    return to_scores(keys_B)
+
+
+def _tops(best_B: jax.Array) -> jax.Array:
+    """Keys that no score of a row lies above."""
+    # The maximum of 0 and -0 may be either.
+    keys_B = to_keys(jnp.where(best_B == 0, 0.0, best_B))
+    return jnp.where(jnp.isfinite(best_B), keys_B, jnp.iinfo(jnp.int32).max)
 
 
 def largest(

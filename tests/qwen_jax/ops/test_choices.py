@@ -5,7 +5,7 @@ implementation that is chosen, and those that refuse the call when they are name
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from partitioning import rules
-from partitioning.sharding import Layout
+from qwen_jax.ops import registry
 from qwen_jax.ops.attention import api as attention
 from qwen_jax.ops.attention.paged import api as paged
 from qwen_jax.ops.attention.paged import kv_pages
@@ -40,24 +39,10 @@ class Call:
     refused: tuple[str, ...]
 
 
-def _layout(devices: int) -> Layout | None:
-    """No layout for one device, else a mesh of so many on JAX's default platform."""
-    if devices == 0:
-        return None
-    axes = ("data", "fsdp", "expert", "context", "tensor")
-    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, devices), axes)
-    return Layout(mesh, rules.rule_set("engine"))
-
-
 def _attention(platform: str) -> Iterator[Call]:
     for dtype, H in itertools.product(DTYPES, (16, 20, 64, 128, 256)):
         q = shape((2, 48, 4, H), dtype)
-        yield _call(
-            (f"head_dim {H}", dtype),
-            attention.choose(q, platform=platform),
-            attention.IMPLEMENTATIONS,
-            lambda name, q=q: attention.why_not(name, q, platform=platform),
-        )
+        yield _call((f"head_dim {H}", dtype), attention.ATTENTION, platform, q)
 
 
 def _paged(platform: str) -> Iterator[Call]:
@@ -70,19 +55,15 @@ def _paged(platform: str) -> Iterator[Call]:
             q = shape((3, T, 4, 64)[: 1 if T == 0 else 2] + (4, min(H, 64)), dtype)
             yield _call(
                 (f"{kind} {T}, pages {storage} {S} x {H}", f"{dtype} on {pages_dtype}"),
-                paged.choose(operation, q, kv, platform=platform),
-                operation.implementations,
-                lambda name, q=q, kv=kv, operation=operation: paged.why_not(
-                    operation, name, q, kv, platform=platform
-                ),
+                operation,
+                platform,
+                q,
+                kv,
             )
     for P in (2**14, 2**15, 2**16):  # values of a layer: 2^30, 2^31 and 2^32
         kv, q = _pages("int8", (P, 64, 8, 128), "bfloat16"), shape((3, 4, 128), "bfloat16")
         yield _call(
-            (f"decode 0, pages int8 {P} x 64 x 8 x 128", "bfloat16"),
-            paged.choose(paged.DECODE, q, kv, platform=platform),
-            paged.DECODE.implementations,
-            lambda name, q=q, kv=kv: paged.why_not(paged.DECODE, name, q, kv, platform=platform),
+            (f"decode 0, pages int8 {P} x 64 x 8 x 128", "bfloat16"), paged.DECODE, platform, q, kv
         )
 
 
@@ -96,12 +77,7 @@ def _grouped(platform: str) -> Iterator[Call]:
     sizes = ((136, 128, 192), (132, 128, 128), (64, 128, 128), (128, 96, 128), (256, 256, 256))
     for dtype, (M, K, N) in itertools.product(DTYPES, sizes):
         lhs, rhs = shape((M, K), dtype), shape((2, K, N), dtype)
-        yield _call(
-            (f"{M} x {K} x {N}", dtype),
-            grouped_matmul._best(lhs, rhs, platform),
-            grouped_matmul.IMPLEMENTATIONS,
-            lambda name, lhs=lhs, rhs=rhs: grouped_matmul.IMPLEMENTATIONS[name].why_not(lhs, rhs),
-        )
+        yield _call((f"{M} x {K} x {N}", dtype), grouped_matmul.GROUPED_MATMUL, platform, lhs, rhs)
 
 
 def _quantized(platform: str) -> Iterator[Call]:
@@ -114,14 +90,13 @@ def _quantized(platform: str) -> Iterator[Call]:
             (1, "bfloat16", 0), (8, "bfloat16", 1), (9, "bfloat16", 0), (64, "bfloat16", 0),
             (65, "bfloat16", 0), (1, "float32", 0), (1, "bfloat16", 2),
         ):  # fmt: skip
-            call = {"rows": rows, "dtype": jnp.dtype(dtype)}
+            call = {"rows": rows, "dtype": jnp.dtype(dtype), "devices": max(1, devices)}
             yield _call(
                 (f"{format} {kind} {sizes} group {group}", f"{rows} {dtype} on {devices}"),
-                quantized_matmul.choose(q, **call, layout=_layout(devices)),
-                ("xla", "gpu", "dequantise"),
-                lambda name, q=q, call=call: (
-                    quantized_matmul._why_not(q, **call) if name == "gpu" else None
-                ),
+                quantized_matmul.QUANTIZED_MATMUL,
+                platform,
+                q,
+                **call,
             )
 
 
@@ -140,15 +115,24 @@ def _quant_array(format: str, kind: str, group: int | None, C: int, O: int) -> Q
 
 
 def _top_k_top_p(platform: str) -> Iterator[Call]:
-    yield Call("any", "any", top_k_top_p.choose(), ())
+    yield _call(("any", "any"), top_k_top_p.TOP_K_TOP_P, platform)
 
 
 def _call(
-    place: tuple[str, str], chosen: str, names: Iterable[str], unsupported: Callable[[str], object]
+    place: tuple[str, str], operation: registry.Operation, platform: str, *arguments, **options
 ) -> Call:
-    refused = tuple(name for name in sorted(names) if unsupported(name) is not None)
+    chosen = operation.choose(*arguments, platform=platform, **options).name
+    refused = []
+    for name in sorted(operation.names):
+        if operation.unsupported(name, *arguments, platform=platform, **options) is None:
+            named = operation.choose(*arguments, platform=platform, name=name, **options)
+            assert named is operation[name]
+        else:
+            refused.append(name)
+            with pytest.raises(ValueError, match=f"{name!r} cannot run: .*; use "):
+                operation.choose(*arguments, platform=platform, name=name, **options)
     assert chosen not in refused, (place, chosen)
-    return Call(*place, chosen, refused)
+    return Call(*place, chosen, tuple(refused))
 
 
 CALLS = {

@@ -1,7 +1,6 @@
-"""Attention over pages of keys and values (`kv_pages.py`): one name, many kernels."""
+"""Attention over pages of keys and values (`kv_pages.py`), and the choice of its kernels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -9,30 +8,48 @@ import jax.numpy as jnp
 
 from partitioning import sharding
 from partitioning.sharding import Layout
+from qwen_jax.ops import registry
 from qwen_jax.ops.attention.paged import gpu as paged_gpu
 from qwen_jax.ops.attention.paged import kv_pages
 from qwen_jax.ops.attention.paged import reference as paged_reference
 from qwen_jax.ops.attention.paged import tpu as paged_tpu
 from qwen_jax.ops.attention.paged.kv_pages import Layer
 
-Implementation = Callable[..., jax.Array]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Implementations by name, best first, and why one cannot run a call (None: it can)."""
-
-    implementations: dict[str, Implementation]
-    why_not: dict[str, Callable[..., str | None]]
-
-
-DECODE = Kind(
-    {"tpu": paged_tpu.decode, "gpu": paged_gpu.decode, "reference": paged_reference.decode},
-    {"tpu": paged_tpu.why_not, "gpu": paged_gpu.why_not_decode},
+DECODE = registry.Operation(
+    "paged attention",
+    (
+        registry.Implementation(
+            name="tpu",
+            platforms=("tpu",),
+            unsupported=paged_tpu.unsupported,
+            compute=paged_tpu.decode,
+        ),
+        registry.Implementation(
+            name="gpu",
+            platforms=("gpu",),
+            unsupported=paged_gpu.unsupported_decode,
+            compute=paged_gpu.decode,
+        ),
+        registry.Implementation(name="reference", compute=paged_reference.decode),
+    ),
 )
-EXTEND = Kind(
-    {"tpu": paged_tpu.extend, "gpu": paged_gpu.extend, "reference": paged_reference.extend},
-    {"tpu": paged_tpu.why_not, "gpu": paged_gpu.why_not_extend},
+EXTEND = registry.Operation(
+    "paged attention",
+    (
+        registry.Implementation(
+            name="tpu",
+            platforms=("tpu",),
+            unsupported=paged_tpu.unsupported,
+            compute=paged_tpu.extend,
+        ),
+        registry.Implementation(
+            name="gpu",
+            platforms=("gpu",),
+            unsupported=paged_gpu.unsupported_extend,
+            compute=paged_gpu.extend,
+        ),
+        registry.Implementation(name="reference", compute=paged_reference.extend),
+    ),
 )
 
 Prefix = Literal["pages", "none"]
@@ -52,12 +69,13 @@ def decode(
     softmax(q k^T / sqrt(H)) v, with the row's own key and value among the pages already. A row of
     length 0 is not active: it costs little, and gives zeros.
 
-    `implementation=None` takes the best on the layout's devices, or without a layout on JAX's
-    default backend; a named one that cannot run raises `ValueError`.
+    `implementation=None` chooses for the layout's platform, or without a layout for JAX's default
+    backend. Raises `ValueError` for a named implementation that cannot run.
     """
-    kernel = DECODE.implementations[_name(DECODE, implementation, q_BNH, kv_PSCH, layout)]
+    platform = sharding.platform(layout)
+    chosen = DECODE.choose(q_BNH, kv_PSCH, platform=platform, name=implementation)
     rows = {"table_BM": table_BM, "lengths_B": lengths_B}
-    return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout)
+    return _on_own_heads(chosen.compute, (q_BNH,), kv_PSCH, rows, layout=layout)
 
 
 def append(
@@ -76,12 +94,13 @@ def append(
     -> ([B, N, H], the pages), which are updated in place where they are donated. The "gpu" kernel
     does both at once where a device has all rows and its own heads, and pages are not quantised.
     """
-    name = _name(DECODE, implementation, q_BNH, kv_PSCH, layout)
+    platform = sharding.platform(layout)
+    chosen = DECODE.choose(q_BNH, kv_PSCH, platform=platform, name=implementation)
     rows = {"table_BM": table_BM, "lengths_B": lengths_B}
     whole = layout is None or (
         layout.size("batch") == 1 and layout.size("act_kv_heads") == layout.size("act_heads")
     )
-    if name == "gpu" and whole and not isinstance(kv_PSCH, kv_pages.Quantised):
+    if chosen.name == "gpu" and whole and not isinstance(kv_PSCH, kv_pages.Quantised):
         chunk = (q_BNH, k_BKH, v_BKH)
         return _on_own_heads(
             paged_gpu.append, chunk, kv_PSCH, rows, results="o, pages", layout=layout
@@ -94,8 +113,7 @@ def append(
         positions_BT=jnp.maximum(lengths_B - 1, 0)[:, None],
         valid_BT=(lengths_B > 0)[:, None],
     )
-    kernel = DECODE.implementations[name]
-    return _on_own_heads(kernel, (q_BNH,), kv_PSCH, rows, layout=layout), kv_PSCH
+    return _on_own_heads(chosen.compute, (q_BNH,), kv_PSCH, rows, layout=layout), kv_PSCH
 
 
 def extend(
@@ -124,40 +142,11 @@ def extend(
     """
     if prefix not in ("pages", "none"):
         raise ValueError(f"prefix={prefix!r} is unknown; known: pages, none")
-    kernel = EXTEND.implementations[_name(EXTEND, implementation, q_BTNH, kv_PSCH, layout)]
+    platform = sharding.platform(layout)
+    chosen = EXTEND.choose(q_BTNH, kv_PSCH, platform=platform, name=implementation)
     rows = {"table_BM": table_BM, "starts_B": starts_B, "lengths_B": lengths_B}
     chunk = (q_BTNH, k_BTKH, v_BTKH)
-    return _on_own_heads(kernel, chunk, kv_PSCH, rows, prefix=prefix, layout=layout)
-
-
-def choose(kind: Kind, q: jax.Array, kv_PSCH: Layer, *, platform: str) -> str:
-    """The best implementation on `platform` that can run this call."""
-    return next(
-        name
-        for name in kind.implementations
-        if why_not(kind, name, q, kv_PSCH, platform=platform) is None
-    )
-
-
-def why_not(kind: Kind, name: str, q: jax.Array, kv_PSCH: Layer, *, platform: str) -> str | None:
-    """Why the implementation cannot run this call on `platform`, or None if it can."""
-    if name not in kind.why_not:
-        return None
-    return kind.why_not[name](q, kv_PSCH, platform=platform)
-
-
-def _name(kind: Kind, name: str | None, q: jax.Array, kv_PSCH: Layer, layout: Layout | None) -> str:
-    """The name asked for, if it can run, or the best."""
-    platform = jax.default_backend() if layout is None else layout.platform
-    if name is None:
-        name = choose(kind, q, kv_PSCH, platform=platform)
-    if name not in kind.implementations:
-        known = ", ".join(kind.implementations)
-        raise ValueError(f"unknown paged attention implementation {name!r}; known: {known}")
-    reason = why_not(kind, name, q, kv_PSCH, platform=platform)
-    if reason is not None:
-        raise ValueError(f"paged attention implementation {name!r} cannot run: {reason}")
-    return name
+    return _on_own_heads(chosen.compute, chunk, kv_PSCH, rows, prefix=prefix, layout=layout)
 
 
 def _on_own_heads(

@@ -30,10 +30,8 @@ FEW = 64  # rows of a product, at most: a program's registers hold their sums
 TUNING = Tuning()
 
 
-def why_not_decode(q_BNH: jax.Array, kv_PSCH: kv_pages.Layer, *, platform: str) -> str | None:
-    """Why the kernel cannot run this call, or None if it can."""
-    if platform != "gpu":
-        return f"platform {platform!r} is not 'gpu'"
+def unsupported_decode(q_BNH: jax.Array, kv_PSCH: kv_pages.Layer) -> str | None:
+    """The reason why the kernel cannot take these queries and pages on any GPU; None: it can."""
     H, S = q_BNH.shape[-1], kv_PSCH.shape[1]
     for name, size in (("head_dim", H), ("page_size", S)):
         if size < ROWS or size & (size - 1):
@@ -47,14 +45,12 @@ def why_not_decode(q_BNH: jax.Array, kv_PSCH: kv_pages.Layer, *, platform: str) 
     return None
 
 
-def why_not_extend(q_BTNH: jax.Array, kv_PSCH: kv_pages.Layer, *, platform: str) -> str | None:
-    """Why neither the kernel nor cuDNN can run this call, or None if one can."""
-    if platform != "gpu":
-        return f"platform {platform!r} is not 'gpu'"
-    reason = why_not_decode(q_BTNH, kv_PSCH, platform=platform)
+def unsupported_extend(q_BTNH: jax.Array, kv_PSCH: kv_pages.Layer) -> str | None:
+    """The reason why neither the kernel nor cuDNN can take this call; None: one of them can."""
+    reason = unsupported_decode(q_BTNH, kv_PSCH)
     if reason is None and _are_few(q_BTNH, kv_PSCH.shape[2] // 2):
         return None
-    return cudnn.why_not(q_BTNH)
+    return cudnn.unsupported(q_BTNH)
 
 
 def _are_few(q_BTNH: jax.Array, K: int) -> bool:
@@ -182,7 +178,7 @@ def extend(
     the table's pages into one piece. They are merged by their log-sum-exp in float32.
     """
     own_K = _all_heads(heads_K, kv_PSCH)
-    fits = why_not_decode(q_BTNH, kv_PSCH, platform="gpu") is None
+    fits = unsupported_decode(q_BTNH, kv_PSCH) is None
     if fits and _are_few(q_BTNH, own_K.shape[0]):
         ends_B = jnp.where(lengths_B > 0, starts_B + lengths_B, 0)
         rows = Rows(table_BM, ends_B, starts_B, own_K)

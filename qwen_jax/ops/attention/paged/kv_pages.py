@@ -90,7 +90,7 @@ def create(
 
     Raises `ValueError` if kv heads do not divide by their mesh axes, or for int8 on a TPU.
     """
-    platform = _platform(layout)
+    platform = sharding.platform(layout)
     if storage not in ("plain", "int8"):
         raise ValueError(f"storage={storage!r} is unknown; known: plain, int8")
     if storage == "int8" and platform == "tpu":
@@ -116,10 +116,6 @@ def _create(
         return Quantised(jnp.zeros(shape, jnp.int8), scales_PSC, dtype)
 
     return constrain(Pages(tuple(layer() for _ in range(num_layers))), layout)
-
-
-def _platform(layout: Layout | None) -> str:
-    return jax.default_backend() if layout is None else layout.platform
 
 
 def width(cfg: ModelConfig, platform: str) -> int:
@@ -150,7 +146,7 @@ def num_bytes(
 ) -> int:
     """Bytes of all layers' pages on one device."""
     spread = 1 if layout is None else layout.size("act_kv_heads")
-    H = width(cfg, _platform(layout))
+    H = width(cfg, sharding.platform(layout))
     head = H * jnp.dtype(dtype).itemsize if storage == "plain" else H + 4
     heads = 2 * cfg.num_key_value_heads // spread
     return cfg.num_hidden_layers * num_pages * page_size * heads * head

@@ -20,10 +20,8 @@ DECODE_QUERIES = 8  # at a time; each row is multiplied with all of them, and ke
 EXTEND_QUERIES = 32
 
 
-def why_not(q: jax.Array, kv_PSCH: kv_pages.Layer, *, platform: str) -> str | None:
-    """Why the kernel cannot run this call, or None if it can."""
-    if platform != "tpu":
-        return f"platform {platform!r} is not 'tpu'"
+def unsupported(q: jax.Array, kv_PSCH: kv_pages.Layer) -> str | None:
+    """The reason why the kernel cannot take these queries and pages on any TPU; None: it can."""
     if isinstance(kv_PSCH, kv_pages.Quantised):
         return "it knows no scales of single positions"
     width = kv_PSCH.shape[3]

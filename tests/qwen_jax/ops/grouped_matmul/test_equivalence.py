@@ -1,6 +1,7 @@
 """One table: every implementation that can run or be interpreted here meets the definition."""
 
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -11,6 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as mosaic_tpu
 
+from qwen_jax.ops import registry
 from qwen_jax.ops.grouped_matmul import api, hopper, hopper_kernels
 
 M, K, N, E = 384, 128, 320, 5
@@ -43,9 +45,13 @@ def _interpreted(implementation: str, monkeypatch):
         few = types.SimpleNamespace(
             rows=functools.partial(hopper.rows, blocks=small),
             outer=functools.partial(hopper.outer, blocks=small),
-            why_not=hopper.shape_reason,
         )
-        monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", few)
+        kernel = dataclasses.replace(
+            api.GROUPED_MATMUL["hopper"], unsupported=hopper.unsupported_operands, compute=few
+        )
+        others = api.GROUPED_MATMUL.implementations[1:]
+        operation = registry.Operation("grouped_matmul", (kernel, *others))
+        monkeypatch.setattr(api, "GROUPED_MATMUL", operation)
         monkeypatch.setattr(hopper_kernels, "_multiprocessors", lambda: 2)
         settings = mosaic_gpu.InterpretGPUParams(uninitialized_memory="nan")
         with mosaic_gpu.force_gpu_interpret_mode(settings):
@@ -145,7 +151,7 @@ def test_what_cannot_run_is_refused_with_the_reason(case):
 
 def test_shapes_that_the_hopper_kernels_do_not_take_are_told_apart():
     def reason(M, K, N, dtype=jnp.bfloat16):
-        return hopper.shape_reason(jnp.ones((M, K), dtype), jnp.ones((2, K, N), dtype))
+        return hopper.unsupported_operands(jnp.ones((M, K), dtype), jnp.ones((2, K, N), dtype))
 
     assert reason(136, 128, 192) is None
     assert "M=132 rows" in reason(132, 128, 128)

@@ -1,6 +1,7 @@
 """Every implementation of a quantised product = the product with the dequantised matrix."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,14 @@ def test_words_however_they_are_cut(tuning, inputs, rows):
 
 
 def test_words_are_multiplied_up_to_eight_rows():
+    unsupported = functools.partial(packed_words_kernel.unsupported, dtype=jnp.bfloat16)
     q = array.in_words(array.quantise(draw(128, 64), format="int8"))
-    assert packed_words_kernel.why_not(q, rows=8, dtype=jnp.bfloat16) is None
-    assert "takes 8 rows, not 9" in packed_words_kernel.why_not(q, rows=9, dtype=jnp.bfloat16)
+    assert unsupported(q, rows=8) is None
+    assert "takes 8 rows, not 9" in unsupported(q, rows=9)
     odd = array.quantise(draw(128, 60), format="int8")
-    assert "multiples of 8 outputs" in packed_words_kernel.why_not(odd, rows=1, dtype=jnp.bfloat16)
+    assert "multiples of 8 outputs" in unsupported(odd, rows=1)
     small = array.quantise(draw(128, 64), format="int4", group_size=32)
-    assert "groups of 32 inputs" in packed_words_kernel.why_not(small, rows=1, dtype=jnp.bfloat16)
+    assert "groups of 32 inputs" in unsupported(small, rows=1)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -131,20 +133,22 @@ def test_merged_inputs():
 
 def test_the_choice_and_what_cannot_run():
     q = array.quantise(draw(128, 64), format="int8")
-    here = {"dtype": jnp.bfloat16, "layout": None}
-    assert quantized_matmul.choose(q, rows=1, **here) == "xla"
-    assert quantized_matmul.choose(q, rows=65, **here) == "dequantise"
-    assert quantized_matmul.choose(q, rows=1, dtype=jnp.float32, layout=None) == "dequantise"
-    assert row_kernels.why_not(q, rows=64, dtype=jnp.bfloat16) is None
+    choose = functools.partial(
+        quantized_matmul.QUANTIZED_MATMUL.choose, q, devices=1, platform=jax.default_backend()
+    )
+    assert choose(rows=1, dtype=jnp.bfloat16).name == "xla"
+    assert choose(rows=65, dtype=jnp.bfloat16).name == "dequantise"
+    assert choose(rows=1, dtype=jnp.float32).name == "dequantise"
+    assert row_kernels.unsupported(q, rows=64, dtype=jnp.bfloat16) is None
     with pytest.raises(ValueError, match="cannot run: it multiplies bfloat16, not float32"):
         quantized_matmul.contract(
             "btd,df->btf", draw(1, 1, 128), q, layout=None, implementation="gpu"
         )
     odd = array.quantise(draw(128, 60), format="int8")
-    assert "multiples of 64" in row_kernels.why_not(odd, rows=1, dtype=jnp.bfloat16)
+    assert "multiples of 64" in row_kernels.unsupported(odd, rows=1, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="quantised kernels take no other product"):
         quantized_matmul.contract("btd,fd->btf", draw(1, 1, 128), q, layout=None)
-    with pytest.raises(ValueError, match="unknown implementation 'mosaic'"):
+    with pytest.raises(ValueError, match="unknown quantized_matmul implementation 'mosaic'"):
         quantized_matmul.contract(
             "btd,df->btf", draw(1, 1, 128), q, layout=None, implementation="mosaic"
         )
@@ -181,9 +185,9 @@ def test_blocks_of_released_models_divide_them(inputs, outputs):
             jax.ShapeDtypeStruct((inputs // (group or inputs), outputs), jnp.float32),
             format=format,
         )
-        assert row_kernels.why_not(q, rows=1, dtype=jnp.bfloat16) is None
-        assert packed_words_kernel.why_not(q, rows=1, dtype=jnp.bfloat16) is None
-        blocks = row_kernels.choose(q, rows=1)
+        assert row_kernels.unsupported(q, rows=1, dtype=jnp.bfloat16) is None
+        assert packed_words_kernel.unsupported(q, rows=1, dtype=jnp.bfloat16) is None
+        blocks = row_kernels.default_blocks(q, rows=1)
         assert inputs % (blocks.inputs * blocks.parts) == 0 and outputs % blocks.outputs == 0
         assert q.group_size % blocks.inputs == 0
         assert (outputs // blocks.outputs) * blocks.parts >= 120  # of 132 multiprocessors

@@ -140,13 +140,13 @@ def test_a_chunk_is_merged_with_what_came_before(heads_K, monkeypatch):
 
 def test_without_a_gpu_the_reference_is_chosen_and_the_kernel_refused():
     q, kv, table = _inputs(4, 2, 16, 64, "float32")
-    assert paged.choose(paged.DECODE, q, kv, platform="cpu") == "reference"
-    assert paged.choose(paged.DECODE, q, kv, platform="gpu") == "gpu"
+    assert paged.DECODE.choose(q, kv, platform="cpu").name == "reference"
+    assert paged.DECODE.choose(q, kv, platform="gpu").name == "gpu"
     # cuDNN knows no float32; a few queries are the kernel's.
-    assert paged.choose(paged.EXTEND, jnp.zeros((4, 32, 4, 16)), kv, platform="gpu") == "gpu"
-    assert paged.choose(paged.EXTEND, jnp.zeros((4, 64, 4, 16)), kv, platform="gpu") == "reference"
+    assert paged.EXTEND.choose(jnp.zeros((4, 32, 4, 16)), kv, platform="gpu").name == "gpu"
+    assert paged.EXTEND.choose(jnp.zeros((4, 64, 4, 16)), kv, platform="gpu").name == "reference"
     odd = jnp.zeros((2, 24, 4, 16))
-    reason = paged.why_not(paged.DECODE, "gpu", q, odd, platform="gpu")
+    reason = paged.DECODE.unsupported("gpu", q, odd, platform="gpu")
     assert reason == "page_size 24 is not a power of two from 16"
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="'gpu' cannot run: platform 'cpu' is not 'gpu'"):

@@ -88,9 +88,10 @@ def test_extend_in_the_interpreter_equals_the_reference(interpreted):
 
 def test_pages_that_the_kernel_cannot_take_are_refused():
     q, narrow = jnp.zeros((1, 4, 64)), jnp.zeros((2, 16, 4, 64))
-    reason = paged.why_not(paged.DECODE, "tpu", q, narrow, platform="tpu")
+    reason = paged.DECODE.unsupported("tpu", q, narrow, platform="tpu")
     assert reason.startswith("pages have heads of 64, not a multiple of 128")
-    assert paged.choose(paged.DECODE, q, jnp.zeros((2, 16, 4, 128)), platform="tpu") == "tpu"
+    chosen = paged.DECODE.choose(q, jnp.zeros((2, 16, 4, 128)), platform="tpu")
+    assert chosen.name == "tpu"
 
 
 PROGRAM = """
