@@ -3,14 +3,14 @@
 python examples/plan_run.py
 """
 
-from qwen_jax.analysis.plan import command
 from qwen_jax.analysis.plan.search import Candidate
+from qwen_jax.cli import plan_command
 
 
 def main() -> Candidate:
     """The plan of fine-tuning Qwen2.5-7B at 8,192 tokens on a v5p slice of 32 chips, printed."""
-    return command.run(
-        command.Request(
+    return plan_command.run(
+        plan_command.Request(
             model="qwen2.5-7b",
             recipe="finetune",
             topology="v5p-64",  # "any" compares slices; v5p names count cores, two to a chip

@@ -145,9 +145,9 @@ def checkpoint_verify(path: Positional[str]) -> int:
     Args:
         path: Native checkpoint, a step of a training run, or the run's output (its newest step).
     """
-    from qwen_jax.checkpoint import verify
+    from qwen_jax.cli import checkpoint_tables
 
-    return verify.show_verification(path)
+    return checkpoint_tables.show_verification(path)
 
 
 @checkpoint_app.command(name="list")
@@ -157,9 +157,9 @@ def checkpoint_list(output: Positional[str]) -> int:
     Args:
         output: The run's output.
     """
-    from qwen_jax.checkpoint import verify
+    from qwen_jax.cli import checkpoint_tables
 
-    return verify.show_steps(output)
+    return checkpoint_tables.show_steps(output)
 
 
 def _bytes(text: str | None) -> int | None:

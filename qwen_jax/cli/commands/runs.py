@@ -77,7 +77,7 @@ def plan(
     if topology == "any" or topologies.parse(topology).chip.platform == "tpu":
         for name, value in xla_flags.WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
-    from qwen_jax.analysis.plan import command as plan_command
+    from qwen_jax.cli import plan_command
 
     request = plan_command.Request(
         model=model, recipe=recipe, topology=topology, mesh=mesh, length=length, rows=rows,

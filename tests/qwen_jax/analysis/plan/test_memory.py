@@ -10,8 +10,8 @@ from configs.hardware import topologies
 from configs.models import presets
 from configs.train import TrainConfig
 from partitioning import mesh as mesh_lib
-from qwen_jax.analysis.plan import command as plan_command
 from qwen_jax.analysis.plan import job, memory, search
+from qwen_jax.cli import plan_command
 
 # model, slice, mesh, tokens a row, rows, remat, peak_memory_in_bytes / 1e9 of the compiled step
 # (jax 0.10.2, libtpu 0.0.42.1).

@@ -11,9 +11,10 @@ from configs.models.architecture import ModelConfig
 from configs.recipes import registry as recipes
 from configs.train import TrainConfig
 from partitioning import mesh as mesh_lib
-from qwen_jax.analysis.plan import report, search
+from qwen_jax.analysis.plan import search
 from qwen_jax.analysis.plan.job import Purpose
 from qwen_jax.analysis.plan.search import Candidate
+from qwen_jax.cli import plan_report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def run(request: Request, *, picture: str | None) -> Candidate:
         if not best.ranked:
             reasons = "; ".join(f"{chip}: {reason}" for chip, reason in best.skipped.items())
             raise ValueError(f"{cfg.name} fits no slice: {reasons}")
-        report.show_rent(best, recipe=request.recipe)
+        plan_report.show_slices(best, recipe=request.recipe)
         chosen = best.ranked[0]
     else:
         where = topologies.parse(request.topology)
@@ -98,10 +99,10 @@ def run(request: Request, *, picture: str | None) -> Candidate:
             cfg, config, where, purpose=request.purpose, mesh=mesh, **held
         )
         chosen = search.recommend(found, refused)
-        report.show(found, refused, chosen, recipe=request.recipe)
+        plan_report.show_slice(found, refused, chosen, recipe=request.recipe)
     if picture is not None:
-        from qwen_jax.analysis.plan import picture as picture_lib
+        from qwen_jax.cli import plan_picture
 
-        picture_lib.save(chosen, Path(picture))
+        plan_picture.save(chosen, Path(picture))
         print(f"{picture}: memory and sharding of the recommended plan")
     return chosen

@@ -31,7 +31,7 @@ _RENT_KEY = (
 )
 
 
-def show(
+def show_slice(
     found: list[Candidate],
     refused: list[tuple[str, str]],
     best: Candidate,
@@ -251,7 +251,7 @@ def _others(found: list[Candidate]) -> table.Table:
     return grid
 
 
-def show_rent(rent: search.Rent, *, recipe: str | None = None) -> None:
+def show_slices(rent: search.Rent, *, recipe: str | None = None) -> None:
     """Which slice to rent and why, the others that fit, and the chips that do not suffice."""
     output = console.Console()
     best = rent.ranked[0]
