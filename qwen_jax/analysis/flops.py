@@ -15,7 +15,7 @@ Count = Literal["all", "activated"]  # experts counted: every one, or those that
 
 
 def matmul_parameters(cfg: ModelConfig, *, count: Count = "activated") -> int:
-    """Parameters that multiply a token: L (2 D N H + 2 D K H) + feed-forward + D V.
+    """Number of parameters that multiply a token: L (2 D N H + 2 D K H) + feed-forward + D V.
 
     Feed-forward of a dense layer: 3 D F; of a layer with experts: E experts, or the chosen ones,
     the shared one and its gate D, the router D E. The output projection counts, tied or not;
@@ -40,7 +40,7 @@ def _experts(cfg: ModelConfig, count: Count) -> int:
 
 
 def parameters(cfg: ModelConfig, *, count: Count = "all") -> int:
-    """All parameters, or those that a token uses: of products, untied embedding, norms, biases."""
+    """Number of parameters, all or those that a token uses: kernels, embedding, norms, biases."""
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     vectors = cfg.num_hidden_layers * (2 * D + (N + 2 * K) * H) + D
@@ -49,7 +49,7 @@ def parameters(cfg: ModelConfig, *, count: Count = "all") -> int:
 
 
 def attention_per_token(cfg: ModelConfig, *, length: int, attention: Attention) -> float:
-    """Operations of q k^T and of the weighted sum, forward, for one token of a row of `length`.
+    """Operations of q k^T and of the weighted sum for one token of a row of `length`, forward.
 
     full: 4 L N H T, every query against every key (the convention of PaLM and Megatron).
     causal: half of it, 2 L N H T: what a flash kernel that skips masked blocks has to do.
@@ -61,12 +61,12 @@ def attention_per_token(cfg: ModelConfig, *, length: int, attention: Attention) 
 
 
 def train_per_token(cfg: ModelConfig, *, length: int, attention: Attention) -> float:
-    """Operations of forward and backward for one token: 3 (2 P + attention), P activated."""
+    """Operations of one training token, forward and backward: 3 (2 P + attention), P activated."""
     products = 2.0 * matmul_parameters(cfg)
     return 3.0 * (products + attention_per_token(cfg, length=length, attention=attention))
 
 
 def peak(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of one jax device; `None` where it is not known."""
+    """Peak dense bfloat16 operations per second of one JAX device; None where unknown."""
     chip = chips.chip_of(device_kind)
     return chip.device_flops if chip else None

@@ -1,4 +1,4 @@
-"""Reads XLA's final program as text: what it sends in one execution, loops multiplied out.
+"""What a compiled program sends in one execution, read from XLA's text, loops multiplied out.
 
 XLA's own `cost_analysis` counts the body of a loop once, so that a step of 80 scanned layers costs
 what one layer does. Here every instruction counts as often as it runs. A loop's number of rounds is
@@ -30,7 +30,7 @@ _CALLED = re.compile(
 class Moved:
     """Collectives of a kind that one execution runs, on one device.
 
-    num_bytes: of their results. overlapped: those that run beside other work.
+    num_bytes: size of the results. overlapped: bytes of those that run beside other work.
     """
 
     count: int = 0
@@ -40,7 +40,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Program:
-    """moved: by kind. cycles: XLA:TPU's estimate for fusions, collectives and kernels left out."""
+    """Collectives of a program by kind (`moved`), and XLA:TPU's estimated cycles of its fusions."""
 
     moved: dict[str, Moved] = field(default_factory=dict)
     cycles: int = 0
@@ -53,14 +53,14 @@ class _Instruction:
     line: str
 
     def called(self) -> Iterator[tuple[str, str]]:
-        """(attribute, computation) for every computation that it names."""
+        """Pairs (attribute, computation) for every computation that the instruction names."""
         for attribute, several, one in _CALLED.findall(self.line):
             for name in re.findall(r"[\w.\-]+", several or one):
                 yield attribute, name
 
 
 def read(text: str) -> Program:
-    """What the program `text`, of `compiled.as_text()`, runs."""
+    """Collectives and cycles of the program `text`, which `compiled.as_text()` returns."""
     computations, entry = _parse(text)
     runs, results = _runs(computations, entry)
     moved: defaultdict[str, Moved] = defaultdict(Moved)
@@ -104,7 +104,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _runs(computations: dict, entry: str) -> tuple[Counter, dict[str, str]]:
-    """How often each computation runs, and the result of the fusion that calls it."""
+    """Number of executions of each computation, and the result of the fusion that calls it."""
     runs: Counter = Counter()
     results: dict[str, str] = {}
 
@@ -130,7 +130,7 @@ def _runs(computations: dict, entry: str) -> tuple[Counter, dict[str, str]]:
 
 
 def _rounds(computations: dict, condition: str) -> int:
-    """The one positive constant of a loop's condition; 1 where there is none, or several."""
+    """Number of rounds of a loop: the one positive constant of its condition, else 1."""
 
     def constants(name: str) -> Iterator[int]:
         for instruction in computations[name]:
@@ -145,7 +145,7 @@ def _rounds(computations: dict, condition: str) -> int:
 
 
 def _second(result: str) -> str:
-    """Of a start's result, (operands, results, ...), the second member."""
+    """The second member of an async start's result (operands, results, ...)."""
     parts, depth, start = [], 0, 1
     for at, character in enumerate(result):
         depth += (character in "([{") - (character in ")]}")

@@ -1,4 +1,4 @@
-"""`qwen-jax quantize`: a checkpoint's weights rounded, saved, and the loss it costs measured."""
+"""Quantises a checkpoint's weights, saves them, and measures the increase of the loss."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from qwen_jax.checkpoint.resolve import Resolved
 from qwen_jax.quant import array
 
 Progress = Callable[[int, int, str], None]
-_MOST_ROWS = 64  # of the text, 32,768 tokens
+_MOST_ROWS = 64  # rows of the text, 32,768 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Bytes of the parameters, and losses where a text was given, before and after."""
+    """Bytes of the parameters and losses on a text, before and after quantisation."""
 
     bytes_before: int
     bytes_after: int
@@ -124,7 +124,7 @@ def save(
 
 
 def _blocks(arrays: list[writer.Array], held: dict[str, jax.Array]) -> writer.Blocks:
-    """Layer by layer, so that the host holds one layer of one array."""
+    """Blocks of the arrays, layer by layer, so that the host holds one layer of one array."""
     for stored in arrays:
         piece = held[stored.path]
         if not stored.num_stacked:
@@ -145,5 +145,5 @@ def _num_bytes(params: dict) -> int:
 
 
 def _origin(found: Resolved) -> dict:
-    """Where an import came from stays known; else the kind of checkpoint."""
+    """The `source` entry of the new metadata: the import's own, else the kind of checkpoint."""
     return found.metadata.get("source", {"kind": found.kind})

@@ -1,4 +1,4 @@
-"""What quantising costs: the cross-entropy of a text, a token, before and after."""
+"""Cross-entropy of a text under a model, in nats per token."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ WINDOW = 512  # tokens that are predicted in one row, each from those before it 
 
 @dataclass(frozen=True)
 class Loss:
-    """nats: mean cross-entropy of a token. num_tokens: how many were predicted."""
+    """Mean cross-entropy per token in nats, and the number of tokens predicted."""
 
     nats: float
     num_tokens: int
@@ -29,7 +29,7 @@ class Loss:
 
 
 def windows(cfg: ModelConfig, tokenizer: Tokenizer, path: Path | str, *, most: int) -> np.ndarray:
-    """A text's first tokens as rows [n, T + 1], at most `most` rows; what is left over is not read.
+    """The first tokens of a text as rows [n, T + 1], at most `most` rows; the rest is dropped.
 
     Raises `ValueError` for a text of fewer than two tokens.
     """
@@ -43,7 +43,7 @@ def windows(cfg: ModelConfig, tokenizer: Tokenizer, path: Path | str, *, most: i
 
 
 def loss(cfg: ModelConfig, params: dict, rows: np.ndarray, *, dtype: jnp.dtype) -> Loss:
-    """Of `rows` [n, T + 1], one row at a time: only its logits are held."""
+    """Cross-entropy of `rows` [n, T + 1], computed row by row to hold the logits of one only."""
     total = sum(float(_row_loss(cfg, params, row[None], dtype=dtype)) for row in rows)
     count = rows.shape[0] * (rows.shape[1] - 1)
     return Loss(nats=total / count, num_tokens=count)

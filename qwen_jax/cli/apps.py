@@ -1,4 +1,4 @@
-"""What the command's parts share: the applications that they add to, and types of arguments."""
+"""The tyro applications that commands are added to, and types of arguments."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ checkpoint_app = tyro.extras.SubcommandApp()
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Teaches tyro that a model is written as a preset's name or as a path to a config.json."""
+    """The tyro registry that reads a model as a preset's name or as a path to a config.json."""
     known = tyro.constructors.ConstructorRegistry()
 
     def read(arguments: list[str]) -> str | ModelConfig:

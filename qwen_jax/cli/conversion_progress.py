@@ -11,7 +11,7 @@ from qwen_jax.checkpoint import block_plan
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What `import_checkpoint` and `export_checkpoint` take under the same names."""
+    """The callbacks that `import_checkpoint` and `export_checkpoint` take under the same names."""
 
     on_plan: Callable[[block_plan.Plan], None]
     on_progress: block_plan.Progress

@@ -1,4 +1,4 @@
-"""`qwen-jax plan`: reads its flags, searches, and prints."""
+"""The command `qwen-jax plan`: it reads the flags, searches, and prints the plan."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from qwen_jax.cli import plan_report
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asks; None where the plan is to choose."""
+    """The flags of `qwen-jax plan`; None where the plan is to choose."""
 
     model: str | None
     recipe: str | None
@@ -33,7 +33,7 @@ class Request:
 
 
 def settings(request: Request) -> tuple[ModelConfig, TrainConfig]:
-    """The model, and the run that the recipe and the flags make.
+    """The model and the training config that the recipe and the flags describe.
 
     Raises `ValueError` for unknown names and impossible values.
     """
@@ -53,15 +53,15 @@ def settings(request: Request) -> tuple[ModelConfig, TrainConfig]:
         remat.check(request.remat)
     length = request.length or config.data.sequence_length
     data = dataclasses.replace(config.data, sequence_length=length)
-    # The plan splits the batch.
+    # The search splits the batch into micro-batches itself.
     config = dataclasses.replace(config, data=data, accumulate_steps=1)
     return cfg, config
 
 
 def batch_of(request: Request) -> int | None:
-    """Sequences of a step of training: as asked for, or the recipe's; None: free.
+    """Sequences of a training step, from the flag or the recipe; None where the plan chooses.
 
-    Raises `ValueError` for a batch of what does not train.
+    Raises `ValueError` for a batch of a purpose other than training.
     """
     if request.purpose != "train":
         if request.batch is not None:
@@ -79,14 +79,14 @@ def run(request: Request, *, picture: str | None) -> Candidate:
 
     Raises `ValueError` for bad input, and where nothing fits.
     """
-    # A plan needs no device: to look for one is to wait for it, or to take it from a run.
+    # A plan needs no device: looking for one would wait for it, or take it from a run.
     jax.config.update("jax_platforms", "cpu")
     cfg, config = settings(request)
     held = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
     if request.topology == "any":
         if request.mesh:
             raise ValueError(f"mesh={request.mesh} needs a --topology whose devices it divides")
-        best = search.to_rent(cfg, config, purpose=request.purpose, **held)
+        best = search.rank_slices(cfg, config, purpose=request.purpose, **held)
         if not best.ranked:
             reasons = "; ".join(f"{chip}: {reason}" for chip, reason in best.skipped.items())
             raise ValueError(f"{cfg.name} fits no slice: {reasons}")

@@ -16,7 +16,7 @@ GiB = 2**30
 
 
 def save(plan: Candidate, path: Path) -> None:
-    """Writes the picture; the ending of `path` says the format.
+    """Writes the picture of a plan; the ending of `path` says the format.
 
     Raises `ValueError` for an ending that matplotlib cannot write.
     """
@@ -37,11 +37,11 @@ def save(plan: Candidate, path: Path) -> None:
 
 
 def _draw_memory(axes, plan: Candidate) -> None:
-    """One stacked bar a policy, the recommended one marked, and the limit."""
+    """Draws one stacked bar per policy, the recommended one in bold, and the limit."""
     policies = remat.POLICIES if plan.job.purpose == "train" else (plan.policy,)
     policies = list(dict.fromkeys((*policies, plan.policy)))
     estimates = [
-        memory.estimate(dataclasses.replace(plan.job, config=_under(plan, name)))
+        memory.estimate(dataclasses.replace(plan.job, config=_with_policy(plan, name)))
         for name in policies
     ]
     start = [0.0] * len(policies)
@@ -65,12 +65,12 @@ def _draw_memory(axes, plan: Candidate) -> None:
     axes.legend(fontsize="small")
 
 
-def _under(plan: Candidate, policy: str):
+def _with_policy(plan: Candidate, policy: str):
     return dataclasses.replace(plan.job.config, remat=policy)
 
 
 def _draw_parameters(axes, plan: Candidate) -> None:
-    """Bytes a device of each parameter in float32, and the mesh axes that split it."""
+    """Draws the bytes per device of each parameter in float32, and the mesh axes that split it."""
     leaves = sorted(job_lib.parameters(plan.job), key=lambda leaf: -leaf.local_size)
     names = [leaf.name for leaf in leaves]
     sizes = [4 * leaf.local_size / 2**20 for leaf in leaves]

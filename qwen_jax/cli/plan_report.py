@@ -1,4 +1,4 @@
-"""The plan as text: what is recommended, why, and what else there is."""
+"""The plan as text: the recommendation, the reasons, and the alternatives."""
 
 from rich import box, console, table
 
@@ -25,7 +25,7 @@ _KEY = (
     "rows: of a device, at one time. !: more than may be used. links: transfers beside arithmetic. "
     "waits: transfers that arithmetic waits for."
 )
-_RENT_KEY = (
+_SLICES_KEY = (
     "batch 32 in 4: 32 rows a step, in 4 micro-batches (accumulate_steps). chip-hours: of a "
     "billion tokens. links: transfers beside arithmetic. waits: those that it waits for."
 )
@@ -38,11 +38,11 @@ def show_slice(
     *,
     recipe: str | None = None,
 ) -> None:
-    """The slice, the recommendation with its memory and time, and the other ways to run."""
+    """Prints the slice, the recommendation with its memory and time, and the other meshes."""
     output = console.Console()
     where = best.job.where
     limit = memory.limit(best.job, reserve=search.RESERVE)
-    _say(
+    _print(
         output,
         f"{_title(best)}, on {where.name}: {where.num_chips} chip(s) of {where.chip.name}"
         + (f" ({where.shape_name})" if where.chip.torus_rank else "")
@@ -54,23 +54,23 @@ def show_slice(
     if best.step.transfers:
         output.print(_transfer_table(best))
     if len(found) > 1:
-        output.print(_others(found))
+        output.print(_other_meshes(found))
     if refused:
-        _say(output, f"{len(refused)} mesh(es) do not divide, for example:")
+        _print(output, f"{len(refused)} mesh(es) do not divide, for example:")
         for mesh, reason in refused[:3]:
-            _say(output, f"  {mesh}: {reason}")
-    _say(output, _caution(best))
+            _print(output, f"  {mesh}: {reason}")
+    _print(output, _caution(best))
     if best.job.purpose == "train":
-        _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
+        _print(output, f"Train with: {train_command(best, recipe=recipe)}")
 
 
-def _say(output: console.Console, text: str, *, style: str | None = None) -> None:
+def _print(output: console.Console, text: str, *, style: str | None = None) -> None:
     output.print(text, style=style, highlight=False, soft_wrap=True)
 
 
 def _title(one: Candidate) -> str:
-    job_ = one.job
-    return f"{job_.cfg.name}, {_WHAT[job_.purpose]}, {job_.length:,} tokens a row"
+    job = one.job
+    return f"{job.cfg.name}, {_WHAT[job.purpose]}, {job.length:,} tokens a row"
 
 
 def _caution(one: Candidate) -> str:
@@ -87,21 +87,21 @@ def _caution(one: Candidate) -> str:
     )
 
 
-def way(one: Candidate) -> str:
-    """How to run: mesh, policy, batch."""
-    job_ = one.job
-    parts = [job_.mesh_text]
-    if job_.purpose == "train":
+def settings_text(one: Candidate) -> str:
+    """The settings of a candidate as text: mesh, policy, batch."""
+    job = one.job
+    parts = [job.mesh_text]
+    if job.purpose == "train":
         parts.append(one.policy)
-        times = job_.config.accumulate_steps
-        parts.append(f"batch {job_.config.batch_size}" + (f" in {times}" if times > 1 else ""))
+        times = job.config.accumulate_steps
+        parts.append(f"batch {job.config.batch_size}" + (f" in {times}" if times > 1 else ""))
     else:
-        parts.append(f"batch {job_.rows * job_.layout.size('batch')}")
+        parts.append(f"batch {job.rows * job.layout.size('batch')}")
     return ", ".join(parts)
 
 
-def train_flags(one: Candidate, *, recipe: str | None) -> str:
-    """The command that trains this way; without a recipe, its beginning is left to the reader."""
+def train_command(one: Candidate, *, recipe: str | None) -> str:
+    """The command that trains a candidate; without a recipe it says RECIPE in its place."""
     config = one.job.config
     mesh = " ".join(
         f"--mesh.{axis.replace('_', '-')} {getattr(config.mesh, axis)}"
@@ -125,7 +125,7 @@ def _show_best(output: console.Console, best: Candidate, limit: float | None) ->
         settings += f"remat {config.remat}, "
         batch, parts = config.batch_size, config.accumulate_steps
         times = f", {parts} times a step (accumulate_steps)" if parts > 1 else ""
-    _say(
+    _print(
         output,
         f"Recommended: {settings}batch {batch} = {one.rows} row(s) on each of "
         f"{one.replicas} part(s) of the mesh{times}",
@@ -137,10 +137,10 @@ def _show_best(output: console.Console, best: Candidate, limit: float | None) ->
         used += f" of {memory_text(hbm)}, {best.memory.total / hbm:.0%}"
     step = best.step
     if step.step_seconds is None:
-        _say(output, f"  {used}; no time: {step.binds}")
+        _print(output, f"  {used}; no time: {step.binds}")
         return
     each = "token" if one.purpose == "decode" else "step"
-    _say(
+    _print(
         output,
         f"  {used}; {seconds_text(step.step_seconds)} a {each}, {step.tokens_per_second:,.0f} "
         f"tokens/s ({best.speed:,.0f} a chip); what binds: {_BINDS[step.binds]}",
@@ -148,17 +148,17 @@ def _show_best(output: console.Console, best: Candidate, limit: float | None) ->
 
 
 def memory_text(num_bytes: float) -> str:
-    """In GiB, two decimals."""
+    """Memory as text in GiB, two decimals."""
     return f"{num_bytes / GiB:.2f} GiB"
 
 
 def seconds_text(seconds: float) -> str:
-    """In seconds or milliseconds, three digits."""
+    """Time as text in seconds or milliseconds, three digits."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _grid(title: str, *headings: str, words: tuple[str, ...] = (), caption: str = ""):
-    """A table that still reads on 80 columns; `words` are headings of text, which may fold."""
+def _grid(title: str, *headings: str, text_headings: tuple[str, ...] = (), caption: str = ""):
+    """A table that still reads on 80 columns; `text_headings` may fold."""
     grid = table.Table(
         title=title,
         caption=caption or None,
@@ -170,11 +170,11 @@ def _grid(title: str, *headings: str, words: tuple[str, ...] = (), caption: str 
         show_edge=False,
     )
     for index, heading in enumerate(headings):
-        is_text = index == 0 or heading in words
+        is_text = index == 0 or heading in text_headings
         grid.add_column(
             heading,
             justify="left" if is_text else "right",
-            no_wrap=heading not in words,
+            no_wrap=heading not in text_headings,
             overflow="fold",
         )
     return grid
@@ -212,7 +212,9 @@ def _time_table(step: roofline.Step) -> table.Table:
 
 
 def _transfer_table(best: Candidate) -> table.Table:
-    grid = _grid("Sent by a device in a step", "mesh axes", "GB", "GB/s", "why", words=("why",))
+    grid = _grid(
+        "Sent by a device in a step", "mesh axes", "GB", "GB/s", "why", text_headings=("why",)
+    )
     for over, total in communication.by_axes(best.step.transfers).items():
         rate = ""
         if best.step.seconds:
@@ -226,8 +228,8 @@ def _transfer_table(best: Candidate) -> table.Table:
     return grid
 
 
-def _others(found: list[Candidate]) -> table.Table:
-    """The best of each mesh, the best meshes first."""
+def _other_meshes(found: list[Candidate]) -> table.Table:
+    """Table of the best candidate of each mesh, the best meshes first."""
     shown: dict[str, Candidate] = {}
     for one in found:
         shown.setdefault(one.job.mesh_text, one)
@@ -251,20 +253,20 @@ def _others(found: list[Candidate]) -> table.Table:
     return grid
 
 
-def show_slices(rent: search.Rent, *, recipe: str | None = None) -> None:
-    """Which slice to rent and why, the others that fit, and the chips that do not suffice."""
+def show_slices(ranking: search.SliceRanking, *, recipe: str | None = None) -> None:
+    """Prints the slice to rent and why, the others that fit, and the chips without one."""
     output = console.Console()
-    best = rent.ranked[0]
-    _say(output, _title(best) + (f", recipe {recipe}" if recipe else ""))
-    _say(output, f"Rent {_slice_text(best)}, unless prices say otherwise.", style="bold")
-    for line in why(rent):
-        _say(output, line)
+    best = ranking.ranked[0]
+    _print(output, _title(best) + (f", recipe {recipe}" if recipe else ""))
+    _print(output, f"Rent {_slice_text(best)}, unless prices say otherwise.", style="bold")
+    for line in advice(ranking):
+        _print(output, line)
     grid = _grid(
         "Slices that fit: of each chip the smallest, and the next larger one",
         "slice", "chips", "memory", "tokens/s", "chip-hours", "binds", "mesh, remat, batch",
-        words=("mesh, remat, batch",), caption=_RENT_KEY,
+        text_headings=("mesh, remat, batch",), caption=_SLICES_KEY,
     )  # fmt: skip
-    for one in rent.ranked:
+    for one in ranking.ranked:
         grid.add_row(
             one.job.where.name,
             str(one.job.where.num_chips),
@@ -272,21 +274,21 @@ def show_slices(rent: search.Rent, *, recipe: str | None = None) -> None:
             f"{one.step.tokens_per_second:,.0f}",
             chip_hours(one),
             _SHORT[one.step.binds],
-            way(one),
+            settings_text(one),
         )
     output.print(grid)
-    for chip, reason in rent.skipped.items():
-        _say(output, f"Not {chip}: {reason}.")
-    _say(output, _caution(best))
-    _say(output, f"In detail: qwen-jax plan {_again(best, recipe=recipe)}")
+    for chip, reason in ranking.skipped.items():
+        _print(output, f"Not {chip}: {reason}.")
+    _print(output, _caution(best))
+    _print(output, f"In detail: qwen-jax plan {_plan_flags(best, recipe=recipe)}")
     if best.job.purpose == "train":
-        _say(output, f"Train with: {train_flags(best, recipe=recipe)}")
+        _print(output, f"Train with: {train_command(best, recipe=recipe)}")
     if best.job.where.chip.platform == "tpu":
-        _say(output, "How to rent a slice and start a run on it: docs/cloud_tpu.md")
+        _print(output, "How to rent a slice and start a run on it: docs/cloud_tpu.md")
 
 
 def chip_hours(one: Candidate) -> str:
-    """Of a billion tokens, at best; two digits at least."""
+    """Chip-hours of a billion tokens at best, two digits at least."""
     hours = 1e9 / one.speed / 3600
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
@@ -297,15 +299,15 @@ def _slice_text(one: Candidate) -> str:
     return f"{where.name} ({where.num_chips} chip(s){shape}, {where.hosts} machine(s))"
 
 
-def _again(one: Candidate, *, recipe: str | None) -> str:
+def _plan_flags(one: Candidate, *, recipe: str | None) -> str:
     flags = f"--model {one.job.cfg.name} --topology {one.job.where.name} --length {one.job.length}"
     flags += f" --recipe {recipe}" if recipe else ""
     return flags + ("" if one.job.purpose == "train" else f" --purpose {one.job.purpose}")
 
 
-def why(rent: search.Rent) -> list[str]:
-    """The advice in words: what has to fit, what is too small, what binds, how to use prices."""
-    best = rent.ranked[0]
+def advice(ranking: search.SliceRanking) -> list[str]:
+    """Sentences of advice: what has to fit, what is too small, what binds, how to use prices."""
+    best = ranking.ranked[0]
     where, kinds = best.job.where, best.memory.kinds
     parts = sorted(kinds, key=lambda name: -kinds[name])[:4]
     listed = ", ".join(f"{memory.KINDS[name]} {memory_text(kinds[name])}" for name in parts)
@@ -313,12 +315,12 @@ def why(rent: search.Rent) -> list[str]:
         f"Memory: {memory_text(best.memory.total)} of a device's "
         f"{memory_text(where.chip.device_hbm_bytes)}, most of it {listed}."
     ]
-    smaller = rent.too_small.get(where.chip.name)
+    smaller = ranking.too_small.get(where.chip.name)
     if smaller is not None:
         least = memory_text(smaller.memory.total)
         lines.append(
             f"Smaller does not do: on {smaller.job.where.name} a device needs at least {least} "
-            f"({way(smaller)}), and may use "
+            f"({settings_text(smaller)}), and may use "
             f"{memory_text(memory.limit(smaller.job, reserve=search.RESERVE))}."
         )
     lines.append(
@@ -326,7 +328,7 @@ def why(rent: search.Rent) -> list[str]:
         f"{_BINDS[best.step.binds]}. A billion tokens take {chip_hours(best)} chip-hours, the "
         f"fewest below."
     )
-    fewest = min(rent.ranked, key=lambda one: one.job.where.num_chips)
+    fewest = min(ranking.ranked, key=lambda one: one.job.where.num_chips)
     if fewest.job.where != where:
         lines.append(
             f"Fewest chips: {_slice_text(fewest)}, {fewest.step.tokens_per_second:,.0f} tokens/s."

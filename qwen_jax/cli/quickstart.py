@@ -35,7 +35,7 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that was run: what it was for, its command, and how long it took in seconds."""
+    """A stage that was run: its title, its command, and its time in seconds."""
 
     title: str
     command: str
@@ -87,7 +87,7 @@ def run(output: Path, *, num_steps: int) -> Path:
 
 
 def write_corpus(folder: Path) -> tuple[int, int]:
-    """Writes the standard library's sources and docstrings as JSONL; files taken, and bytes."""
+    """Writes the standard library's sources and docstrings; the numbers of files and bytes."""
     folder.mkdir(parents=True)
     num_files = num_bytes = 0
     with (

@@ -1,4 +1,4 @@
-"""Launch files of a job, as text: nothing is contacted, nothing is started."""
+"""Renders the launch files of a job as text; nothing is contacted or started."""
 
 import json
 import posixpath
@@ -29,7 +29,7 @@ CACHE = "/var/tmp/qwen-jax-compiled"
 
 
 def render(job: launch.Launch, *, target: launch.Target) -> dict[str, str]:
-    """File name -> text.
+    """The text of each launch file by name.
 
     Raises:
         ValueError: what `job` says does not suit `target` (`Launch.check_target`).
@@ -49,7 +49,7 @@ def render(job: launch.Launch, *, target: launch.Target) -> dict[str, str]:
 
 
 def write(texts: Mapping[str, str], job: launch.Launch, *, folder: Path) -> str:
-    """Writes the files and says, for people, what they rent and which to run first."""
+    """Writes the files; the text that says what they rent and which to run first."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -65,7 +65,7 @@ def write(texts: Mapping[str, str], job: launch.Launch, *, folder: Path) -> str:
 
 
 def command(job: launch.Launch) -> list[str]:
-    """What every machine runs, and runs again after an interruption."""
+    """The command that every machine runs, and runs again after an interruption."""
     ours = ["--output", job.output, "--cluster.launch", "auto"]
     return ["qwen-jax", "train", *job.train_words, *ours]
 
@@ -99,6 +99,6 @@ def _values(job: launch.Launch) -> dict[str, object]:
 
 
 def machine_type(part: topologies.Slice) -> str:
-    """Compute Engine's machine with as many chips as one machine of the slice has."""
+    """Compute Engine's machine type with as many chips as one machine of the slice has."""
     family = str(part.chip.machine_type).removesuffix(f"{part.chip.chips_per_host}t")
     return f"{family}{part.chips_per_host}t"

@@ -1,4 +1,4 @@
-"""Reads rendered launch files again as their tools would, and holds them against the slice.
+"""Checks of rendered launch files, read as their tools would, against the slice.
 
 No account and no network: shell syntax through `bash -n`, options against those that the tools
 know, YAML parsed, and everything that counts chips multiplied out.
@@ -48,7 +48,7 @@ _ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}
 
 
 def check(files: Mapping[str, str], job: launch.Launch) -> None:
-    """Checks what `render` gave for `job`.
+    """Checks the files that `render` made for `job`.
 
     Raises:
         ValueError: names the file and what is wrong with it.
@@ -75,7 +75,7 @@ def _check_shell(name: str, text: str) -> None:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(command, its options) of every gcloud and xpk command; what is quoted is left out."""
+    """Pairs (command, options) of every gcloud and xpk command, without quoted text."""
     joined = re.sub(r"\\\n\s*", " ", text)
     found = []
     for line in joined.splitlines():
@@ -129,7 +129,7 @@ def _check_pools(text: str, part: topologies.Slice) -> None:
 
 
 def check_jobset(text: str, part: topologies.Slice) -> None:
-    """The fields of JobSet that its CRD would check, and chips = slices x machines x chips of one.
+    """Checks the fields of JobSet as its CRD would, and chips = slices x machines x chips of one.
 
     Source: github.com/kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go, 0.10. Its pod
     template is an ordinary batch/v1 Job; the tests hold that against Kubernetes' own schema.

@@ -1,4 +1,4 @@
-"""What is planned: a model, how it is run, on which slice, and how it lies there.
+"""The job that is planned: a model, its settings, the slice, and the layout of its parameters.
 
 Letters beside the project's own: M tokens that a device works on at one time.
 """
@@ -30,7 +30,7 @@ GATHERED_AXES = ("embed", "expert_embed")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One way to run: every setting is fixed, and it divides over the slice's devices.
+    """A run whose settings are all fixed and divide over the slice's devices.
 
     `config.batch_size` counts sequences over all devices; in decoding they are the slots of all
     replicas' engines, of `config.data.sequence_length` positions.
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def replicas(self) -> int:
-        """Parts of the mesh that work on sequences of their own; in decoding, engines."""
+        """Number of parts of the mesh that work on sequences of their own; in decoding, engines."""
         if self.purpose == "decode":
             mesh = self.layout.mesh
             return mesh.size // (mesh.shape["tensor"] * mesh.shape["expert"])
@@ -62,24 +62,24 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """M, of whole sequences."""
+        """M, the tokens that a device works on at one time, of whole sequences."""
         return self.rows * self.length // self.layout.size("length")
 
     @property
     def context_variant(self) -> str | None:
-        """How rows that are spread over devices meet in attention."""
+        """Implementation of attention for rows that are split over devices; None where none is."""
         return context_parallelism.choose(
             self.config.context_parallel, length=self.length, layout=self.layout
         )
 
     @property
     def mesh_text(self) -> str:
-        """As `--mesh` takes it."""
+        """The mesh as the flag `--mesh` takes it."""
         return mesh_text(self.config.mesh)
 
 
 def mesh_text(mesh: MeshConfig) -> str:
-    """`fsdp=16,tensor=4`: the axes that are not 1."""
+    """The mesh as text, `fsdp=16,tensor=4`, without axes of size 1."""
     named = [(axis, getattr(mesh, axis)) for axis in (*mesh_config.MESH_AXES, "dcn_data")]
     parts = [f"{axis}={size}" for axis, size in named if size != 1]
     parts += ["kv_heads=replicated"] if mesh.kv_heads == "replicated" else []
@@ -123,17 +123,17 @@ def _abstract(mesh: MeshConfig) -> AbstractMesh:
 
 
 def torus(where: Slice) -> tuple[int, ...]:
-    """Sides of one slice's network as meshes are laid on it: tpu7x has two devices a chip."""
+    """Sides of one slice's torus in devices; tpu7x has two devices a chip."""
     if where.chip.torus_rank == 0:
         return (where.devices_per_slice,)
     return (*where.shape, *((where.chip.devices,) if where.chip.devices > 1 else ()))
 
 
 def sides(mesh: MeshConfig, where: Slice) -> dict[str, tuple[int, ...]] | None:
-    """Which whole sides of the torus each mesh axis takes; None where some axis takes none.
+    """The whole sides of the torus that each mesh axis takes; None where an axis fits none.
 
     `mesh_utils.create_device_mesh` gives an axis whole sides or refuses. Without a torus any size
-    will do.
+    fits.
     """
     sizes = {axis: getattr(mesh, axis) for axis in mesh_config.MESH_AXES if getattr(mesh, axis) > 1}
     if where.chip.torus_rank == 0:
@@ -160,7 +160,7 @@ def _assign(
 
 
 def spans_hosts(mesh: MeshConfig, where: Slice, axes: tuple[str, ...]) -> bool:
-    """Whether devices along one of the axes are in several GPU hosts.
+    """Whether the devices along one of the axes lie in several GPU hosts.
 
     Without a torus a mesh takes devices in order, host by host, its last axis fastest.
     """
@@ -191,8 +191,8 @@ def check_torus(mesh: MeshConfig, where: Slice) -> None:
 class Leaf:
     """A parameter: its logical axes, its shape, and what one device holds.
 
-    gathered_size: elements on a device when FSDP has put it together, all layers of it.
-    gathered_over: the logical axis along which it was apart; None: it is whole where it lies.
+    gathered_size: elements on a device after the FSDP gather, all layers together.
+    gathered_over: the logical axis that FSDP splits; None where the parameter is not gathered.
     """
 
     name: str
@@ -204,7 +204,7 @@ class Leaf:
 
     @property
     def stacked(self) -> bool:
-        """Whether it is of the layers, which compute in the arithmetic's dtype."""
+        """Whether the parameter belongs to the layers, which compute in the arithmetic's dtype."""
         return self.axes[0] == "layers"
 
     @property

@@ -1,4 +1,4 @@
-"""One layer in elements and operations: what a remat policy keeps of it, and what it repeats."""
+"""Elements and operations of one layer: what a remat policy keeps, and what it recomputes."""
 
 import functools
 
@@ -12,8 +12,8 @@ from qwen_jax.analysis.plan.job import Job
 _ARRAYS_OF_NONE = 5
 
 
-def widths(job: Job) -> dict[str, float]:
-    """Elements a token of each tensor that a policy may keep, on one device, in one layer.
+def tensor_widths(job: Job) -> dict[str, float]:
+    """Elements per token of each tensor that a policy may keep, on one device, in one layer.
 
     Averaged over layers, where some have experts and others do not; a shared expert's tensors go
     by the names of the dense network's. The log-sum-exp is float32: two elements.
@@ -42,7 +42,7 @@ def widths(job: Job) -> dict[str, float]:
 
 
 def routed_rows(job: Job) -> float:
-    """Rows of the buffer that experts read, for each token of a device, in a layer with experts.
+    """Rows of the experts' input buffer per token of a device, in a layer with experts.
 
     Dropless over X devices, a device may get every token of its X (`expert_parallel`).
     """
@@ -57,29 +57,29 @@ def routed_rows(job: Job) -> float:
 
 @functools.lru_cache(maxsize=256)
 def mean_ffn(cfg: ModelConfig) -> float:
-    """Hidden width of the feed-forward network that every token passes, mean of the layers."""
+    """Hidden width of the feed-forward network that every token passes, averaged over layers."""
     shared = cfg.moe.shared_expert_intermediate_size if cfg.moe else 0
     sparse = _sparse_share(cfg)
     return (1 - sparse) * cfg.intermediate_size + sparse * shared
 
 
-def kept(policy: str) -> remat.Tensors:
+def saved_tensors(policy: str) -> remat.Tensors:
     """The tensors that a policy keeps; `dots` and `none` keep at least those of `minimal`."""
     return remat.tensors("minimal" if policy in ("dots", "none") else policy)
 
 
-def found_again(policy: str) -> set[str]:
-    """The tensors that the backward pass need not compute, wherever they waited."""
+def available_in_backward(policy: str) -> set[str]:
+    """The tensors that the backward pass need not recompute, kept on the device or the host."""
     if policy == "none":
         return set(remat.TENSORS)
-    tensors = kept(policy)
+    tensors = saved_tensors(policy)
     return {*tensors.save, *tensors.offload}
 
 
-def kept_elements(job: Job) -> tuple[float, float]:
-    """Elements a token that each layer keeps on the device, and in host memory."""
-    width, policy = widths(job), job.config.remat
-    tensors = kept(policy)
+def saved_elements(job: Job) -> tuple[float, float]:
+    """Elements per token that each layer keeps on the device, and those in host memory."""
+    width, policy = tensor_widths(job), job.config.remat
+    tensors = saved_tensors(policy)
     saved = {"layer_input", *tensors.save} - set(tensors.offload)
     device = sum(width[name] for name in saved)
     if policy == "none":
@@ -89,15 +89,15 @@ def kept_elements(job: Job) -> tuple[float, float]:
 
 
 def repeated_per_token(job: Job) -> float:
-    """Operations that the backward pass does again for a token, of all layers, over all devices.
+    """Operations per token that the backward pass repeats, of all layers, over all devices.
 
-    What lies between kept tensors is computed again, but nothing that only the residual stream
-    behind it needs: never the down projection.
+    Everything between kept tensors is computed again, except what only the residual stream needs:
+    the down projection never is.
     """
     cfg, policy = job.cfg, job.config.remat
     if policy in ("none", "dots"):
         return 0.0
-    have = found_again(policy)
+    have = available_in_backward(policy)
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
     again = 0.0

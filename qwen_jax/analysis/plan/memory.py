@@ -1,9 +1,9 @@
-"""Bytes that one device needs, by kind, at the moment of a step when it needs most.
+"""Bytes that one device needs, by kind, at the moment of a step when the sum is greatest.
 
 Five moments compete, read off the buffer assignments of compiled steps (v5e, v5p, v6e). At all but
 the last, all kept activations are there.
 
-gather    the output kernel comes together. Where a device's share of it is no whole tile, the
+gather    the LM head's kernel is gathered. Where a device's share of it is no whole tile, the
           shares lie padded beside it. Greatest over 256 devices, whose shares are narrow.
 loss      the output kernel, one chunk of float32 logits, and the kernel's gradient, whole in
           float32, or that of all logits. Greatest for short rows.
@@ -60,7 +60,7 @@ _MORE_WITH_EXPERTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes a device, by the names of `KINDS`, at the moment `peak`; and in host memory."""
+    """Bytes of a device by the names of `KINDS` at the moment `peak`, and bytes of host memory."""
 
     kinds: dict[str, float]
     peak: str
@@ -73,12 +73,12 @@ class Memory:
 
     @property
     def state(self) -> float:
-        """What the program is given: a compiled program's arguments."""
+        """Bytes of a compiled program's arguments."""
         return sum(self.kinds.get(name, 0.0) for name in ("parameters", "optimizer", "batch"))
 
 
 def estimate(job: Job) -> Memory:
-    """The memory of one device."""
+    """The memory that a job needs of one device."""
     return {"train": _train, "eval": _evaluate, "decode": _decode}[job.purpose](job)
 
 
@@ -88,7 +88,7 @@ def _train(job: Job) -> Memory:
     leaves = job_lib.parameters(job)
     held = sum(tiles.size(job, leaf.local) for leaf in leaves)
     stacked = [leaf.local for leaf in leaves if leaf.stacked]
-    device, host = layer.kept_elements(job)
+    device, host = layer.saved_elements(job)
     layers = job.cfg.num_hidden_layers
     kept = job.tokens * layers * device * itemsize
     in_flight = 2 * job.tokens * host * itemsize  # two layers' worth comes back at one time
@@ -158,7 +158,7 @@ def _evaluate(job: Job) -> Memory:
 
 
 def _decode(job: Job) -> Memory:
-    """Weights in the arithmetic's dtype, pages for every slot of an engine, one token a row."""
+    """Memory of decoding: weights in the compute dtype, pages for every slot, one token a row."""
     dtype = jnp.dtype(job.config.compute_dtype)
     cfg, settings = job.cfg, EngineConfig()
     width = kv_pages.width(cfg, job.where.chip.platform)
@@ -168,12 +168,12 @@ def _decode(job: Job) -> Memory:
     always = {
         "parameters": dtype.itemsize * held,
         "cache": cfg.num_hidden_layers * positions * heads * width * dtype.itemsize,
-        # Of a slot, for every token: whether the prompt has it (a byte), how often the answer.
+        # Per slot and token id: whether the prompt has it (a byte), and its count in the answer.
         "batch": job.rows * cfg.vocab_size * 5,
     }
     moments = {
         "token": {
-            # Rows are drawn from whole: the logits gathered, and a copy in float32 with penalties.
+            # Sampling needs whole rows: the gathered logits, and a copy in float32 with penalties.
             "logits": 2 * FLOAT32 * job.rows * cfg.vocab_size,
             "working": FLOAT32 * job.rows * job.cfg.hidden_size * _RESIDUAL_ARRAYS,
         }
@@ -190,7 +190,7 @@ def _at_the_peak(always: dict, moments: dict, *, host: float = 0.0) -> Memory:
 
 
 def _batch(job: Job) -> float:
-    """Tokens, targets, segments and positions in int32, weights in float32."""
+    """Bytes of the batch: tokens, targets, segments and positions in int32, weights in float32."""
     return 5 * 4 * job.tokens
 
 
@@ -199,7 +199,7 @@ def _vocab(job: Job) -> int:
 
 
 def _logits(job: Job) -> float:
-    """One chunk of every row's part in float32."""
+    """Elements of one chunk of logits, of every row's part."""
     return FLOAT32 * job.rows * _loss_way(job).chunk * _vocab(job)
 
 
@@ -215,7 +215,7 @@ def _loss_way(job: Job) -> gradients.Way:
 
 
 def _copies(job: Job, leaves: tuple[job_lib.Leaf, ...], *, like_the_embedding: int) -> float:
-    """The layers in the arithmetic's dtype, and what is laid out anew beside its original.
+    """Bytes of copies: the layers in the arithmetic's dtype, and arrays in another layout.
 
     The embedding is copied into rows that a lookup can read, and its moments into what its gradient
     arrives in. That adds up where a device's part of a row is no multiple of 128 lanes.
@@ -230,7 +230,7 @@ def _copies(job: Job, leaves: tuple[job_lib.Leaf, ...], *, like_the_embedding: i
 
 
 def _kernel_gradient(job: Job) -> tuple[float, float]:
-    """Bytes of the output kernel's gradient at the loss, and of what is left in the backward pass.
+    """Bytes of the LM head's gradient at the loss, and of the rest of it in the backward pass.
 
     The compiler puts what is still to be done with it after the layers' backward pass: the product
     in pieces, for which the logits' gradient waits, or the scatter of the whole. Before it come, of
@@ -247,7 +247,7 @@ def _kernel_gradient(job: Job) -> tuple[float, float]:
 
 
 def _first_step(job: Job) -> int:
-    """Devices over which gradients are scattered first: all sides of the torus but the longest."""
+    """Number of devices of the first reduce-scatter: all sides of the torus but the longest."""
     sides = job_lib.sides(job.config.mesh, job.where)
     for axis in job.layout.mesh_axes("embed"):
         if axis in sides:
@@ -256,9 +256,9 @@ def _first_step(job: Job) -> int:
 
 
 def _arriving_kernel(job: Job) -> float:
-    """Elements of the output kernel as devices' shares, each padded, before they are put together.
+    """Elements of the LM head's kernel before the gather, each device's share padded to tiles.
 
-    Where they are whole tiles they arrive in place.
+    Shares of whole tiles arrive in place.
     """
     devices = job.layout.size("embed")
     share = -(-job.cfg.hidden_size // devices)
@@ -294,7 +294,7 @@ def _arrives_whole(job: Job, leaf: job_lib.Leaf) -> bool:
 
 
 def _working(job: Job, *, ffn_arrays: int) -> float:
-    """Elements of one layer's forward and backward pass, of whichever part takes most."""
+    """Elements of one layer's forward and backward pass, at the part that takes most."""
     cfg, size = job.cfg, job.layout.size
     feed_forward = ffn_arrays * _widest_ffn(job) / size("act_ffn")
     heads = cfg.num_attention_heads / size("act_heads") * tiles.lanes(job, cfg.head_dim)
@@ -311,7 +311,7 @@ def _widest_ffn(job: Job) -> float:
 
 
 def _routed(job: Job) -> float:
-    """Elements of tokens on their way through the experts, gathered over their axis, and rows."""
+    """Elements of the tokens sent to experts, gathered over the expert axis, and of their rows."""
     moe = job.cfg.moe
     if moe is None:
         return 0.0
@@ -323,6 +323,6 @@ def _routed(job: Job) -> float:
 
 
 def limit(job: Job, *, reserve: float) -> float | None:
-    """Bytes that a plan may fill of one device: its memory less the reserve; None: not known."""
+    """Bytes of one device that a plan may fill: its memory less the reserve; None if unknown."""
     usable = job.where.chip.device_hbm_bytes
     return None if usable is None else usable * (1.0 - reserve)

@@ -1,4 +1,4 @@
-"""How long a step takes at best: operations, memory traffic and transfers against the chip's peaks.
+"""Shortest time of a step: operations, memory traffic and transfers at the chip's peaks.
 
 The model: arithmetic and HBM traffic run beside each other, and beside the transfers that have
 arithmetic to hide behind (weights of the next layers, a ring's keys and values); every other
@@ -23,10 +23,10 @@ from qwen_jax.analysis.plan.job import Job
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step, one evaluation batch, or one token of every slot.
+    """Time of one optimizer step, one evaluation batch, or one decoded token of every slot.
 
     flops: operations of a device, repeated ones included; `repeated` of them are a remat policy's.
-    seconds: of each resource by itself; a device without known peaks has none.
+    seconds: the time of each resource alone; empty where the device's peaks are unknown.
     """
 
     flops: float
@@ -90,17 +90,17 @@ def _tokens(job: Job) -> float:
 
 
 def _useful(job: Job, tokens: float, attention: flops.Attention) -> float:
-    """Model operations of all devices, of one step."""
+    """Model operations of one step, all devices together."""
     if job.purpose == "train":
         return tokens * flops.train_per_token(job.cfg, length=job.length, attention=attention)
-    # A token that is decoded sees the whole cache: there is no mask to halve anything.
+    # A decoded token attends to the whole cache: no causal mask halves the products.
     kind = "full" if job.purpose == "decode" else attention
     seen = flops.attention_per_token(job.cfg, length=job.length, attention=kind)
     return tokens * (2.0 * flops.matmul_parameters(job.cfg) + seen)
 
 
 def hbm_bytes(job: Job) -> float:
-    """Bytes that a device reads and writes in one step, at least.
+    """Bytes of HBM that a device reads and writes in one step, at least.
 
     State read and written once, gathered weights written and read in every pass, kept activations
     written and read, logits of the loss written once and read three times.
@@ -113,7 +113,7 @@ def hbm_bytes(job: Job) -> float:
         kv_heads = job.cfg.num_key_value_heads / job.layout.size("act_kv_heads")
         cache = 2 * job.cfg.num_hidden_layers * job.rows * job.length * kv_heads
         return itemsize * (held + cache * job.cfg.head_dim)
-    device, host = layer.kept_elements(job)
+    device, host = layer.saved_elements(job)
     kept = job.tokens * job.cfg.num_hidden_layers * (device + host) * itemsize
     logits = 4 * 4 * job.tokens * job.cfg.vocab_size / job.layout.size("act_vocab")
     if job.purpose == "eval":
@@ -129,7 +129,7 @@ def _transfer_seconds(job: Job, found: list[communication.Transfer]) -> float:
 
 
 def bandwidth(job: Job, axes: tuple[str, ...], *, links: Literal["all", "one"] = "all") -> float:
-    """Bytes a second that a device sends over mesh axes: in a collective, or in a ring's hop.
+    """Bytes per second that a device sends over mesh axes, in a collective or in a ring's hop.
 
     Every side of the torus that an axis takes has one link, and a second one the other way round
     where it closes into a ring; a hop uses one. What a TPU slice's machines share of the

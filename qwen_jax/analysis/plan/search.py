@@ -1,4 +1,4 @@
-"""Every legal way to run a model on a slice, and the one to choose; and which slice to rent."""
+"""All legal settings for a model on a slice, the best of them, and the slices to rent."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ _HOSTS = (1, 2, 4, 8, 16, 32)  # GPU hosts of eight that are proposed
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run, with what it needs and how long it takes."""
+    """A job with the memory that it needs and the time that it takes."""
 
     job: Job
     memory: memory.Memory
 
     @functools.cached_property
     def step(self) -> roofline.Step:
-        """The time of a step, asked for only where it matters: of ways that fit, or are shown."""
+        """The time of a step, computed only for candidates that fit or are shown."""
         return roofline.estimate(self.job)
 
     @property
@@ -43,13 +43,13 @@ class Candidate:
         return self.job.config.remat
 
     def fits(self) -> bool:
-        """Whether it leaves the reserve free; a device without a known limit always does."""
+        """Whether the job leaves the reserve free; true where the device's memory is unknown."""
         limit = memory.limit(self.job, reserve=RESERVE)
         return limit is None or self.memory.total <= limit
 
     @property
     def speed(self) -> float:
-        """Tokens a second of a chip; without known peaks, tokens an operation."""
+        """Tokens per second and chip; tokens per operation where the peaks are unknown."""
         rate = self.step.tokens_per_second
         if rate is None:
             return self.step.tokens / self.step.flops
@@ -62,9 +62,9 @@ def evaluate(job: Job) -> Candidate:
 
 
 def meshes(cfg: ModelConfig, where: Slice) -> list[MeshConfig]:
-    """Meshes that lie on the slice; the model need not divide.
+    """The meshes that fit the slice's torus, whether or not the model divides over them.
 
-    Slices of TPUs are replicas, apart over `data`. So may GPU hosts be, and axes may span them.
+    TPU slices are replicas over `data`. GPU hosts may be too, or axes may span them.
     """
     free = [side for side in job_lib.torus(where) if side > 1]
     if where.chip.torus_rank == 0:
@@ -77,7 +77,7 @@ def meshes(cfg: ModelConfig, where: Slice) -> list[MeshConfig]:
 
 
 def _owners(sides: Sequence[int], axes: list[str]) -> list[dict[str, int]]:
-    """Every way to give each side to one of the axes, as sizes of axes."""
+    """All assignments of the sides to the axes, as sizes of the axes."""
     ways = {tuple(1 for _ in axes)}
     for side in sides:
         ways = {
@@ -109,16 +109,16 @@ def candidates(
     rows: int | None = None,
     batch: int | None = None,
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """Everything that divides, best first, and (mesh, why not) of what does not.
+    """The candidates that divide, best first, and (mesh, reason) of the meshes that do not.
 
-    What is given is held; what is None is searched. `batch`: sequences of a whole step, in as many
-    micro-batches as it takes; None: one, as large as pays. Those that fit come first, fastest
-    first; then those that do not, smallest first.
+    Given settings are fixed; those that are None are searched. `batch` counts the sequences of a
+    whole step, in as many micro-batches as it takes; None: one micro-batch, as large as pays.
+    Candidates that fit come first, fastest first; then those that do not, smallest first.
     """
     found, refused = [], []
     for each in meshes(cfg, where) if mesh is None else [mesh]:
         try:
-            found += _ways(cfg, config, where, purpose, each, policy, rows, batch)
+            found += _candidates_on_mesh(cfg, config, where, purpose, each, policy, rows, batch)
         except ValueError as error:
             if mesh is not None:
                 raise
@@ -130,12 +130,12 @@ def candidates(
 def _rank(one: Candidate) -> tuple:
     if not one.fits():
         return (1, one.memory.total)
-    # Of equally fast ones, that which needs less memory.
+    # Of equally fast candidates, the one that needs less memory.
     return (0, -round(one.speed, 3), one.memory.total)
 
 
-def _ways(cfg, config, where, purpose, mesh, policy, rows, batch) -> list[Candidate]:
-    """On one mesh: every policy, with ever more rows up to the first number that does not fit."""
+def _candidates_on_mesh(cfg, config, where, purpose, mesh, policy, rows, batch) -> list[Candidate]:
+    """The candidates on one mesh: every policy, with more rows up to the first that do not fit."""
     config = dataclasses.replace(config, mesh=mesh, accumulate_steps=1)
     counts = [rows] if rows else (DECODE_ROWS if purpose == "decode" else ROWS)
     first = job_lib.make(cfg, config, where, rows=counts[0], purpose=purpose)
@@ -161,7 +161,7 @@ def _divides(job: Job, rows: int, batch: int | None) -> bool:
 
 
 def _with_rows(job: Job, rows: int, batch: int | None) -> Job:
-    """`job` with so many rows a device at one time, and the batch in parts of them."""
+    """`job` with `rows` sequences per device and micro-batch, and the batch in micro-batches."""
     at_once = rows * job.replicas
     batch = batch or at_once
     config = dataclasses.replace(job.config, batch_size=batch, accumulate_steps=batch // at_once)
@@ -169,16 +169,16 @@ def _with_rows(job: Job, rows: int, batch: int | None) -> Job:
 
 
 def _policies(purpose: Purpose) -> tuple[str, ...]:
-    """Policies worth a try: `dots` keeps as much as `minimal`."""
+    """The remat policies that are searched: `dots` keeps as much as `minimal`."""
     if purpose != "train":
         return ("full",)
     # Host memory is slower than HBM by an order, and this model of time does not know it: offloaded
     # policies are planned when they are asked for.
-    return tuple(n for n in remat.POLICIES if n != "dots" and not layer.kept(n).offload)
+    return tuple(n for n in remat.POLICIES if n != "dots" and not layer.saved_tensors(n).offload)
 
 
 def recommend(found: list[Candidate], refused: list[tuple[str, str]]) -> Candidate:
-    """The best that fits.
+    """The best candidate that fits.
 
     Raises `ValueError` if nothing does: it names the smallest need, the limit, and what would fit.
     """
@@ -201,12 +201,12 @@ def recommend(found: list[Candidate], refused: list[tuple[str, str]]) -> Candida
 
 
 def memory_text(num_bytes: float) -> str:
-    """In GiB, three digits."""
+    """Memory as text in GiB, three digits."""
     return f"{num_bytes / 2**30:.3g} GiB"
 
 
 def _shorter(job: Job) -> str:
-    """A remedy of rows that are shorter, if the same mesh takes them."""
+    """The advice to shorten rows, if the same mesh takes shorter ones; empty otherwise."""
     length = job.length // 2
     while length >= 512:
         data = dataclasses.replace(job.config.data, sequence_length=length)
@@ -222,7 +222,7 @@ def _shorter(job: Job) -> str:
 
 
 def larger_slice(least: Candidate) -> Job | None:
-    """The nearest larger slice of the same chip on which the job fits, the way it fits best."""
+    """The job on the nearest larger slice of the same chip on which it fits."""
     job = least.job
     for where in slices(job.where.chip):
         if where.num_chips <= job.where.num_chips:
@@ -235,7 +235,7 @@ def larger_slice(least: Candidate) -> Job | None:
 
 
 def slices(chip: chips.Chip) -> list[Slice]:
-    """Slices that are proposed, smallest first: standard shapes of 2^n chips; GPU hosts."""
+    """The slices that are proposed, smallest first: standard shapes of 2^n chips; GPU hosts."""
     if chip.platform == "gpu":
         small = [f"{chip.name}-{n}" for n in (1, 2, 4)]
         whole = [f"{chip.name}-8", *(f"{n}x{chip.name}-8" for n in _HOSTS[1:])]
@@ -251,10 +251,10 @@ def slices(chip: chips.Chip) -> list[Slice]:
 
 
 @dataclass(frozen=True)
-class Rent:
+class SliceRanking:
     """Slices that fit, best first, and chips without one, with the reason.
 
-    too_small: of each chip with one, the largest slice that does not fit, at its least.
+    too_small: by chip, the largest slice that does not fit, with its least memory.
     """
 
     ranked: list[Candidate]
@@ -262,10 +262,10 @@ class Rent:
     too_small: dict[str, Candidate]
 
 
-def to_rent(cfg: ModelConfig, config: TrainConfig, *, purpose: Purpose, **held) -> Rent:
-    """For each chip the smallest slice that fits and the next larger, each at its best.
+def rank_slices(cfg: ModelConfig, config: TrainConfig, *, purpose: Purpose, **held) -> SliceRanking:
+    """Ranking of the smallest slice that fits and the next larger one, for each chip.
 
-    Ranked by tokens a second of a chip, the smaller slice first where they differ by under 5%.
+    Slices are ranked by tokens per second and chip; within 5% the smaller one comes first.
     """
     ranked, skipped, too_small = [], {}, {}
     for name in _RENTED:
@@ -280,14 +280,14 @@ def to_rent(cfg: ModelConfig, config: TrainConfig, *, purpose: Purpose, **held) 
             if fitting == 2:
                 break
         if not fitting:
-            skipped[name] = _why_none(where, least, refused)
+            skipped[name] = _why_no_slice(where, least, refused)
         elif least is not None:
             too_small[name] = least
     ranked.sort(key=lambda one: (-round(math.log(one.speed) / 0.05), one.job.where.num_chips))
-    return Rent(ranked, skipped, too_small)
+    return SliceRanking(ranked, skipped, too_small)
 
 
-def _why_none(where: Slice, least: Candidate | None, refused: list) -> str:
+def _why_no_slice(where: Slice, least: Candidate | None, refused: list) -> str:
     if least is None:
         return f"no slice up to {where.name} divides; {refused[-1][1]}" if refused else "none"
     limit = memory.limit(least.job, reserve=RESERVE)

@@ -1,4 +1,4 @@
-"""Commands that answer prompts: one, a talk, a file of them."""
+"""Commands that answer one prompt, a chat, or a file of prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ _ALONE = EngineConfig(num_slots=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """Which model, how it is held, and what guesses for it."""
+class ModelOptions:
+    """Which model, its dtype and mesh, and its draft model."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
@@ -35,7 +35,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. What is not given is taken from the model's generation_config.json."""
+    """Sampling settings. Those not given are taken from the model's generation_config.json."""
 
     max_tokens: int | None = None
     """Most tokens to generate."""
@@ -57,14 +57,14 @@ class Sampling:
 def generate(
     prompt: Positional[str],
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     engine: EngineConfig = _ALONE,
 ) -> int:
     """Continue one prompt, printing text as it comes."""
     from infer.text import generate as generate_lib
 
-    service = load_service(loaded, sampling, engine)
+    service = load_service(model_options, sampling, engine)
     generate_lib.stream(service, prompt, settings=service.defaults, write=_write)
     _write("\n")
     return 0
@@ -73,7 +73,7 @@ def generate(
 @app.command
 def chat(
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     system: str | None = None,
     engine: EngineConfig = _ALONE,
@@ -85,7 +85,7 @@ def chat(
     """
     from infer.text import generate as generate_lib
 
-    service = load_service(loaded, sampling, engine)
+    service = load_service(model_options, sampling, engine)
 
     def read() -> str | None:
         try:
@@ -102,7 +102,7 @@ def batch(
     input: Positional[str],
     output: Positional[str],
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     sampling: Annotated[Sampling, Flat] = Sampling(),
     engine: EngineConfig = _ENGINE,
     share: str = "0/1",
@@ -129,13 +129,13 @@ def batch(
     from qwen_jax.text.chat import tool_calls
 
     mine = batch_lib.Share.parse(share)
-    service = load_service(loaded, sampling, engine)
+    service = load_service(model_options, sampling, engine)
     with progress.bar() as report:
         summary = batch_lib.run(
             service,
             input,
             output,
-            models=(*model_name, Path(loaded.model).resolve().name, loaded.model),
+            models=(*model_name, Path(model_options.model).resolve().name, model_options.model),
             share=mine,
             order=order,
             max_open=4 * engine.num_slots,
@@ -145,7 +145,7 @@ def batch(
     print(
         f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
         f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
-        f"{_guesses(service.engine.stats())}"
+        f"{_accepted_drafts(service.engine.stats())}"
     )
     return summary.exit_code
 
@@ -165,24 +165,26 @@ def merge(input: Positional[str], output: Positional[str], *, shares: int) -> in
     return 0
 
 
-def load_service(loaded: Served, sampling: Sampling, engine: EngineConfig) -> "Service":
+def load_service(
+    model_options: ModelOptions, sampling: Sampling, engine: EngineConfig
+) -> "Service":
     """The model behind an engine of these settings, with its draft where one is named."""
     from infer.text import loading
     from partitioning import mesh as mesh_lib
 
-    loading.keep_programs(loaded.programs)
+    loading.keep_programs(model_options.programs)
     return loading.load(
-        loaded.model,
+        model_options.model,
         settings=engine,
         sampling={name: value for name, value in vars(sampling).items() if value is not None},
-        dtype=loaded.dtype,
-        mesh=mesh_lib.parse(loaded.mesh) if loaded.mesh else None,
-        draft=loaded.draft or None,
+        dtype=model_options.dtype,
+        mesh=mesh_lib.parse(model_options.mesh) if model_options.mesh else None,
+        draft=model_options.draft or None,
     )
 
 
-def _guesses(stats: dict[str, float]) -> str:
-    """How many guesses came true, where any were made."""
+def _accepted_drafts(stats: dict[str, float]) -> str:
+    """Text of how many draft tokens were accepted; empty where there were none."""
     guessed, accepted = stats["guessed_tokens"], stats["accepted_tokens"]
     return f", {accepted} of {guessed} guessed tokens were right" if guessed else ""
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
 from qwen_jax.cli.apps import Flat, Positional, app
-from qwen_jax.cli.commands.answers import Sampling, Served, load_service
+from qwen_jax.cli.commands.answers import ModelOptions, Sampling, load_service
 
 if TYPE_CHECKING:
     from infer.eval.service_backend import ServiceBackend
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """How benchmarks are put to the model."""
+class BenchmarkOptions:
+    """Prompts of benchmarks."""
 
     style: Literal["plain", "chat"] = "plain"
     """As text to go on with, or as a conversation, by the model's chat template."""
@@ -31,8 +31,8 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Programs:
-    """How answers to HumanEval and MBPP are run."""
+class ProgramLimits:
+    """Limits of programs that answer HumanEval and MBPP."""
 
     seconds: float = 5.0
     """Time for one program."""
@@ -42,20 +42,20 @@ class Programs:
     """full: no network, processes, or files of others. limits: time and sizes only."""
 
 
-_ASKED, _PROGRAMS, _ENGINE = Asked(), Programs(), EngineConfig()
+_BENCHMARKS, _PROGRAMS, _ENGINE = BenchmarkOptions(), ProgramLimits(), EngineConfig()
 
 
 @app.command
 def evaluate(
     tasks: Positional[tuple[str, ...]],
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     output: str,
-    asked: Annotated[Asked, Flat] = _ASKED,
+    benchmarks: Annotated[BenchmarkOptions, Flat] = _BENCHMARKS,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    programs: Programs = _PROGRAMS,
+    programs: ProgramLimits = _PROGRAMS,
     engine: EngineConfig = _ENGINE,
 ) -> int:
     """Measure a model on benchmarks from files; run again, it asks only what is missing.
@@ -77,22 +77,22 @@ def evaluate(
 
     if not tasks:
         raise ValueError("name at least one task, as NAME=PATH; --help lists them")
-    if asked.answers > 1 and temperature == 0:
+    if benchmarks.answers > 1 and temperature == 0:
         raise ValueError(
-            f"answers={asked.answers} to a problem would all be the same with temperature=0; give "
-            f"a temperature, 0.2 for pass@1 and 0.8 for pass@100"
+            f"answers={benchmarks.answers} to a problem would all be the same with temperature=0; "
+            f"give a temperature, 0.2 for pass@1 and 0.8 for pass@100"
         )
     limits = sandbox.Limits(
         seconds=programs.seconds, memory=programs.memory_mib * 2**20, isolation=programs.isolation
     )
     options = tasks_lib.Options(
-        style=asked.style, num_shots=asked.shots, limit=asked.limit,
-        max_tokens=asked.max_tokens, num_answers=asked.answers, limits=limits,
+        style=benchmarks.style, num_shots=benchmarks.shots, limit=benchmarks.limit,
+        max_tokens=benchmarks.max_tokens, num_answers=benchmarks.answers, limits=limits,
     )  # fmt: skip
     read = [
         tasks_lib.load(text, options=options) for text in tasks
     ]  # before the model, which is slow
-    backend, subject = _backend(loaded, engine)
+    backend, subject = _backend(model_options, engine)
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     results_table.show(
         [run.run(backend, task, output, sampling=sampling, subject=subject) for task in read]
@@ -104,7 +104,7 @@ def evaluate(
 def lm_eval(
     tasks: Positional[tuple[str, ...]],
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     output: str,
     include_path: str | None = None,
     style: Literal["plain", "chat"] = "plain",
@@ -124,7 +124,7 @@ def lm_eval(
     """
     from infer.eval import harness
 
-    backend, subject = _backend(loaded, engine)
+    backend, subject = _backend(model_options, engine)
     results = harness.evaluate(
         backend, tasks, name=subject["model"], style=style, include_path=include_path,
         num_shots=shots, limit=limit,
@@ -135,15 +135,17 @@ def lm_eval(
     return 0
 
 
-def _backend(loaded: Served, engine: EngineConfig) -> "tuple[ServiceBackend, dict[str, Any]]":
-    """The model behind an engine, and what results call it."""
+def _backend(
+    model_options: ModelOptions, engine: EngineConfig
+) -> "tuple[ServiceBackend, dict[str, Any]]":
+    """A backend for benchmarks over an engine, and the model's description in results."""
     from infer.eval.service_backend import ServiceBackend
 
-    service = load_service(loaded, Sampling(), engine)
+    service = load_service(model_options, Sampling(), engine)
     settings = service.engine.settings
     backend = ServiceBackend(
         service,
         max_length=min(settings.max_length, settings.num_pages * settings.page_size),
         num_open=2 * settings.num_slots,
     )
-    return backend, {"model": loaded.model, "dtype": loaded.dtype}
+    return backend, {"model": model_options.model, "dtype": model_options.dtype}

@@ -1,4 +1,4 @@
-"""Commands about training runs: what there is, what it needs, starting it here or on a pod."""
+"""Commands about training runs: presets, shardings, plans, and starting a run here or on a pod."""
 
 import os
 from pathlib import Path

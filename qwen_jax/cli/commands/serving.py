@@ -1,4 +1,4 @@
-"""The command that answers other programs, over HTTP."""
+"""The command that serves a model over HTTP."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 from configs.engine import EngineConfig
 from configs.server import ServerConfig
 from qwen_jax.cli.apps import Flat, app
-from qwen_jax.cli.commands.answers import Sampling, Served, load_service
+from qwen_jax.cli.commands.answers import ModelOptions, Sampling, load_service
 
 log = logging.getLogger("infer.server")
 
@@ -17,7 +17,7 @@ _SERVER, _SAMPLING, _ENGINE = ServerConfig(), Sampling(), EngineConfig()
 @app.command
 def serve(
     *,
-    loaded: Annotated[Served, Flat],
+    model_options: Annotated[ModelOptions, Flat],
     server: Annotated[ServerConfig, Flat] = _SERVER,
     sampling: Annotated[Sampling, Flat] = _SAMPLING,
     engine: EngineConfig = _ENGINE,
@@ -38,11 +38,11 @@ def serve(
         )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("infer").setLevel(logging.INFO)
-    service = load_service(loaded, sampling, engine)
+    service = load_service(model_options, sampling, engine)
     return server_lib.run(
         service,
         settings=server,
-        model_name=server.model_name or Path(loaded.model).resolve().name,
+        model_name=server.model_name or Path(model_options.model).resolve().name,
         num_slots=engine.num_slots,
         warm_up=lambda: service.engine.warm_up(show=log.info),
         show=lambda text: print(text, flush=True),

@@ -34,7 +34,7 @@ def test_widths_are_those_of_the_tensors_that_the_model_marks(cfg, capacity):
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     run = lambda params, tokens: transformer.apply(cfg, params, tokens).hidden_BTD  # noqa: E731
     marked = _marked(jax.make_jaxpr(run)(transformer.shapes(cfg), tokens).jaxpr)
-    widths = layer.widths(planned("fsdp=1", "cpu-1", cfg=cfg))
+    widths = layer.tensor_widths(planned("fsdp=1", "cpu-1", cfg=cfg))
     expected = {name for name in remat.TENSORS if cfg.moe or not name.startswith("expert")}
     assert set(marked) == expected
     # Kernels mark their log-sum-exp too, in float32: two elements for each of 4 heads.
@@ -46,15 +46,15 @@ def test_widths_are_those_of_the_tensors_that_the_model_marks(cfg, capacity):
 @pytest.mark.parametrize("cfg", [CFG, MOE], ids=["dense", "experts"])
 @pytest.mark.parametrize("policy", [*remat.POLICIES, "save:k,v offload:layer_input"])
 def test_every_policy_keeps_something_and_full_least(policy, cfg):
-    device, host = layer.kept_elements(planned("fsdp=4", cfg=cfg, remat=policy))
-    full, _ = layer.kept_elements(planned("fsdp=4", cfg=cfg, remat="full"))
+    device, host = layer.saved_elements(planned("fsdp=4", cfg=cfg, remat=policy))
+    full, _ = layer.saved_elements(planned("fsdp=4", cfg=cfg, remat="full"))
     assert device + host >= full
     assert (host > 0) == ("offload" in policy)
 
 
 def test_a_layer_of_a_device_shrinks_with_its_axes():
-    whole = layer.widths(planned("fsdp=4", cfg=MOE))
-    split = layer.widths(planned("fsdp=2,tensor=2", cfg=MOE))
+    whole = layer.tensor_widths(planned("fsdp=4", cfg=MOE))
+    split = layer.tensor_widths(planned("fsdp=2,tensor=2", cfg=MOE))
     for name in ("q", "k", "v", "attention_out", "mlp_gate", "expert_gate"):
         assert split[name] == whole[name] / 2
     for name in ("layer_input", "attention_residual", "expert_rows"):

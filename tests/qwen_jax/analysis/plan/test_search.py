@@ -129,7 +129,7 @@ def test_decoding_and_evaluation_are_planned_too():
 
 def test_renting_names_two_slices_of_each_chip_and_what_is_too_small():
     config = TrainConfig(data=DataConfig(sequence_length=32768))
-    rent = search.to_rent(presets.preset("qwen2.5-32b"), config, purpose="train")
+    rent = search.rank_slices(presets.preset("qwen2.5-32b"), config, purpose="train")
     names = [one.job.where.name for one in rent.ranked]
     assert len(names) == len(set(names)) and {"v5p-16", "v6e-32", "v5e-64"} <= set(names)
     assert all(one.fits() for one in rent.ranked) and rent.skipped == {}
@@ -142,5 +142,5 @@ def test_renting_names_two_slices_of_each_chip_and_what_is_too_small():
 def test_a_chip_without_a_large_enough_slice_is_skipped_with_the_need():
     config = TrainConfig(data=DataConfig(sequence_length=4096))
     # Replicas of 154 billion parameters: more than any one host holds.
-    rent = search.to_rent(presets.preset("moe-plus-like"), config, purpose="decode", rows=4096)
+    rent = search.rank_slices(presets.preset("moe-plus-like"), config, purpose="decode", rows=4096)
     assert "no slice up to v5e-256 fits: at least" in rent.skipped["v5e"]
