@@ -1,4 +1,4 @@
-"""Folders on file systems and in buckets of Google Cloud Storage, by one kind of path."""
+"""Folders and files on file systems and in buckets of Google Cloud Storage."""
 
 import importlib.util
 import json
@@ -18,9 +18,9 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 def folder(path: Path | str) -> Path:
     """`path` as a `pathlib.Path`, or an `epath.Path` that behaves like one for `gs://`.
 
-    Raises `ValueError` for what cannot be written to. Orbax opens its arrays on file systems and in
-    gs:// only (0.12, tensorstore_utils.py: anything else is a file's name, and a database at s3://
-    refused as no absolute one), although tensorstore has a driver for s3://.
+    Raises `ValueError` for other schemes. Orbax 0.12 opens arrays on file systems and in gs:// only
+    (tensorstore_utils.py takes anything else for a file name), although tensorstore has a driver
+    for s3://.
     """
     found = _SCHEME.match(str(path))
     if found is None:
@@ -54,7 +54,7 @@ def kvstore(path: Path) -> dict:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Every file below `source` to the same place below `target`; either may be in a bucket."""
+    """Copies every file below `source` to its path below `target`; either may be in a bucket."""
     for file in files(source):
         to = target / file.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 def publish(made: Path, target: Path) -> None:
-    """The files of the folder `made` as the folder `target`, which is not there half-way.
+    """Copies the folder `made` to `target`, which appears only when it is complete.
 
     In a bucket, where no name can change, a reader may see some of the files before the others.
     """
@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
+    """Writes a file that is either complete or absent."""
     if is_remote(path):
         path.write_text(text, encoding="utf-8")  # appears when all of it has arrived
         return
@@ -101,7 +101,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def local(path: Path) -> Iterator[Path]:
-    """A folder on this machine with the files of `path`: itself, or a copy for a while."""
+    """A local folder with the files of `path`: `path` itself, or a temporary copy of a bucket."""
     if not is_remote(path):
         yield path
         return
@@ -112,7 +112,7 @@ def local(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A folder on this machine, for writers that know no bucket: what is in it goes to `path`."""
+    """A local folder for writers that cannot write to buckets; its files are copied to `path`."""
     if not is_remote(path):
         yield path
         return
@@ -124,12 +124,12 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def size(file: Path) -> int:
-    """Bytes in a file."""
+    """Size of a file in bytes."""
     return file.stat().length if is_remote(file) else file.stat().st_size
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, in order."""
+    """Every file below a folder, sorted by path."""
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             yield from files(path)

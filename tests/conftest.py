@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import jax
 import pytest
 
@@ -17,6 +18,9 @@ collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 
 # Half of the tests' time went into compiling small programs that run for milliseconds.
 jax.config.update("jax_disable_most_optimizations", True)
+# On a busy machine one example may take any time; `timing` bounds the CPU seconds of a whole test.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 # A silent broadcast over a missing dimension is a bug more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

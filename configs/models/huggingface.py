@@ -109,7 +109,7 @@ def _check_kind(values: dict) -> None:
 
 
 def _read_yarn(key: str, rope: dict, *, max_positions: int) -> YarnConfig:
-    """Optional values may be null; the original length defaults to max_position_embeddings."""
+    """YaRN settings of a rope object; the original length defaults to the longest position."""
     if rope.get("factor") is None:
         raise ValueError(f"config.json: {key} of type yarn has no factor")
     original = rope.get("original_max_position_embeddings")
@@ -130,7 +130,7 @@ def _read_yarn(key: str, rope: dict, *, max_positions: int) -> YarnConfig:
 
 
 def _read_rope(values: dict, *, max_positions: int) -> tuple[float, YarnConfig | None]:
-    """Theta and scaling, from the older `rope_theta` + `rope_scaling` or `rope_parameters`."""
+    """RoPE theta and scaling, from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
     given = {k: values[k] for k in ("rope_scaling", "rope_parameters") if values.get(k)}
     for key, rope in given.items():
         if not isinstance(rope, dict):
@@ -240,7 +240,7 @@ def read_model(values: dict, *, name: str = "huggingface") -> ModelConfig:
 
 
 def _canonical(model: ModelConfig) -> dict:
-    """config.json in the form that every transformers since 4.37 reads."""
+    """The values of config.json in the form that every transformers since 4.37 reads."""
     model_type = "qwen2" if model.moe is None else "qwen2_moe"
     values: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[model_type]],
@@ -269,7 +269,7 @@ def _canonical(model: ModelConfig) -> dict:
 
 
 def write_model(model: ModelConfig, *, base: dict | None = None, dtype: str | None = None) -> dict:
-    """config.json values from which transformers builds `model`.
+    """The values of a config.json from which transformers builds `model`.
 
     `base` is the file the model was imported from: returned as it is while it describes this model,
     otherwise only its harmless keys are kept. `dtype` (`bfloat16`...) is that of the weights beside
@@ -287,6 +287,6 @@ def write_model(model: ModelConfig, *, base: dict | None = None, dtype: str | No
 
 
 def write_generation(model: ModelConfig) -> dict:
-    """A generation_config.json that stops where `model` stops, for a model that brought none."""
+    """The values of a generation_config.json with the end tokens of `model`."""
     values = _canonical(model)
     return {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

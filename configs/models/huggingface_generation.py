@@ -80,7 +80,7 @@ HARMLESS = {
 
 
 def read(values: dict) -> GenerationConfig:
-    """The sampling defaults of a parsed generation_config.json; None where it says nothing.
+    """The sampling defaults of a parsed generation_config.json, None for absent keys.
 
     Raises `ValueError` naming the key for one that is unknown, of the wrong type, or asks for a
     method that is not implemented.

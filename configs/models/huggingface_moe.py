@@ -48,7 +48,7 @@ def read(values: dict) -> MoEConfig:
 
 
 def write(moe: MoEConfig) -> dict:
-    """The keys that describe `moe`; what is this project's own has none."""
+    """The keys of config.json that describe `moe`, without settings that only this project has."""
     return {
         **{key: getattr(moe, key) for key in _FIELDS},
         "mlp_only_layers": list(moe.mlp_only_layers),
@@ -57,7 +57,7 @@ def write(moe: MoEConfig) -> dict:
 
 
 def without_our_own(model: ModelConfig) -> ModelConfig:
-    """`model` without what a config.json cannot say, how its experts are trained and padded.
+    """`model` without settings that a config.json cannot hold: expert training and padding.
 
     Raises `ValueError` for router biases: they belong to what the model computes.
     """

@@ -58,7 +58,7 @@ _KEYS = {
 
 
 def read(values: dict) -> QuantisationConfig | None:
-    """How the checkpoint beside a parsed config.json is quantised; None where it is not.
+    """The quantisation that a parsed config.json describes; None where it has none.
 
     Raises `ValueError` naming the key for one that is unknown, of the wrong type, or asks for
     something that is not implemented.

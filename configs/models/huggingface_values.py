@@ -4,7 +4,7 @@ from typing import Any
 
 
 def typed(key: str, value: Any, kind: type, *, file: str = "config.json") -> Any:
-    """`value` as `kind`: a whole number may stand for a float, a boolean never for a number."""
+    """`value` if it is of type `kind`; an int passes as a float, a bool never as a number."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -13,7 +13,7 @@ def typed(key: str, value: Any, kind: type, *, file: str = "config.json") -> Any
 
 
 def means(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether `value` is one of `allowed`; False is not 0 and True is not 1."""
+    """Whether `value` is one of `allowed`, where False is not 0 and True is not 1."""
     return any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
 
 

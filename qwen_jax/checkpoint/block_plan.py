@@ -26,15 +26,15 @@ _SMALLEST_BLOCK_BYTES = MIB
 _SMALL_TENSOR_BYTES = MIB  # smaller tensors are grouped in their stack; chunks are not cut below it
 CONVERTING = 3  # blocks that are read and transposed at one time, a thread each
 UNDER_WAY = 6  # blocks that are converted or written at one time
-# Copies of a block that live at one time while importing, found by measuring: of each block being
-# converted the source's pages and its transpose, of each being written its encoding, in pieces.
+# Copies of a block that live at one time while importing, found by measuring: the source's pages
+# and the transpose of each block being converted, the encoding of each block being written.
 _BLOCKS_HELD = 3 * UNDER_WAY + 1
 _FIXED_BYTES = 48 * MIB  # buffers and code pages that do not depend on the block
 
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """One parameter as it is stored: `chunks` has the rank of `shape`."""
+    """One stored parameter and how it is cut; `chunks` has the rank of `shape`."""
 
     row: tensor_table.Row
     shape: tuple[int, ...]
@@ -54,20 +54,20 @@ class Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Which tensors of the stack, one range a dimension of it, and which region of each."""
+    """A block: the tensors of the stack, one range per dimension of it, and the region of each."""
 
     stack: tuple[range, ...]
     region: dict[str, slice]
 
     def index(self, row: tensor_table.Row) -> tuple[slice, ...]:
-        """Where the block lies in the stored array."""
+        """The slices of the stored array that the block covers."""
         stack = (slice(part.start, part.stop) for part in self.stack)
         return (*stack, *(self.region[dim] for dim in row.dims))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a conversion will do and use."""
+    """The tensors, bytes and memory of a conversion, known before it starts."""
 
     source: Path
     target: Path
@@ -92,7 +92,7 @@ class Plan:
 def array(
     row: tensor_table.Row, model: ModelConfig, dtype: np.dtype, *, block_bytes: int = BLOCK_BYTES
 ) -> Array:
-    """How a parameter is cut into chunks and blocks of at most `block_bytes`, one row at least."""
+    """A parameter cut into chunks and blocks of at most `block_bytes`, at least one row each."""
     size = tensor_table.sizes(model)
     lead, *others = row.hf_dims.split()
     tensor_bytes = math.prod(size[dim] for dim in row.dims) * dtype.itemsize
@@ -139,7 +139,7 @@ def blocks(stored: Array, model: ModelConfig) -> Iterator[Block]:
 
 
 def block_bytes(stored: Array, block: Block) -> int:
-    """The bytes of a block's elements."""
+    """Number of bytes of a block's elements."""
     elements = math.prod(part.stop - part.start for part in block.index(stored.row))
     return elements * stored.dtype.itemsize
 
@@ -155,7 +155,7 @@ def chunk_keys(stored: Array, block: Block) -> Iterator[str]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now (its peak so far, where the system does not say)."""
+    """Resident bytes of this process now; its peak so far where the system does not say."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
@@ -164,12 +164,12 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(block_bytes: int) -> int:
-    """Resident memory that importing with such blocks reaches."""
+    """Resident bytes that an import with blocks of `block_bytes` reaches."""
     return resident_bytes() + _FIXED_BYTES + _BLOCKS_HELD * block_bytes
 
 
 def choose_block_bytes(max_memory: int | None) -> int:
-    """The largest block with which importing stays within `max_memory` bytes.
+    """The largest block size in bytes with which an import stays within `max_memory` bytes.
 
     Raises `ValueError` naming the least memory that would do.
     """

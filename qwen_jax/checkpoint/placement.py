@@ -35,6 +35,6 @@ def by_stored_array(
         if row.path not in specs:
             found[row.path] = by_path[row.path]
             continue
-        arrays = quantised_params.placed(row, model, specs[row.path], by_path[row.path])
+        arrays = quantised_params.array_shardings(row, model, specs[row.path], by_path[row.path])
         found |= {f"{row.path}.{name}": sharding for name, sharding in arrays.items()}
     return found

@@ -22,7 +22,7 @@ Region = Mapping[str, slice]  # dimension letter -> start and stop
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One parameter: `dims` of our tree (one tensor's), `hf_dims` of the Hugging Face tensor."""
+    """One parameter: `dims` of one tensor in our tree, `hf_dims` of the Hugging Face tensor."""
 
     path: str  # keys of the tree, joined by dots
     dims: str
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def stack(self) -> str:
-        """The letters of the dimensions over which tensors are stacked, which come first."""
+        """Letters of the leading dimensions, over which tensors are stacked."""
         return "LE"[: self.hf.count("{}")]
 
     @property
@@ -77,27 +77,27 @@ _SHARED_EXPERT = (
     _row("moe.shared.down.kernel", "SD", _SHARED + "down_proj.weight", "D S"),
     _row("moe.shared_gate.kernel", "D1", _LAYER + "mlp.shared_expert_gate.weight", "1 D"),
 )
-# In native checkpoints alone: Hugging Face's model has no such tensor.
+# Only in native checkpoints: Hugging Face's model has no such tensor.
 _ROUTER_BIAS = _row("moe.router.bias", "R", "{}", "R")
 
 
 def rows(model: ModelConfig) -> tuple[Row, ...]:
-    """The rows that `model` has, its stacks of layers one after the other."""
+    """The rows of `model`, one stack of layers after the other."""
     sparse = _ATTENTION + _MOE
     if model.moe is not None and model.moe.shared_expert_intermediate_size:
         sparse += _SHARED_EXPERT
     if has_router_bias(model):
         sparse += (_ROUTER_BIAS,)
     dense = _ATTENTION + _MLP
-    found = [EMBED, *_under("layers", sparse if model.sparse_layers else dense)]
+    found = [EMBED, *_in_stack("layers", sparse if model.sparse_layers else dense)]
     if model.sparse_layers and model.dense_layers:
-        found += _under("dense_layers", dense)
+        found += _in_stack("dense_layers", dense)
     found.append(_NORM)
     return tuple(found if model.tie_word_embeddings else [*found, LM_HEAD])
 
 
 @functools.cache
-def _under(stack: str, part: tuple[Row, ...]) -> list[Row]:
+def _in_stack(stack: str, part: tuple[Row, ...]) -> list[Row]:
     return [dataclasses.replace(row, path=f"{stack}.{row.path}") for row in part]
 
 
@@ -114,9 +114,9 @@ def layers(row: Row, model: ModelConfig) -> tuple[int, ...]:
 
 
 def hf_name(row: Row, model: ModelConfig, index: tuple[int, ...]) -> str | None:
-    """The Hugging Face tensor at `index` of the stack; None for what has none.
+    """Name of the Hugging Face tensor at `index` of the stack.
 
-    These are experts that pad their number, and router biases.
+    None for experts that pad their number and for router biases, which have no tensor.
     """
     if not index:
         return row.hf
@@ -129,13 +129,13 @@ def hf_name(row: Row, model: ModelConfig, index: tuple[int, ...]) -> str | None:
 
 
 def stack_shape(row: Row, model: ModelConfig) -> tuple[int, ...]:
-    """How many tensors are stacked along each dimension of `row.stack`."""
+    """Number of tensors stacked along each dimension of `row.stack`."""
     held = 0 if model.moe is None else model.moe.num_held
     return tuple(len(layers(row, model)) if dim == "L" else held for dim in row.stack)
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """The size behind each dimension letter of a tensor."""
+    """The size of each dimension letter of a tensor."""
     moe = model.moe
     return {
         "D": model.hidden_size,
@@ -152,7 +152,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def shape(row: Row, model: ModelConfig) -> tuple[int, ...]:
-    """Shape of the parameter in our tree, the dimensions of its stack first."""
+    """Shape of a parameter in our tree, the dimensions of its stack first."""
     size = sizes(model)
     return stack_shape(row, model) + tuple(size[dim] for dim in row.dims)
 
@@ -164,7 +164,7 @@ def hf_shape(row: Row, model: ModelConfig) -> tuple[int, ...]:
 
 
 def hf_names(model: ModelConfig) -> dict[str, Row]:
-    """Every tensor name that a Hugging Face checkpoint of `model` holds, with its row."""
+    """The row of every tensor name that a Hugging Face checkpoint of `model` holds."""
     names = {}
     for row in rows(model):
         for index in itertools.product(*map(range, stack_shape(row, model))):
@@ -193,7 +193,7 @@ def nest(values: Mapping[str, object]) -> dict:
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """The inverse of `nest`."""
+    """The leaves of a nested tree by path, the inverse of `nest`."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -202,7 +202,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def whole(row: Row, size: Mapping[str, int]) -> dict[str, slice]:
-    """The region of one layer's whole tensor."""
+    """The region that covers the whole tensor of one layer."""
     return {dim: slice(0, size[dim]) for dim in row.dims}
 
 
@@ -239,7 +239,7 @@ def write_region(
 
 
 def copy_blocked(view: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """A C-contiguous copy of a transposed view, some six times as fast as numpy's own.
+    """A C-contiguous copy of a transposed view, about six times as fast as numpy's.
 
     numpy would read such a view along its largest stride, touching a cache line an element. Here
     the dimension with the largest stride is cut, so that a piece of a row of the output has about

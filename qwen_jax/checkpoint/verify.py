@@ -1,10 +1,11 @@
-"""Reads checkpoints from end to end, and says what of them is damaged.
+"""Verifies checkpoints: reads them from end to end, and names what is damaged.
 
-Checked: that every part is there; that each parameter and moment has the shape its config asks for;
-that every chunk can be read (tensorstore checks the CRC-32C of the database's manifest and nodes);
-that every value is finite; that each array's sum is the one that was computed on the devices before
-it was saved (`train/core/state.py`; imported and older checkpoints have none, which is said); and
-that the model's config and the data's state are those that were saved, and all parts of one step.
+It checks that every part is there; that each parameter and moment has the shape its config asks
+for; that every chunk can be read (tensorstore checks the CRC-32C of the database's manifest and
+nodes); that every value is finite; that the sum of each array is the one that was computed on the
+devices before the save (`train/core/state.py`; imported and older checkpoints have none, which is
+reported); that the model's config and the data's state are as saved; and that all parts are of one
+step.
 """
 
 import collections
@@ -27,7 +28,7 @@ _IN_FLIGHT_BYTES = 256 * 2**20
 
 @dataclass
 class Report:
-    """What was found: `problems` is empty where all is well."""
+    """The result of a verification; `problems` is empty for a sound checkpoint."""
 
     path: Path
     num_arrays: int = 0
@@ -38,7 +39,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Step:
-    """A checkpoint of a training run. `state`: whole, or what is missing of it."""
+    """A checkpoint of a training run. `state` is "whole", or says which files are missing."""
 
     number: int
     path: Path
@@ -49,8 +50,8 @@ class Step:
 def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) -> Report:
     """The report on a native checkpoint, a step of a run, or a run's newest step.
 
-    `on_progress` hears bytes read, bytes in all, and the array at hand. Raises `ValueError` where
-    there is nothing that could be verified.
+    `on_progress` receives bytes read, bytes in all, and the current array. Raises `ValueError`
+    where there is no native checkpoint.
     """
     path = storage.folder(path)
     if (path / "checkpoints").is_dir():
@@ -84,7 +85,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int, str], None]) ->
 
 
 def steps(output: Path | str) -> list[Step]:
-    """The checkpoints of a training run in their order, the half-written ones too."""
+    """The checkpoints of a training run in order of steps, half-written ones included."""
     folder = storage.folder(output) / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{output} is no training run: it has no folder checkpoints")
@@ -99,7 +100,7 @@ def steps(output: Path | str) -> list[Step]:
 
 
 def _missing(path: Path) -> list[str]:
-    """The parts without which `path` is no checkpoint; a step of a run has more of them."""
+    """The required files that `path` lacks; a step of a run needs more than another checkpoint."""
     wanted = ["params/_METADATA", "model/metadata"]
     if storage.absolute(path).parent.name == "checkpoints":
         wanted += ["optimizer/_METADATA", "data/metadata"]
@@ -110,7 +111,7 @@ def _missing(path: Path) -> list[str]:
 def _check_shapes(
     report: Report, part: str, arrays: dict[str, ts.TensorStore], resolved: Resolved
 ) -> None:
-    """Parameters are the config's; moments, whose names end with a parameter's, have its shape."""
+    """Checks that parameters are the config's and that each moment has its parameter's shape."""
     rows = stored_arrays.shapes(resolved.model, resolved.specs)
     if part == "params":
         for name in [*(rows.keys() - arrays.keys()), *(arrays.keys() - rows.keys())]:
@@ -127,7 +128,7 @@ def _check_shapes(
 
 
 def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
-    """Of a training run: data and model are as they were saved, and all parts of one step."""
+    """Checks that a run's data state and model are as saved, and that all parts are of one step."""
     path, said = report.path, {"model/metadata": metadata.get("step")}
     if not (path / "data").is_dir():
         return
@@ -186,7 +187,7 @@ def _check_values(
 
 
 def _chunks(array: ts.TensorStore) -> Iterator[tuple[str, np.ndarray | ValueError]]:
-    """Every chunk as `[begin:end, ...]` with its values, or why it cannot be read; some ahead."""
+    """Every chunk as `[begin:end, ...]` with its values or its read error; some are read ahead."""
     sizes = array.chunk_layout.read_chunk.shape or ()  # a number has no chunks
     starts = itertools.product(
         *(range(0, n, step) for n, step in zip(array.shape, sizes, strict=True))

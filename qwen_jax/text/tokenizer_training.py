@@ -138,8 +138,8 @@ def _with_roles(
 class _Corpus:
     """An iterable of texts that remembers what was wrong with them.
 
-    The trainers run the iteration inside native code, which blurs what is raised there: a fault
-    ends the iteration early and `check` raises it.
+    The trainers iterate inside native code, which hides exceptions raised there: an error ends
+    the iteration early, and `check` raises it.
     """
 
     def __init__(self, texts: Iterable[str], *, separator: str = "") -> None:
@@ -186,7 +186,7 @@ def _too_large(vocab_size: int, largest: int) -> str:
 
 
 def _explain(message: str, *, vocab_size: int) -> str:
-    """Say in our words why SentencePiece's trainer refused."""
+    """The reason why SentencePiece's trainer refused, with a remedy."""
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             f"vocab_size={vocab_size} is too small, the minimum for this corpus is {found[1]}: "

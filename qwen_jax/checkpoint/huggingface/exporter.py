@@ -1,8 +1,8 @@
 """Exports a native checkpoint as a Hugging Face folder that transformers loads.
 
 The files are laid out first, with room for every tensor, and then filled chunk by chunk through
-mappings: each stored chunk is read once, in whatever way the checkpoint's arrays are chunked.
-Everything is written into HF_DIR.partial, which becomes HF_DIR when it is whole.
+mappings: each stored chunk is read once, whatever the chunks of the checkpoint's arrays are.
+Everything is written into HF_DIR.partial, which is renamed to HF_DIR when it is complete.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _FIXED_BYTES = 96 * block_plan.MIB
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one Hugging Face tensor lies in the files written."""
+    """Place of one Hugging Face tensor in the files that are written."""
 
     file: str
     offset: int  # bytes
@@ -49,11 +49,11 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One parameter of the checkpoint, opened."""
+    """An opened parameter of the checkpoint."""
 
     row: tensor_table.Row
     array: ts.TensorStore
-    grid: tuple[int, ...]  # step in which it is read: whole chunks
+    grid: tuple[int, ...]  # shape of the blocks that are read: whole chunks
 
 
 def export_checkpoint(
@@ -122,7 +122,7 @@ def export_checkpoint(
 
 
 def _tensor_names(resolved: Resolved) -> dict[str, tensor_table.Row]:
-    """Hugging Face's order: embedding, layer by layer, norm, projection."""
+    """Row of each tensor name in Hugging Face's order: embedding, layers, norm, LM head."""
     model = resolved.model
     by_layer: dict[int, dict[str, tensor_table.Row]] = {
         i: {} for i in range(model.num_hidden_layers)
@@ -144,7 +144,7 @@ def _tensor_names(resolved: Resolved) -> dict[str, tensor_table.Row]:
 def _lay_out(
     resolved: Resolved, written_dtypes: dict[str, np.dtype], *, max_shard_bytes: int
 ) -> dict[str, Slot]:
-    """Every tensor's place: greedy shards, in order."""
+    """The slot of every tensor: shards are filled greedily, in order."""
     shards: list[dict[str, tuple[tensor_table.Row, int]]] = [{}]
     filled = 0
     for name, row in _tensor_names(resolved).items():
@@ -201,7 +201,7 @@ def _peak_bytes(block_bytes: int) -> int:
 
 
 def _grid(row: tensor_table.Row, array: ts.TensorStore, block_bytes: int) -> tuple[int, ...]:
-    """Whole chunks joined up to `block_bytes`, first along what is contiguous in the files."""
+    """Shape of a block: whole chunks up to `block_bytes`, joined along contiguous dimensions."""
     shape = list(array.shape)
     step = [min(c, n) for c, n in zip(array.chunk_layout.read_chunk.shape, shape, strict=True)]
     first = len(row.stack)
@@ -222,7 +222,7 @@ def _begin(partial: Path) -> None:
 
 
 def _header(slots: dict[str, Slot]) -> bytes:
-    """The start of one safetensors file: length, JSON, padded so that tensors are aligned."""
+    """The header of one safetensors file: length and JSON, padded so that tensors are aligned."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     for name, slot in slots.items():
         entries[name] = {
@@ -243,7 +243,7 @@ def _by_file(slots: dict[str, Slot]) -> dict[str, dict[str, Slot]]:
 
 
 def _make_files(partial: Path, slots: dict[str, Slot]) -> None:
-    """Headers, and room for all that follows: a full disk shows here, not in a mapped page."""
+    """Writes the headers and allocates the files: a full disk fails here, not in a mapped page."""
     for file, shard in _by_file(slots).items():
         header = _header(shard)
         size = len(header) + sum(slot.nbytes for slot in shard.values())
@@ -253,7 +253,7 @@ def _make_files(partial: Path, slots: dict[str, Slot]) -> None:
 
 
 def _read_ahead(stored: Stored) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Every block and where it lies; the next one is being read while one is written."""
+    """Every block and its index; the next block is read while one is written."""
     steps = [
         [slice(i, min(i + step, n)) for i in range(0, n, step)]
         for n, step in zip(stored.array.shape, stored.grid, strict=True)
@@ -320,7 +320,7 @@ def _write(
     size: dict[str, int],
     part: np.ndarray,
 ) -> None:
-    """Writes a block into the rows of the tensor that it covers, through a mapping of them."""
+    """Writes a block into the rows of the tensor that it covers, through a memory mapping."""
     lead, *inner = row.hf_dims.split()[0]
     rows = region[lead]
     row_bytes = slot.nbytes // size[lead]

@@ -1,6 +1,6 @@
-"""Kernels of GPTQ and AWQ checkpoints: what their tensors hold, in our layout.
+"""Kernels of GPTQ and AWQ checkpoints, read into our layout.
 
-Of a kernel of C inputs and O outputs, with groups of g inputs and P = 32 / bits numbers a word:
+A kernel of C inputs and O outputs, with groups of g inputs and P = 32 / bits numbers per word, is:
 
     GPTQ  qweight [C / P, O]: input P i + k is the k-th number of word i, the lowest bits first.
           qzeros [C / g, O / P]: output P j + k alike, one less than the zero point is.
@@ -26,7 +26,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def specs(opened: source.Source) -> dict[str, stored_arrays.Spec]:
-    """How each quantised parameter of a folder is stored, by path; headers and zero points read.
+    """The storage of each quantised parameter of a folder by path, from the files' headers.
 
     Raises `ValueError` naming tensors that are missing, misshapen, of another dtype or value than
     config.json's quantization_config says, or of a parameter that cannot be quantised here.
@@ -67,7 +67,7 @@ def scale_dtype(opened: source.Source, row: tensor_table.Row) -> np.dtype:
 
 
 def piece_dtypes(opened: source.Source, row: tensor_table.Row, spec: stored_arrays.Spec) -> dict:
-    """The dtype of each of a parameter's pieces by name."""
+    """Dtype of each array of a quantised parameter by name."""
     by_name = {
         "values": np.dtype("uint8" if spec.format == "int4" else "int8"),
         "scales": scale_dtype(opened, row),
@@ -80,7 +80,7 @@ def piece_dtypes(opened: source.Source, row: tensor_table.Row, spec: stored_arra
 def read(
     opened: source.Source, row: tensor_table.Row, spec: stored_arrays.Spec, place: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """The pieces of the tensor at `place` of a parameter's stack, in our layout.
+    """The arrays of the tensor at `place` of a parameter's stack, in our layout.
 
     Experts that only pad their number are zeros. Raises `ValueError` for scales that are not
     finite, and for numbers that contradict config.json.
@@ -132,7 +132,10 @@ def _names(row: tensor_table.Row, model: ModelConfig) -> list[str]:
 
 
 def _group(settings: QuantisationConfig, row: tensor_table.Row, model: ModelConfig) -> int | None:
-    """Inputs that share a scale; None where all do. Raises `ValueError` for a last, smaller one."""
+    """Number of inputs that share a scale; None where all do.
+
+    Raises `ValueError` where the last group would be smaller.
+    """
     size, inputs = settings.group_size, tensor_table.hf_shape(row, model)[1]
     if size is None or size == inputs:
         return None
@@ -180,7 +183,7 @@ def _check(opened: source.Source, row: tensor_table.Row, base: str) -> None:
 def _unpack_gptq(
     qweight: np.ndarray, qzeros: np.ndarray, bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """q [C, O] and z [S, O], unsigned."""
+    """Unsigned values q [C, O] and zero points z [S, O]."""
     values_CO = np.empty((qweight.shape[0] * (32 // bits), qweight.shape[1]), np.uint8)
     for k, numbers in _numbers(qweight, bits):
         values_CO[k :: 32 // bits] = numbers
@@ -194,7 +197,7 @@ def _unpack_gptq(
 def _unpack_awq(
     qweight: np.ndarray, qzeros: np.ndarray, bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """q [C, O] and z [S, O], unsigned."""
+    """Unsigned values q [C, O] and zero points z [S, O]."""
     found = []
     for words in (qweight, qzeros):
         unpacked = np.empty((words.shape[0], words.shape[1] * 8), np.uint8)
@@ -205,7 +208,7 @@ def _unpack_awq(
 
 
 def _numbers(words: np.ndarray, bits: int):
-    """(k, the k-th number of every word), the lowest bits first."""
+    """Pairs of k and the k-th number of every word, the lowest bits first."""
     unsigned = words.view(np.uint32)
     for k in range(32 // bits):
         yield k, ((unsigned >> np.uint32(bits * k)) & np.uint32((1 << bits) - 1)).astype(np.uint8)
@@ -214,7 +217,9 @@ def _numbers(words: np.ndarray, bits: int):
 def _order(
     opened: source.Source, base: str, spec: stored_arrays.Spec, *, num_inputs: int
 ) -> np.ndarray | None:
-    """Inputs sorted by their group; None where they lie so. Checks what g_idx says."""
+    """Indices of the inputs sorted by group; None where they are sorted already.
+
+    Raises `ValueError` where g_idx is no division into equal groups."""
     size = spec.group_size or num_inputs
     if f"{base}.g_idx" not in opened.packed:
         return None

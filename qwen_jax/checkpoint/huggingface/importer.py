@@ -4,8 +4,8 @@
     OUT/model/metadata  {"format": 1, "model": ..., "source": ...}
     OUT/assets/         config.json, generation_config.json and tokenizer files as they were
 
-Everything is written into OUT.partial, which becomes OUT when it is whole. The array database
-itself is the journal: what it names was written completely, so a later run goes on from there.
+Everything is written into OUT.partial, which is renamed to OUT when it is complete. The array
+database is the journal: what it names was written completely, so a later run resumes from there.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def import_checkpoint(
     """Writes the native checkpoint `out` from the Hugging Face folder `hf_dir`.
 
     Tensors keep their dtype. `max_memory` bounds the resident bytes of the process. `on_plan` is
-    called before anything is written. A run that was killed goes on when called again. Quantised
+    called before anything is written. A run that was killed resumes when called again. Quantised
     kernels keep their values and scales, in our packing; an import of them begins anew.
 
     Raises `ValueError` for a folder that is not a sound Qwen2.5 checkpoint, too small a
@@ -110,7 +110,7 @@ def _lock(partial: Path) -> Iterator[None]:
 
 
 def _fingerprint(opened: source.Source) -> dict:
-    """What tells one set of source files from another without reading them."""
+    """A fingerprint of the source files that needs no read of them."""
     config = json.dumps(opened.resolved.config, sort_keys=True).encode()
     stats = {path.name: path.stat() for path in opened.files}
     return {
@@ -133,7 +133,7 @@ def _finished(out: Path, journal: dict) -> bool:
 
 
 def _begin(partial: Path, journal: dict, *, max_memory: int | None) -> int:
-    """Starts the journal, or checks that an earlier one fits. Returns the block size in bytes."""
+    """Block size in bytes, after the journal is started or an earlier one is checked."""
     path = partial / _JOURNAL
     boot_id = store.boot_id()
     if partial.exists() and any(not p.name.startswith(_JOURNAL) for p in partial.iterdir()):
@@ -206,7 +206,7 @@ def _check_space(partial: Path, planned: block_plan.Plan) -> None:
 
 
 def _check_tied(opened: source.Source, *, block_bytes: int) -> None:
-    """A stored copy of the tied projection must equal the embedding, for it is not kept."""
+    """Raises `ValueError` if a stored copy of the tied LM head differs from the embedding."""
     name, embed = tensor_table.LM_HEAD.hf, tensor_table.EMBED.hf
     if not opened.model.tie_word_embeddings or name not in opened.tensors:
         return
@@ -231,7 +231,7 @@ def _write_arrays(
     done: set[str],
     on_progress: block_plan.Progress | None,
 ) -> None:
-    """Writes every block that is not done, with a bounded number of blocks under way."""
+    """Writes every block that is not done, with a bounded number of blocks in flight."""
     context = store.context()
     written = planned.done_bytes
     under_way: deque[futures.Future[tuple[ts.WriteFutures, block_plan.Array, int]]] = deque()
@@ -279,7 +279,7 @@ def _write_arrays(
 def _commit(
     opened: source.Source, partial: Path, out: Path, arrays: list[block_plan.Array]
 ) -> None:
-    """Writes what makes the checkpoint whole, and moves it into place."""
+    """Writes the metadata that completes the checkpoint, and renames it into place."""
     store.remove_leftovers(partial / "params")
     done = store.written_chunks(partial / "params")
     for stored in arrays:

@@ -1,4 +1,4 @@
-"""Loads a Hugging Face folder straight onto devices, each of which reads only its own part."""
+"""Loads a Hugging Face folder onto devices, each of which reads only its own part."""
 
 import dataclasses
 import itertools
@@ -49,7 +49,7 @@ def _load_packed(
     sharding: jax.sharding.Sharding,
     model: ModelConfig,
 ) -> array.QuantArray:
-    """One quantised parameter, which the host holds whole while it is put on devices."""
+    """One quantised parameter; the host holds all of it while it is copied to devices."""
     opened = dataclasses.replace(opened, model=model)
     piece_dtypes = gptq_awq.piece_dtypes(opened, row, spec)
     shapes = stored_arrays.pieces(row, model, spec)
@@ -57,7 +57,7 @@ def _load_packed(
     for place in itertools.product(*map(range, tensor_table.stack_shape(row, model))):
         for name, piece in gptq_awq.read(opened, row, spec, place).items():
             whole[name][place] = piece
-    places = quantised_params.placed(row, model, spec, sharding)
+    places = quantised_params.array_shardings(row, model, spec, sharding)
     pieces = {
         name: jax.make_array_from_callback(
             values.shape, places[name], lambda index, values=values: values[index]
@@ -74,7 +74,7 @@ def _load(
     dtype: np.dtype | None,
     model: ModelConfig,
 ) -> jax.Array:
-    """One parameter: every distinct part is read once and put on all devices that hold it."""
+    """One parameter; each distinct shard is read once and copied to all devices that hold it."""
     shape = tensor_table.shape(row, model)
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():

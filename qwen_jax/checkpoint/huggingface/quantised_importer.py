@@ -22,7 +22,7 @@ def import_opened(
     on_plan: Callable[[block_plan.Plan], None] | None,
     on_progress: block_plan.Progress | None,
 ) -> block_plan.Plan:
-    """The import of a GPTQ or AWQ checkpoint: of quantised kernels, one tensor at a time."""
+    """Imports an opened GPTQ or AWQ folder, one tensor of a quantised kernel at a time."""
     specs = gptq_awq.specs(opened)
     arrays: list[block_plan.Array | writer.Array] = []
     kernels: dict[str, dict[str, writer.Array]] = {}
@@ -58,7 +58,7 @@ def import_opened(
                 buffer = np.empty(block_plan.block_bytes(stored, block), np.uint8)
                 yield stored, block.index(row), source.read_block(opened, stored, block, buffer)
 
-    # Of a kernel: its file's pages, its values a byte each (twice), and what is being written.
+    # A kernel takes its file's pages, its values at a byte each (twice), and the write buffer.
     largest = max(math.prod(a.shape[a.num_stacked :]) for k in kernels.values() for a in k.values())
     peak = block_plan.peak_bytes(max(block_plan.BLOCK_BYTES // 2, largest // 2))
     if max_memory is not None and peak > max_memory:

@@ -1,8 +1,8 @@
 """Reads slices of the tensors in a Hugging Face folder.
 
-Files are mapped, not loaded, and mapped anew for each slice, so that the pages of what was read
-before do not count as resident. `safetensors` checks the headers; the slices are views of the
-mapping, because its own are copies, a third of the time of an import. Torch is imported for
+Files are mapped, not loaded, and mapped again for each slice, so that pages read before do not
+count as resident. `safetensors` checks the headers; slices are views of our mapping, because those
+of `safetensors` are copies, which took a third of an import's time. Torch is imported for
 pytorch_model.bin only.
 """
 
@@ -80,9 +80,9 @@ def open_source(resolved: Resolved) -> Source:
 def _split_packed(
     tensors: dict[str, Tensor], model: ModelConfig, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Plain tensors, and pieces of quantised kernels.
+    """Plain tensors, and arrays of quantised kernels, by name.
 
-    AutoGPTQ writes a bias of zeros for every kernel: left out where the model has none. Raises
+    AutoGPTQ writes a bias of zeros for every kernel, dropped here where the model has none. Raises
     `ValueError` if it is not zeros, and where nothing is quantised.
     """
     packed = {name: tensor for name, tensor in tensors.items() if name.endswith(_PIECES)}
@@ -145,7 +145,7 @@ def _safetensors_header(path: Path) -> dict[str, Tensor]:
 
 
 def _parse_header(path: Path) -> tuple[dict[str, dict], int]:
-    """The tensors that a safetensors file describes, and where its data starts (bytes)."""
+    """The tensors that a safetensors file describes, and the offset of its data in bytes."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
@@ -154,7 +154,7 @@ def _parse_header(path: Path) -> tuple[dict[str, dict], int]:
 
 
 def _diagnosis(path: Path) -> str:
-    """Which tensors a truncated safetensors file has lost, where its header can be read."""
+    """Text that names the tensors that a truncated safetensors file has lost."""
     size = path.stat().st_size
     try:
         entries, start = _parse_header(path)
@@ -232,7 +232,7 @@ def _check(
 
 
 def row_dtype(source: Source, row: tensor_table.Row) -> np.dtype:
-    """The dtype of a parameter, the same in its whole stack; float32 where the folder has none."""
+    """Dtype of a parameter, the same in its whole stack; float32 where the folder has no tensor."""
     first = tensor_table.hf_name(row, source.model, (0,) * len(row.stack))
     return dtypes.DTYPES["float32" if first is None else source.tensors[first].dtype]
 
@@ -249,7 +249,7 @@ def read(source: Source, name: str, slices: tuple[slice, ...]) -> np.ndarray:
 
 
 def read_packed(source: Source, name: str) -> np.ndarray:
-    """A read-only view of one piece of a quantised kernel."""
+    """A read-only view of one array of a quantised kernel."""
     tensor = source.packed[name]
     return _read_safetensors(tensor, name, tuple(slice(0, size) for size in tensor.shape))
 
@@ -257,7 +257,7 @@ def read_packed(source: Source, name: str) -> np.ndarray:
 def read_block(
     opened: Source, stored: block_plan.Array, block: block_plan.Block, buffer: np.ndarray
 ) -> np.ndarray:
-    """The block of every tensor in it, in our layout, in the bytes of `buffer`."""
+    """Values of a block in our layout, in the bytes of `buffer`."""
     row, size = stored.row, tensor_table.sizes(opened.model)
     shape = [part.stop - part.start for part in block.index(row)]
     data = buffer.view(stored.dtype).reshape(shape)
@@ -272,7 +272,7 @@ def read_block(
 
 
 def _read_safetensors(tensor: Tensor, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-    """Maps the rows that hold the slice; the mapping lives as long as the view of it."""
+    """A view of a slice in a mapping of its rows; the mapping lives as long as the view."""
     dtype = _PACKED_DTYPES[tensor.dtype]
     rows, *others = slices
     row_elements = math.prod(tensor.shape[1:])

@@ -1,7 +1,7 @@
 """The array database inside a native checkpoint: zarr arrays in one OCDBT key-value store.
 
-This is the layout that Orbax reads and writes. Conversion writes it through tensorstore and without
-jax, because taking hold of an accelerator to rearrange files would disturb whoever uses it.
+This is the layout that Orbax reads and writes. Conversion writes it through tensorstore without
+jax, because opening an accelerator to rearrange files would disturb other users of it.
 The database only ever names data that is complete: a chunk that is listed was written whole.
 """
 
@@ -37,7 +37,7 @@ _SYNC_SECONDS = 0.1  # between two looks for files to sync
 
 
 class Stored(Protocol):
-    """An array to be written: its keys joined by dots, and how it is cut."""
+    """An array to be written: its path (keys joined by dots), shape, chunks and dtype."""
 
     path: str
     shape: tuple[int, ...]
@@ -47,11 +47,11 @@ class Stored(Protocol):
 
 
 def context() -> ts.Context:
-    """No cache, and few threads: their buffers are part of the planned memory.
+    """The tensorstore context: no cache, and few threads, whose buffers are in the planned memory.
 
     Files are not synced one by one, which on a busy disk takes most of the time: a process may be
-    killed at any moment, but whoever writes calls `sync_tree` before calling the result whole,
-    and does not go on from what was there before the machine itself stopped (`boot_id`).
+    killed at any moment, but a writer calls `sync_tree` before it declares the result complete,
+    and does not resume from files written before the machine itself stopped (`boot_id`).
     """
     return ts.Context(
         {
@@ -72,7 +72,7 @@ def _kvstore(folder: Path, path: str = "") -> dict:
 
 
 def open_for_writing(folder: Path, stored: Stored, ctx: ts.Context) -> ts.TensorStore:
-    """The zarr array of one parameter, made where it is not there yet."""
+    """The zarr array of one parameter, created if it does not exist."""
     kvstore = _kvstore(folder, f"{stored.path}/")
     kvstore["config"] = {
         "max_inline_value_bytes": 1024,
@@ -90,7 +90,7 @@ def open_for_writing(folder: Path, stored: Stored, ctx: ts.Context) -> ts.Tensor
             "compressor": None,
             "order": "C",
         },
-        # Orbax takes a chunk that is not stored for damage, so one of zeros is stored as well.
+        # Orbax takes a missing chunk for damage, so a chunk of zeros is stored as well.
         "store_data_equal_to_fill_value": True,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
@@ -103,7 +103,7 @@ def _zarr_dtype(name: str) -> str:
 
 
 def open_all_for_reading(folder: Path, ctx: ts.Context) -> dict[str, ts.TensorStore]:
-    """Every stored array by path, whoever wrote the Orbax checkpoint `folder`.
+    """Every stored array by path of the Orbax checkpoint `folder`, by whichever program written.
 
     Raises `ValueError` if its metadata or an array cannot be read.
     """
@@ -149,7 +149,7 @@ def write_errors() -> Iterator[None]:
 
 
 def written_chunks(folder: Path) -> set[str]:
-    """`array/chunk` names of everything in the database; empty where there is none."""
+    """Names `array/chunk` of all chunks in the database; empty where there is none."""
     if not (folder / _MANIFEST).exists():
         return set()
     keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
@@ -184,9 +184,9 @@ def _file(location: str) -> str:
 
 
 def tree_metadata(arrays: Iterable[Stored]) -> dict:
-    """Orbax's `_METADATA`: the tree of parameters and where they lie.
+    """Contents of Orbax's `_METADATA`: the tree of parameters and how each is stored.
 
-    Values are declared numpy arrays, which belong to no device: Orbax puts them where it is told.
+    Values are declared numpy arrays, which belong to no device, so that Orbax restores to any.
     """
     tree = {}
     for stored in arrays:
@@ -209,18 +209,18 @@ def tree_metadata(arrays: Iterable[Stored]) -> dict:
 
 
 def metadata(model: ModelConfig, **extra: Any) -> dict:
-    """What the `model` item of a native checkpoint holds, as JSON values."""
+    """Contents of model/metadata of a native checkpoint, as JSON values."""
     return {"format": FORMAT, "model": schema.to_dict(model), **extra}
 
 
 def sum_json(values: dict) -> int:
-    """The CRC-32 of values, the same before and after they were written as JSON."""
+    """CRC-32 of values, the same before and after a round trip through JSON."""
     read = json.loads(json.dumps(values))
     return zlib.crc32(json.dumps(read, sort_keys=True).encode())
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file that is either whole and on disk, or not there."""
+    """Writes a JSON file that is either complete and on disk, or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -248,10 +248,10 @@ def sync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def syncing(folder: Path) -> Iterator[None]:
-    """Syncs files behind the writer's back, so that the disk works while blocks are converted.
+    """Syncs files in a thread, so that the disk works while blocks are converted.
 
-    Left to itself the system keeps gigabytes in memory until the last sync, which then waits for
-    all of them.
+    Otherwise the system keeps gigabytes in memory until the last sync, which waits for all of
+    them.
     """
     stop = threading.Event()
     synced: dict[Path, int] = {}
@@ -276,6 +276,6 @@ def syncing(folder: Path) -> Iterator[None]:
 
 
 def boot_id() -> str | None:
-    """What changes when the machine starts anew; None where the system does not say."""
+    """Identifier of the machine's current boot; None where the system does not say."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else None

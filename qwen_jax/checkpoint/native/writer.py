@@ -1,6 +1,6 @@
-"""Writes native checkpoints whose arrays come in blocks, as quantised ones do.
+"""Writes native checkpoints whose arrays come in blocks, such as quantised ones.
 
-Unlike an import of plain tensors, which goes on where it stopped, a half-written one is begun anew.
+An interrupted write starts again from the beginning, unlike an import of plain tensors.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """One array as it is stored; the first `num_stacked` dimensions are chunked one by one."""
+    """One stored array; along the first `num_stacked` dimensions chunks have size 1."""
 
     path: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Array:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """A tensor of the stack; a large one's largest dimension is cut in up to eight."""
+        """Shape of a chunk: one tensor of the stack, a large one cut in up to eight."""
         rest = list(self.shape[self.num_stacked :])
         if rest and math.prod(rest) * self.dtype.itemsize > _CHUNK_BYTES:
             largest = rest.index(max(rest))
@@ -44,7 +44,7 @@ class Array:
         return (*[1] * self.num_stacked, *rest)
 
 
-# (array, where the block lies, its values), every part of every array once.
+# (array, index of the block, its values); the blocks cover every array once.
 Blocks = Iterator[tuple[store.Stored, tuple[int | slice, ...], np.ndarray]]
 
 
@@ -60,8 +60,8 @@ def write(
 ) -> None:
     """Writes the checkpoint `out`.
 
-    Each array's sum is recorded, so that `qwen-jax checkpoint verify` can compare it. Raises
-    `ValueError` where something is in the way, `OSError` when the disk is full.
+    The sum of each array is recorded for `qwen-jax checkpoint verify`. Raises
+    `ValueError` where `out` or its partial folder exists, `OSError` when the disk is full.
     """
     partial = out.with_name(out.name + ".partial")
     for path in (out, partial):
@@ -116,7 +116,7 @@ def _write_arrays(
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """The files of a Hugging Face folder, or of a checkpoint's assets, that are not weights."""
+    """Copies the files of a Hugging Face folder, or of a checkpoint's assets, except weights."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")

@@ -1,8 +1,8 @@
-"""Which parameters of a model are quantised, and a model's parameters quantised.
+"""Quantises the parameters of a model.
 
-Quantised: the kernels of attention, of feed-forward networks and of experts, and of the embeddings
-the one that projects to the vocabulary. Kept: norms and biases, the router and the shared expert's
-gate, which are small and decide much, and an embedding that is only looked up.
+The kernels of attention, feed-forward networks and experts are quantised, and the LM head (the
+embedding where tied). Norms, biases, the router, the shared expert's gate and an embedding that is
+only looked up stay as they are: they are small, and routing depends on the router.
 """
 
 import math
@@ -23,9 +23,9 @@ Output = Literal["int8", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How parameters are quantised. group_size None: a scale a channel.
+    """Formats of quantised parameters. group_size None: one scale per channel.
 
-    output: the projection to the vocabulary, the embedding where tied: int8 a channel, or kept.
+    output: the LM head (the embedding where tied): int8 with a scale per channel, or kept.
     """
 
     weights: array.Format = "int8"
@@ -38,7 +38,7 @@ class Settings:
 
 
 def format_of(row: tensor_table.Row, cfg: ModelConfig, settings: Settings) -> array.Format | None:
-    """What a row is quantised to; None where it is kept."""
+    """The format that a row is quantised to; None where it is kept."""
     if stored_arrays.is_linear(row):
         return settings.weights
     output = tensor_table.EMBED if cfg.tie_word_embeddings else tensor_table.LM_HEAD
@@ -46,7 +46,7 @@ def format_of(row: tensor_table.Row, cfg: ModelConfig, settings: Settings) -> ar
 
 
 def check(cfg: ModelConfig, settings: Settings) -> None:
-    """Raises `ValueError` naming the parameter that cannot be quantised so."""
+    """Raises `ValueError` naming a parameter that cannot be quantised with these settings."""
     for row in tensor_table.rows(cfg):
         if stored_arrays.is_linear(row):
             axis, merged = stored_arrays.dims(row)
@@ -67,9 +67,9 @@ def quantise(
     *,
     on_row: Callable[[str], None] = lambda path: None,
 ) -> dict:
-    """A model's stacked parameters quantised, leaf by leaf; what is kept is the same array.
+    """The quantised parameter tree, made leaf by leaf; kept parameters are the same arrays.
 
-    Deletes the arrays that it quantises. Raises `ValueError` as `check` does.
+    The arrays that are quantised are deleted. Raises `ValueError` as `check` does.
     """
     check(cfg, settings)
     flat = tensor_table.flatten(params)
@@ -81,16 +81,16 @@ def quantise(
         group_size = settings.group_size if stored_arrays.is_linear(row) else None
         plain = flat[row.path]
         flat[row.path] = jax.block_until_ready(
-            one(row, plain, format=format, group_size=group_size)
+            quantise_one(row, plain, format=format, group_size=group_size)
         )
         plain.delete()
     return tensor_table.nest(flat)
 
 
-def one(
+def quantise_one(
     row: tensor_table.Row, w: jax.Array, *, format: array.Format, group_size: int | None
 ) -> array.QuantArray:
-    """One parameter quantised, a layer at a time: what is made on the way is float32."""
+    """One parameter quantised layer by layer, because the intermediate values are float32."""
     axis, merged = stored_arrays.dims(row)
 
     def quantise(w: jax.Array) -> array.QuantArray:
@@ -104,7 +104,7 @@ def one(
 
 
 def specs(cfg: ModelConfig, params: dict) -> dict[str, stored_arrays.Spec]:
-    """How each quantised parameter of a tree is stored, by path."""
+    """The storage of each quantised parameter of a tree by path."""
     found = {}
     for path, value in tensor_table.flatten(params).items():
         if array.is_quantised(value):
@@ -118,18 +118,18 @@ def specs(cfg: ModelConfig, params: dict) -> dict[str, stored_arrays.Spec]:
 
 
 def gather(row: tensor_table.Row, spec: stored_arrays.Spec, pieces: Mapping) -> array.QuantArray:
-    """A parameter of its pieces by name: arrays, shapes or shardings."""
+    """The quantised parameter made of its arrays (or shapes, or shardings) by name."""
     axis, merged = stored_arrays.dims(row)
     return array.QuantArray(**pieces, format=spec.format, axis=axis, merged=merged)
 
 
-def placed(
+def array_shardings(
     row: tensor_table.Row,
     model: ModelConfig,
     spec: stored_arrays.Spec,
     sharding: jax.sharding.Sharding,
 ) -> dict[str, jax.sharding.Sharding]:
-    """The sharding of each piece of a parameter, from that of the plain one.
+    """The sharding of each array of a quantised parameter, from that of the plain parameter.
 
     Raises `ValueError` where a mesh axis would cut a group of inputs.
     """

@@ -1,7 +1,7 @@
-"""How quantised parameters are stored: one array a piece, `kernel.values` beside `kernel.scales`.
+"""Storage of quantised parameters: several arrays each, `kernel.values` beside `kernel.scales`.
 
 Which parameters are quantised, and how, is in a native checkpoint's metadata under `quantisation`.
-Without jax, as all of conversion.
+This module does not import jax, as conversion does not.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ PACKED = 32  # inputs of int4 that are packed together (`qwen_jax/quant/array.py
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One quantised parameter: its format, inputs that share a scale (None: all), its pieces."""
+    """Format of a quantised parameter, inputs that share a scale (None: all), extra arrays."""
 
     format: str
     group_size: int | None = None
@@ -30,16 +30,16 @@ class Spec:
 Specs = Mapping[str, Spec]  # by path of the parameter
 
 
-_KEPT = ("router", "shared_gate")  # small, and they decide much
+_NOT_QUANTISED = ("router", "shared_gate")  # small, and routing depends on them
 
 
 def is_linear(row: tensor_table.Row) -> bool:
-    """Whether a row is a kernel of a layer, which may be quantised."""
-    return bool(row.stack) and row.keys[-1] == "kernel" and row.keys[-2] not in _KEPT
+    """Whether a row is a kernel of a layer that may be quantised."""
+    return bool(row.stack) and row.keys[-1] == "kernel" and row.keys[-2] not in _NOT_QUANTISED
 
 
 def dims(row: tensor_table.Row) -> tuple[int, int]:
-    """Where a kernel's inputs are: their last dimension, from the end, and how many they are."""
+    """The last input dimension of a kernel, from the end, and the number of input dimensions."""
     if row.path == tensor_table.EMBED.path:
         return -1, 1
     inputs = row.hf_dims.split()[1]
@@ -47,7 +47,7 @@ def dims(row: tensor_table.Row) -> tuple[int, int]:
 
 
 def pieces(row: tensor_table.Row, model: ModelConfig, spec: Spec) -> dict[str, tuple[int, ...]]:
-    """The shapes of a parameter's pieces by name; its inputs are merged into one dimension."""
+    """Shape of each array of a quantised parameter by name; inputs merge into one dimension."""
     axis, merged = dims(row)
     shape = tensor_table.shape(row, model)
     first, last = len(shape) + axis - merged + 1, len(shape) + axis
@@ -66,7 +66,7 @@ def pieces(row: tensor_table.Row, model: ModelConfig, spec: Spec) -> dict[str, t
 
 
 def shapes(model: ModelConfig, specs: Specs) -> dict[str, tuple[int, ...]]:
-    """The shape of every stored array of a checkpoint by path, in the order of its rows."""
+    """Shape of every stored array of a checkpoint by path, in the order of its rows."""
     found = {}
     for row in tensor_table.rows(model):
         if row.path not in specs:
@@ -82,7 +82,9 @@ def to_json(specs: Specs) -> dict[str, dict[str, Any]]:
 
 
 def from_metadata(metadata: Mapping, model: ModelConfig, *, where: str) -> dict[str, Spec]:
-    """What a native checkpoint's metadata says. Raises `ValueError` for what it cannot mean."""
+    """The quantised parameters of a native checkpoint by path, read from its metadata.
+
+    Raises `ValueError` for an unknown path, format or key."""
     paths = {row.path for row in tensor_table.rows(model)}
     found = {}
     for path, values in metadata.get(METADATA_KEY, {}).items():

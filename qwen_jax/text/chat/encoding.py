@@ -23,7 +23,7 @@ _START, _END, _HEADER = "<|im_start|>", "<|im_end|>", "assistant\n"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedChat:
-    """A conversation as ids; `assistant_mask[i]` says that the model is to learn `token_ids[i]`."""
+    """Token ids of a conversation, and a mask that is true for those that the model learns."""
 
     token_ids: list[int]
     assistant_mask: list[bool] | None
@@ -31,15 +31,15 @@ class EncodedChat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Markers:
-    """Characters that occur nowhere in the input and are taken out of the rendered text again."""
+    """Characters that do not occur in the input and are removed from the rendered text."""
 
-    guard: str  # stands inside what would otherwise spell a control token
+    guard: str  # is put inside text that would otherwise spell a control token
     generation: tuple[str, str]  # stand for {% generation %} and {% endgeneration %}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Span:
-    """A stretch of the rendered text: plain text, or one control token that the template wrote."""
+    """A span of the rendered text: plain text, or one control token that the template wrote."""
 
     text: str
     is_control: bool
@@ -56,11 +56,11 @@ def render(
 ) -> str:
     """Render a conversation as text, as transformers' `apply_chat_template(tokenize=False)` does.
 
-    The template is `template`, else the tokenizer's own, else `chat_template.CHATML_TEMPLATE`.
+    The template is `template`, else the tokenizer's own, else `jinja_template.CHATML_TEMPLATE`.
     Content given as text parts is joined; tool-call arguments given as a JSON string are parsed
     first, so that the template does not quote them twice. The text must not be encoded with
     `special="control"` where messages come from outside: use `encode`. Raises `ValueError` for
-    malformed messages (see `chat_messages.check`) and for what the template itself refuses.
+    malformed messages (see `message_checks.check`) and for what the template refuses.
     """
     source = _template_source(tokenizer, template)
     messages = message_checks.check(messages, template=source)
@@ -87,7 +87,7 @@ def encode(
 
     The mask covers what stands between `<|im_start|>assistant\n` and `<|im_end|>`, tool calls and
     `<|im_end|>` included; the newline after it, an open generation prompt and all other turns are
-    not covered. A template with `{% generation %}` blocks says itself what is covered.
+    not covered. In a template with `{% generation %}` blocks, those blocks are covered.
 
     A token can hold both the end of the header and the beginning of the content: with Qwen's
     splitting, where the white space before an answer has a line break. `mask` says what then
@@ -252,7 +252,7 @@ def _plain(text: str, markers: _Markers, trained: bool) -> _Span:
 
 
 def _mark_chatml(spans: list[_Span], *, num_turns: int, is_open: bool) -> list[_Span]:
-    """Mark what stands in the closed assistant turns of a ChatML text."""
+    """Spans of a ChatML text, those in closed assistant turns marked as trained."""
     marked: list[_Span] = []
     closed = 0
     inside = after_start = False
@@ -316,7 +316,7 @@ def _encode_spans(spans: list[_Span], *, tokenizer: Tokenizer, mask: MaskMode) -
 def _encode_text(
     spans: list[_Span], tokenizer: Tokenizer, mask: MaskMode, *, at_start: bool
 ) -> list[tuple[list[int], bool]]:
-    """Encode neighbouring plain spans as the one text they are; cut the ids where spans meet."""
+    """Encode adjacent plain spans as one text, and cut the ids at the borders of the spans."""
     if not spans:
         return []
     text = "".join(span.text for span in spans)
@@ -344,7 +344,7 @@ def _encode_text(
 
 
 def _cut(ids: list[int], start: int, alone: list[int], tokenizer: Tokenizer) -> int | None:
-    """Return where the bytes of `alone` end in `ids[start:]`; None if within a token."""
+    """Return where the bytes of `alone` end in `ids[start:]`; None if inside a token."""
     expected = b"".join(map(tokenizer.token_bytes, alone))
     found = b""
     for end in range(start, len(ids) + 1):

@@ -60,7 +60,7 @@ CHATML_TEMPLATE = r"""
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: writes the two markers around its body."""
+    """The block `{% generation %}...{% endgeneration %}`: it writes markers around its body."""
 
     tags = {"generation"}
 
@@ -83,7 +83,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes HTML; transformers' does not, and models have learned its spelling.
+    # Jinja's own filter escapes HTML; transformers' does not, and models were trained on that.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

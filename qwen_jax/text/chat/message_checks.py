@@ -1,11 +1,11 @@
-"""Checks of chat messages and tools, which bring them into the one shape that templates expect."""
+"""Checks of chat messages and tools, which convert them to the form that templates expect."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
-# Keys that chat APIs send along; the template writes them or not as it likes.
+# Keys that chat APIs also send; a template may write them or not.
 _KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")
 
 
@@ -118,7 +118,7 @@ def _tool_call(call: Any, *, name: str) -> dict[str, Any]:
 
 
 def _plain_json(value: Any, *, name: str) -> Any:
-    """Rebuild a value out of plain JSON types, all that the sandboxed template may see."""
+    """Rebuild a value out of plain JSON types, the only ones that a template may see."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (str, int, float):

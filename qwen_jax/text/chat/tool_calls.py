@@ -4,7 +4,7 @@ r"""Tool calls as Qwen2.5 writes them into its answers, and as OpenAI's API carr
     {"name": "weather", "arguments": {"city": "Oslo"}}
     </tool_call>
 
-A call follows text, or another call, after one line break, as in `chat_template`.
+A call follows text, or another call, after one line break, as in the chat template.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-    """What begins as a call and is none. It is part of the content."""
+    """Text that begins as a tool call and is not one; it stays part of the content."""
 
     text: str
     reason: str
@@ -39,7 +39,7 @@ class Malformed:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """An answer: its text without the calls, the calls, and what only looked like one."""
+    """A parsed answer: its text without the calls, the calls, and the malformed calls."""
 
     content: str
     calls: tuple[ToolCall, ...]
@@ -47,11 +47,11 @@ class Parsed:
 
 
 class Parser:
-    """Takes an answer in pieces and gives its text and its calls, in order, once they are certain.
+    """An incremental parser, whose `push` takes an answer in pieces and returns text and calls.
 
-    What may yet be part of a call is held back, so that a call comes whole. One line break before a
-    call is no text, nor is white space alone after one. A tag inside a JSON string is no tag. What
-    begins as a call and is none stays text, and `malformed` says why.
+    Text that may still be part of a call is held back, so that calls are whole. One line break
+    before a call is not text, nor is white space alone after one. A tag inside a JSON string
+    is not a tag. Text that begins as a call and is not one stays text, and `malformed` says why.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,12 @@ class Parser:
         self._in_string = False
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """Takes more of the answer; what has become certain."""
+        """Text and calls that are certain after `text`, the next piece of the answer."""
         self._held += text
         return self._take(is_last=False)
 
     def finish(self) -> list[str | ToolCall]:
-        """What is left of an answer that ends here."""
+        """Remaining text and calls of an answer that ends here."""
         return self._take(is_last=True)
 
     def _take(self, *, is_last: bool) -> list[str | ToolCall]:
@@ -95,13 +95,13 @@ class Parser:
         return pieces
 
     def _lead(self, before: str) -> int:
-        """Length of the white space that belongs to a call after it."""
+        """Length of the white space before a call that belongs to the call."""
         if self._follows_call and not before.strip():
             return len(before)
         return int(before.endswith("\n"))
 
     def _give(self, pieces: list[str | ToolCall], count: int) -> None:
-        """Gives the first characters of what is held as text."""
+        """Moves the first `count` characters held back to the text that is returned."""
         if not count:
             return
         text, self._held = self._held[:count], self._held[count:]
@@ -111,9 +111,9 @@ class Parser:
         pieces.append(text)
 
     def _block(self, begin: int, *, is_last: bool) -> tuple[int, ToolCall | str] | None:
-        """Where the call ends whose tag ends at `begin`, and the call or what is wrong with it.
+        """End of the call whose tag ends at `begin`, and the call or the text of its error.
 
-        None where that is not known yet.
+        None where the call is not complete yet.
         """
         place = max(self._place, begin)
         while True:
@@ -132,7 +132,7 @@ class Parser:
 
 
 def parse(text: str) -> Parsed:
-    """Takes a whole answer apart."""
+    """The text and the tool calls of a whole answer."""
     parser = Parser()
     pieces = parser.push(text) + parser.finish()
     return Parsed(
@@ -143,13 +143,13 @@ def parse(text: str) -> Parsed:
 
 
 def split(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """The text of an answer without its calls, and these as OpenAI's `tool_calls`."""
+    """The text of an answer without its calls, and the calls as OpenAI's `tool_calls`."""
     parsed = parse(text)
     return parsed.content, [to_openai(call) for call in parsed.calls]
 
 
 def write(content: str, calls: Sequence[ToolCall]) -> str:
-    """The answer that `parse` takes apart into these."""
+    """The answer that `parse` splits into `content` and `calls`."""
     blocks = [
         f"{OPEN}\n{_dump({'name': call.name, 'arguments': call.arguments})}\n{CLOSE}"
         for call in calls
@@ -158,7 +158,7 @@ def write(content: str, calls: Sequence[ToolCall]) -> str:
 
 
 def to_openai(call: ToolCall, *, id: str | None = None) -> dict[str, Any]:
-    """A call as an entry of `tool_calls`, its arguments JSON text; a fresh id where none is given.
+    """A call as an entry of OpenAI's `tool_calls`, with a new id if none is given.
 
     With the key "index" beside it, this is the entry of a stream's delta.
     """
@@ -170,9 +170,9 @@ def to_openai(call: ToolCall, *, id: str | None = None) -> dict[str, Any]:
 
 
 def parameters(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments, an object; without one, an object of no keys.
+    """JSON schema of a function's arguments; an object without keys where it has none.
 
-    Raises `ValueError` for a schema that is of no object.
+    Raises `ValueError` for a schema that does not describe an object.
     """
     schema = function.get("parameters")
     if schema is None:
@@ -192,7 +192,7 @@ def grammar(
     control: Container[str],
     options: Mapping[str, Any],
 ) -> str:
-    """A Lark grammar, as llguidance takes it, of answers that are calls: one, or one and more.
+    """A Lark grammar for llguidance of answers that are calls: exactly one, or at least one.
 
     functions are OpenAI's, each with name and parameters. The tags are control tokens where
     `control` has them, else text. `options` are llguidance's for JSON.
@@ -212,13 +212,13 @@ def grammar(
 
 
 def _partial(text: str) -> int:
-    """Length of the beginning of an opening tag that a text ends with."""
+    """Length of the longest prefix of an opening tag that a text ends with."""
     lengths = range(min(len(OPEN) - 1, len(text)), 0, -1)
     return next((n for n in lengths if text.endswith(OPEN[:n])), 0)
 
 
 def _read(body: str) -> ToolCall | str:
-    """The call between the tags, or what is wrong with it."""
+    """The call between the tags, or the text of its error."""
     try:
         call = json.loads(body, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
@@ -233,7 +233,7 @@ def _read(body: str) -> ToolCall | str:
 
 
 def _finite(text: str) -> float:
-    """A number that can be written as JSON again."""
+    """A finite number, which JSON can hold. Raises `ValueError` for others."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is no finite number")

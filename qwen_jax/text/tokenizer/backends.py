@@ -47,7 +47,7 @@ QWEN_PRE_TOKENIZER = {
 
 
 class Backend(Protocol):
-    """What `tokenizer.Tokenizer` asks of an encoder."""
+    """The interface of an encoder that `tokenizer.Tokenizer` uses."""
 
     def encode(self, text: str, *, at_start: bool = True) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -125,7 +125,7 @@ def byte_level_json(
 
 
 class _PickledAsSource:
-    """Leave what was derived from `source` out of the pickle; it is derived again on first use."""
+    """A mixin that pickles `source` only; derived values are computed again on first use."""
 
     def __getstate__(self) -> dict:
         return {"source": self.source}
@@ -195,7 +195,7 @@ class ByteLevelBPE(_PickledAsSource):
         return len(self._impl.model.tokenize(token)) == 1
 
     def canonical(self) -> bytes:
-        """Return everything that ids depend on, the same from whichever file format it came."""
+        """Return everything that ids depend on, the same for every file format."""
         content = json.loads(self.source)
         model = content["model"]
         parts = [
@@ -229,7 +229,7 @@ class SentencePiece(_PickledAsSource):
 
     @functools.cached_property
     def _impl_inside(self) -> sentencepiece.SentencePieceProcessor:
-        """The same model without the space that it puts before a text."""
+        """The same model without the space that it adds before a text."""
         proto = sentencepiece_model_pb2.ModelProto()
         proto.CopyFrom(self.proto)
         proto.normalizer_spec.add_dummy_prefix = False

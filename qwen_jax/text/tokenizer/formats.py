@@ -1,4 +1,4 @@
-"""Readers of the files in which a tokenizer comes.
+"""Readers of tokenizer files.
 
 They are tokenizer.json, vocab.json + merges.txt, a tiktoken rank file or a SentencePiece model, and
 the tokenizer_config.json that may lie beside any of them.
@@ -185,7 +185,7 @@ def _control_token(index: int, entry: Mapping[str, Any], *, name: str) -> Contro
 def _merge_control_tokens(
     own: list[ControlToken], named: _Named, *, backend: Backend, name: str
 ) -> tuple[ControlToken, ...]:
-    """Add the tokens of tokenizer_config.json that the vocabulary file does not have itself."""
+    """Add the tokens of tokenizer_config.json that the vocabulary file lacks."""
     by_content = {token.content: token for token in own}
     regular = {index: token for token, index in backend.vocabulary.items()}
     for index, entry in named.items():
@@ -236,7 +236,7 @@ def _looks_byte_level(path: Path) -> bool:
 
 
 def _check_byte_level(content: dict, *, name: str) -> dict:
-    """Return a tokenizer.json's contents in one spelling, without its control tokens.
+    """Return a tokenizer.json's contents in a normal form, without its control tokens.
 
     Raises `ValueError` for anything that is not deterministic byte-level BPE, and for a
     post-processor that adds tokens, which `Tokenizer.encode` never does.
@@ -313,7 +313,7 @@ def _read_tiktoken(path: Path, named: _Named) -> _Read:
     content = backends.byte_level_json(vocabulary=vocabulary, merges=merges)
     backend = _byte_level(content, name=str(path))
     for token, rank in ranks.items():
-        # The only cut of a token may still be one that merging never reaches.
+        # The only split of a token may still be one that merging never reaches.
         if not backend.is_reachable(backends.bytes_to_token(token)):
             raise ValueError(rank_files.no_merge(str(path), token, rank))
     return backend, [] if named else _qwen_control_tokens(vocabulary)

@@ -1,4 +1,4 @@
-"""Rank files, as tiktoken has them: each token in base64, and the order in which it was learned."""
+"""Tiktoken rank files: each token in base64, and its rank, the order in which it was learned."""
 
 import base64
 import binascii
@@ -37,7 +37,7 @@ def merges(ranks: Mapping[bytes, int], *, name: str) -> list[tuple[str, str]]:
     """Recover the merge that made each token of a tiktoken rank file.
 
     Encoding a token with only the tokens of lower rank leaves exactly the two parts that were
-    merged into it, for a merge is learned after its parts. Mostly a token has only one cut into two
+    merged into it, for a merge is learned after its parts. Most tokens have only one split into two
     tokens of lower rank, which then needs no encoding. Raises `ValueError` where there is none.
     """
     found = []
@@ -58,7 +58,7 @@ def merges(ranks: Mapping[bytes, int], *, name: str) -> list[tuple[str, str]]:
 
 
 def no_merge(name: str, token: bytes, rank: int) -> str:
-    """What is said of a token that no merge of two others makes."""
+    """Error text for a token that no merge of two others makes."""
     return (
         f"{name}: token {token!r} of rank {rank} is not made of two tokens of lower rank; the file "
         "is damaged, or not the ranks of a byte-pair encoding"

@@ -214,7 +214,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD for a character that never became complete."""
+        """Return the remaining text: U+FFFD for a character that never became complete."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -321,7 +321,7 @@ def _json_bytes(content: dict[str, Any], *, indent: int | None) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     partial.replace(path)
