@@ -29,7 +29,6 @@ FORMATS: tuple[str, ...] = get_args(Format)
 PACKED = 32  # inputs that are packed together
 INT4_OFFSET = 8
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-_DTYPES = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from qwen_jax.ops.attention import context_parallelism, cudnn, reference, sharde
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees: all that hold for (query t, key s).
+    """The conditions under which query t sees key s; all that are given must hold.
 
     causal: s <= t, counted from the sequence's start.
-    segment_ids_BT: equal segments only (packed documents; 0 is padding).
-    lengths_B: s < length, for right-padded rows. What queries t >= length get is not specified:
-        some implementations give zeros, others attend to the keys before the padding.
+    segment_ids_BT: equal ids (packed documents; 0 is padding).
+    lengths_B: s < length, for right-padded rows. The outputs of queries t >= length are not
+        specified: some implementations give zeros, others attend to the keys before the padding.
     """
 
     causal: bool = True
@@ -75,7 +75,9 @@ def attention(
     context_parallel: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v with grouped query heads -> [B, T, N, H], in q's dtype.
+    """Attention outputs softmax(q k^T / sqrt(H)) v, [B, T, N, H] in q's dtype.
+
+    N query heads share K key-value heads, N / K each.
 
     `context_parallel` is a variant of `context_parallelism.py`, for sequences that are spread over
     devices; the variant says in which order their tokens are.

@@ -1,12 +1,12 @@
 """Attention over the mesh's `context` axis: rows whose tokens are spread over devices.
 
-| variant | rows are in | moves, per layer and device | whole on a device |
+| variant | order of tokens | moves, per layer and device | whole on a device |
 | --- | --- | --- | --- |
-| ring | zigzag order | keys and values, n - 1 hops, beside the blocks' arithmetic | - |
-| all_gather | zigzag order | keys and values, once, before the arithmetic | k, v of the sequence |
-| ulysses | sequence order | q, k, v and o, by all-to-all | q, k, v, o of 1/n of the heads |
+| ring | zigzag | keys and values, n - 1 hops, beside the blocks' arithmetic | - |
+| all_gather | zigzag | keys and values, once, before the arithmetic | k, v of the sequence |
+| ulysses | of the sequence | q, k, v and o, by all-to-all | q, k, v, o of 1/n of the heads |
 
-The backward pass moves as much again, and the gradients of what moved.
+The backward pass moves the same arrays again, and their gradients.
 """
 
 import dataclasses
@@ -18,16 +18,17 @@ from partitioning.sharding import Layout
 from qwen_jax.ops.attention import sharded
 
 VARIANTS = ("ring", "all_gather", "ulysses")
-# From here on a hop is shorter than the blocks beside it, on v5p's and v6e's links and on NVLink:
-# c tokens a chunk take 8 c K H bytes and 8 c^2 N H operations, so c > (FLOP/s / bytes/s) K / N.
+# With so many tokens a device or more, a hop is shorter than the arithmetic beside it, on v5p's and
+# v6e's links and on NVLink: c tokens a chunk take 8 c K H bytes and 8 c^2 N H operations, so
+# c > (FLOP/s / bytes/s) K / N.
 RING_TOKENS = 2048
 
 
 def choose(variant: str, *, length: int, layout: Layout) -> str | None:
-    """`variant`, with `auto` replaced; None where `length` is not spread.
+    """The variant, with `auto` replaced; None if `length` is not spread over devices.
 
-    auto: `ring` from 2,048 tokens a device on, else `all_gather`. `ulysses` only by name: it needs
-    heads to divide, and balances no better.
+    auto: `ring` from 2,048 tokens a device on, else `all_gather`. `ulysses` is only taken by name:
+    it needs heads that divide, and balances no better.
     Raises `ValueError` for an unknown variant, or if the length does not divide.
     """
     if variant not in ("auto", *VARIANTS):
@@ -49,12 +50,12 @@ def choose(variant: str, *, length: int, layout: Layout) -> str | None:
 
 
 def is_zigzag(variant: str | None) -> bool:
-    """Whether the variant takes rows in zigzag order rather than in the sequence's."""
+    """Whether the variant takes tokens in zigzag order rather than in the sequence's order."""
     return variant in ("ring", "all_gather")
 
 
 def arrange(x_BT: jax.Array, variant: str | None, *, layout: Layout | None) -> jax.Array:
-    """[B, T] in sequence order -> the order that the variant takes."""
+    """The array [B, T], given in sequence order, in the order that the variant takes."""
     return ring.zigzag(x_BT, layout) if is_zigzag(variant) else x_BT
 
 
@@ -69,7 +70,9 @@ def attention(
     blocks,
     layout: Layout,
 ) -> jax.Array:
-    """See `qwen_jax.ops.attention.api.attention`; `kernel` over whole rows, `blocks` over parts.
+    """Attention as in `qwen_jax.ops.attention.api.attention`, over the `context` axis.
+
+    `kernel` computes whole sequences (ulysses), `blocks` blocks of keys (ring, all_gather).
 
     Raises `ValueError` for masks other than causal (with segments), and for heads that ulysses
     cannot spread.
@@ -103,7 +106,9 @@ def attention(
 
 
 def _ulysses(kernel, axis: str, q_BTNH, k_BTKH, v_BTKH, *, mask) -> jax.Array:
-    """[B, T_X, N, H] -> all-to-all -> [B, T, N_X, H], attention, and back (arXiv 2309.14509).
+    """Outputs [B, T_X, N, H]: [B, T_X, N, H] -> all-to-all -> [B, T, N_X, H], attention, and back.
+
+    arXiv 2309.14509.
 
     Raises `ValueError` unless the device's heads spread over `context` too.
     """

@@ -4,6 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+
+# Private: `jax.nn.dot_product_attention` rounds the log-sum-exp to the queries' dtype, and has no
+# backward pass for a log-sum-exp that other blocks of keys contributed to.
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from partitioning import ring
@@ -19,8 +22,9 @@ def unsupported(q_BTNH: jax.Array) -> str | None:
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask) -> jax.Array:
-    """See `qwen_jax.ops.attention.api.attention`. Never holds [T, S] scores, but for packed rows.
+    """Attention as in `qwen_jax.ops.attention.api.attention`, [B, T, N, H].
 
+    Only packed rows hold an array of [T, S]: their mask.
     Raises `ValueError` for a dtype or head size that the fused kernel does not take.
     """
     reason = unsupported(q_BTNH)
@@ -43,11 +47,11 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask) 
 def block_forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask: ring.BlockMask
 ) -> tuple[jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`."""
+    """The output and log-sum-exp of one block of keys, as in `partitioning.ring.Blocks`."""
     if mask.q_ids_BT is None or mask.causal:
         return _forward(q_BTNH, k_BSKH, v_BSKH, mask)
-    # The kernel takes lengths: it attends from the first queries to the first keys, here in reverse
-    # order, which is nothing to a softmax.
+    # The kernel takes lengths: it attends from the first queries to the first keys. Keys are given
+    # in reverse order, which does not change a softmax.
     seen_BT, seen_BS = _shared_document(mask)
     lengths = [jnp.maximum(1, seen.sum(axis=1, dtype=jnp.int32)) for seen in (seen_BT, seen_BS)]
     o_BTNH, lse_BNT = _forward(q_BTNH, k_BSKH[:, ::-1], v_BSKH[:, ::-1], mask, *lengths)
@@ -63,7 +67,7 @@ def block_backward(
     mask: ring.BlockMask,
     rows: ring.Rows,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`."""
+    """The gradients of one block's q, k and v, as in `partitioning.ring.Blocks`."""
     if mask.q_ids_BT is None or mask.causal:
         return _backward(q_BTNH, k_BSKH, v_BSKH, rows, mask)
     seen_BT, seen_BS = _shared_document(mask)
@@ -77,18 +81,19 @@ def block_backward(
     return dq_BTNH, dk_BSKH, dv_BSKH
 
 
-def part_forward(
+def partial_forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, lengths_B: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(o_BTNH, lse_BNT) of a part of the keys, for `ring.merge`; the log-sum-exp is float32.
+    """The output [B, T, N, H] and float32 log-sum-exp [B, N, T] over some of the keys.
 
-    lengths_B: every query of a row sees its first so many keys, and where there are none lse is
-    -inf. None: query t sees keys s <= t.
+    `ring.merge` merges them with those over other keys. lengths_B: every query of a row sees the
+    row's first lengths_B keys; the log-sum-exp is -inf where there are none. None: query t sees
+    keys s <= t.
     """
     scale = 1 / math.sqrt(q_BTNH.shape[3])
     if lengths_B is None:
         return _forward(q_BTNH, k_BSKH, v_BSKH, ring.BlockMask(True), scale=scale)
-    # Without a key the kernel is still given one, whose results are dropped.
+    # A row without keys still gives the kernel one, whose results are dropped.
     lengths = (jnp.full_like(lengths_B, q_BTNH.shape[1]), jnp.maximum(1, lengths_B))
     mask = ring.BlockMask(False)
     o_BTNH, lse_BNT = _forward(q_BTNH, k_BSKH, v_BSKH, mask, *lengths, scale=scale)
@@ -96,20 +101,19 @@ def part_forward(
 
 
 def _shared_document(mask: ring.BlockMask) -> tuple[jax.Array, jax.Array]:
-    """Which queries and keys of a block that is not causal see each other, [B, T] and [B, S].
+    """Booleans [B, T] and [B, S]: queries and keys that see each other in a non-causal block.
 
-    Keys come before queries and equal ids are neighbours, so at most one document is in both: it
-    ends the keys and begins the queries.
+    All keys come before all queries, and equal ids are neighbours. So at most one document has both
+    queries and keys here: the keys end with it, and the queries begin with it.
     """
     shared_B = mask.kv_ids_BS[:, -1:]
     seen_BT = mask.q_ids_BT == shared_B
-    # Without a query the kernel is still given one, whose results are dropped.
+    # A row without queries still gives the kernel one, whose results are dropped.
     return seen_BT, (mask.kv_ids_BS == shared_B) & seen_BT[:, :1]
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, mask: ring.BlockMask, *lengths_B, scale: float = 1.0):
-    """(o, lse) by the primitive under `jax.nn.dot_product_attention`, which hands out neither
-    its float32 log-sum-exp nor its backward pass."""
+    """The output and the float32 log-sum-exp, by cuDNN's forward primitive."""
     operands, static = _call(q_BTNH, mask, lengths_B, scale=scale)
     o_BTNH, lse_BNT = fused._dot_product_attention_fwd_p_wrapper.bind(
         q_BTNH, k_BSKH, v_BSKH, *operands, **static, is_training=True
@@ -118,6 +122,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, mask: ring.BlockMask, *lengths_B, scale: fl
 
 
 def _backward(q_BTNH, k_BSKH, v_BSKH, rows: ring.Rows, mask: ring.BlockMask, *lengths_B):
+    """The gradients of q, k and v, by cuDNN's backward primitive."""
     operands, static = _call(q_BTNH, mask, lengths_B)
     dq_BTNH, dk_BSKH, dv_BSKH = fused._dot_product_attention_bwd_p_wrapper.bind(
         q_BTNH, k_BSKH, v_BSKH, *operands, rows.lse_BNT, rows.o_BTNH, rows.do_BTNH, **static
@@ -126,9 +131,9 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, rows: ring.Rows, mask: ring.BlockMask, *le
 
 
 def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple, *, scale: float = 1.0):
-    """The operands after q, k and v, and the parameters, of cuDNN's two primitives.
+    """The operands after q, k and v, and the static parameters, of cuDNN's two primitives.
 
-    `scale` is 1 where queries are scaled already.
+    scale: the factor of the scores; 1 if the queries are scaled already.
     """
     unused = jnp.zeros(0, q_BTNH.dtype)
     bias = unused
@@ -156,5 +161,5 @@ def _call(q_BTNH: jax.Array, mask: ring.BlockMask, lengths_B: tuple, *, scale: f
 
 
 def _same_segment(q_ids_BT: jax.Array, kv_ids_BS: jax.Array) -> jax.Array:
-    """[B, 1, T, S] booleans: packing as a mask, until the kernel takes segment ids."""
+    """Booleans [B, 1, T, S]: query and key are of one segment. The kernel takes no segment ids."""
     return (q_ids_BT[:, :, None] == kv_ids_BS[:, None, :])[:, None]

@@ -1,4 +1,4 @@
-"""Attention in plain jax.numpy: the definition that every other implementation is held to."""
+"""Attention in plain jax.numpy: the definition that other implementations are tested against."""
 
 import math
 
@@ -8,19 +8,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from partitioning import ring
 
-# Finite, so that a row with nothing to see (padding) gives a mean rather than NaN.
+# Finite, so that a query without visible keys (padding) gives a mean rather than NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask) -> jax.Array:
-    """See `qwen_jax.ops.attention.api.attention`. Holds the whole [B, N, T, S] score array."""
+    """Attention as in `qwen_jax.ops.attention.api.attention`, with all scores [B, N, T, S] held."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     o_BTNH = weighted_values(q_BTNH, k_BSKH, v_BSKH, visible_BTS=visible(mask, T=T, S=S))
     return checkpoint_name(o_BTNH, "attention_out")
 
 
 def visible(mask, *, T: int, S: int) -> jax.Array:
-    """The mask as booleans [B or 1, T, S]."""
+    """Booleans [B or 1, T, S]: query t sees key s."""
     seen = jnp.ones((1, T, S), bool)
     if mask.causal:
         seen &= (jnp.arange(S)[None, :] <= jnp.arange(T)[:, None])[None]
@@ -35,7 +35,10 @@ def visible(mask, *, T: int, S: int) -> jax.Array:
 def weighted_values(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, visible_BTS: jax.Array
 ) -> jax.Array:
-    """softmax over the visible keys, times the values; query heads n = k G + g share head k."""
+    """Outputs [B, T, N, H]: softmax over the visible keys, times the values.
+
+    Query heads n = k G + g share key-value head k.
+    """
     scores_BKGTS = _scores(q_BTNH, k_BSKH) / math.sqrt(q_BTNH.shape[3])
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
@@ -44,12 +47,13 @@ def weighted_values(
 
 
 def _scores(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """q k^T. float32 island: scores are summed and exponentiated."""
+    """Scores q k^T, [B, K, G, T, S]. float32 island: scores are summed and exponentiated."""
     q_BTKGH = _grouped(q_BTNH, K=k_BSKH.shape[2])
     return jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
 
 
 def _grouped(x_BTNH: jax.Array, *, K: int) -> jax.Array:
+    """[B, T, N, H] as [B, T, K, G, H]."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H)
 
@@ -57,7 +61,7 @@ def _grouped(x_BTNH: jax.Array, *, K: int) -> jax.Array:
 def block_forward(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask: ring.BlockMask
 ) -> tuple[jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`."""
+    """The output and log-sum-exp of one block of keys, as in `partitioning.ring.Blocks`."""
     B, T, N, _ = q_BTNH.shape
     scores_BKGTS = _block_scores(q_BTNH, k_BSKH, mask)
     lse_BKGT = jax.nn.logsumexp(scores_BKGTS, axis=-1)
@@ -74,7 +78,9 @@ def block_backward(
     mask: ring.BlockMask,
     rows: ring.Rows,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`. arXiv 2205.14135, appendix B.4:
+    """The gradients of one block's q, k and v, as in `partitioning.ring.Blocks`.
+
+    arXiv 2205.14135, appendix B.4:
 
     P = exp(scores - lse), dV = P^T dO, dS = P * (dO V^T - di), dQ = dS K, dK = dS^T Q.
     """
@@ -92,7 +98,7 @@ def block_backward(
 
 
 def _block_scores(q_BTNH: jax.Array, k_BSKH: jax.Array, mask: ring.BlockMask) -> jax.Array:
-    """q k^T, MASKED where the block's mask hides."""
+    """Scores q k^T, [B, K, G, T, S]; MASKED where the block's mask hides a key."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     seen_BTS = jnp.ones((1, T, S), bool)
     if mask.causal:

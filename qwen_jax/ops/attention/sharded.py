@@ -1,4 +1,4 @@
-"""Attention by kernels that XLA cannot partition: each device runs its own heads and rows."""
+"""Attention on a mesh by kernels that XLA cannot partition: each device has its heads and rows."""
 
 from collections.abc import Callable
 
@@ -18,15 +18,17 @@ def attention(
     mask,
     layout: Layout,
 ) -> jax.Array:
-    """`kernel(q, k, v, mask=mask)` under `shard_map`: rows over `batch`, heads over `act_heads`.
+    """Outputs [B, T, N, H] of `kernel(q, k, v, mask=mask)` under `shard_map`.
 
-    Key-value heads that are on every device (`kv_heads=replicated`) are picked to suit the local
-    query heads. Whole lengths only: nothing is communicated.
+    Rows are spread over `batch`, heads over `act_heads`.
+
+    Of key-value heads that are on every device (`kv_heads=replicated`), each device takes those of
+    its query heads. Sequences are whole on a device; nothing is communicated.
     """
     q_spec = sharding.spec(("batch", None, "act_heads", None), layout)
     kv_spec = sharding.spec(("batch", None, "act_kv_heads", None), layout)
     rows = sharding.spec(("batch", None), layout)
-    of_mask = jax.tree.map(
+    mask_specs = jax.tree.map(
         lambda x: rows if x.ndim == 2 else sharding.spec(("batch",), layout), mask
     )
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -38,17 +40,17 @@ def attention(
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, of_mask),
+        in_specs=(q_spec, kv_spec, kv_spec, mask_specs),
         out_specs=q_spec,
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )(q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 def own_kv_heads(local_BSKH: jax.Array, *, N: int, K: int, layout: Layout) -> jax.Array:
-    """Inside `shard_map`: the key-value heads that this device's query heads read.
+    """The key-value heads that this device's query heads read; called inside `shard_map`.
 
-    Where heads are split and key-value heads are not, query head n reads head n // (N / K): one
-    slice if the device's heads share one key-value head, otherwise one head a query head.
+    If query heads are spread and key-value heads are not, query head n reads head n // (N / K): one
+    slice if the device's query heads share one key-value head, otherwise one head a query head.
     """
     if layout.size("act_kv_heads") == layout.size("act_heads"):
         return local_BSKH

@@ -21,7 +21,7 @@ RESIDUAL_NAME = "attention_out"
 def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, mask, interpret: bool = False
 ) -> jax.Array:
-    """See `qwen_jax.ops.attention.api.attention`. Never holds [T, S] scores.
+    """Attention as in `qwen_jax.ops.attention.api.attention`, without an array of [T, S] scores.
 
     Lengths are padded to a multiple of 128, and head sizes too (0.5B has 64). `interpret` runs the
     kernel on a CPU, step by step, for tests.
@@ -43,7 +43,7 @@ def block_forward(
     mask: ring.BlockMask,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`."""
+    """The output and log-sum-exp of one block of keys, as in `partitioning.ring.Blocks`."""
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
     segments = _segments(mask.q_ids_BT, mask.kv_ids_BS, B=B, T=T, S=S, causal=mask.causal)
@@ -60,7 +60,11 @@ def block_backward(
     rows: ring.Rows,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `partitioning.ring.Blocks`. By the two kernels of the library's own backward pass."""
+    """The gradients of one block's q, k and v, as in `partitioning.ring.Blocks`.
+
+    They come from the two kernels of the library's own backward pass. These are private functions:
+    the public kernel's gradient takes no log-sum-exp that other blocks of keys contributed to.
+    """
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     kernel = _kernel(T, S, N, causal=mask.causal, results="o, lse", interpret=interpret)
     tiles = kernel.kwargs["block_sizes"]
@@ -107,10 +111,10 @@ def block_backward(
 
 
 def block_sizes(T: int, S: int) -> kernels.BlockSizes:
-    """Tiles of queries and keys: the largest up to 1,024 that divide the lengths.
+    """Tile sizes of queries and keys: the largest up to 1,024 that divide the lengths.
 
-    Larger tiles read keys and values less often; 1,024 x 1,024 is what fits beside its buffers into
-    the 16 MiB of vector memory that XLA grants a kernel by default on every generation.
+    Larger tiles read keys and values less often; tiles of 1,024 x 1,024 fit beside their buffers
+    into the 16 MiB of vector memory that XLA grants a kernel by default on every generation.
     """
     q, kv = _tile(T, 1024), _tile(S, 1024)
     compute = min(kv, 512)
@@ -134,7 +138,7 @@ def _tile(length: int, limit: int) -> int:
 def _kernel(
     T: int, S: int, N: int, *, causal: bool, results: Literal["o", "o, lse"], interpret: bool
 ):
-    """The kernel for N heads; only the one that gives `o` alone has a gradient."""
+    """The kernel for N heads; only the kernel whose result is `o` alone has a gradient."""
     shape = (T + -T % LANES, S + -S % LANES)
     one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     return kernels.make_splash_mha(
@@ -149,20 +153,20 @@ def _kernel(
 
 
 def _widen(x_BTNH: jax.Array) -> jax.Array:
-    """[B, T, N, H] -> [B, N, T', H'], both multiples of LANES; zeros change no score."""
+    """[B, N, T', H'], with T and H padded to multiples of LANES; zeros change no score."""
     T, H = x_BTNH.shape[1], x_BTNH.shape[3]
     padding = ((0, 0), (0, -T % LANES), (0, 0), (0, -H % LANES))
     return jnp.swapaxes(jnp.pad(x_BTNH, padding), 1, 2)
 
 
 def _narrow(x_BNTH: jax.Array, *, like: jax.Array) -> jax.Array:
-    """[B, N, T', H'] -> [B, T, N, H], in the dtype of `like`."""
+    """[B, T, N, H] of [B, N, T', H'], in the shape and dtype of `like`."""
     T, H = like.shape[1], like.shape[3]
     return jnp.swapaxes(x_BNTH, 1, 2)[:, :T, :, :H].astype(like.dtype)
 
 
 def _ids(mask, *, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Ids of queries and keys that see each other where they are equal; None: all do."""
+    """Ids of queries and of keys, which see each other if they are equal; None: all do."""
     ids_BT = mask.segment_ids_BT
     if mask.lengths_B is None:
         return ids_BT, ids_BT
@@ -175,9 +179,9 @@ def _ids(mask, *, B: int, T: int, S: int) -> tuple[jax.Array | None, jax.Array |
 def _segments(
     q_ids_BT: jax.Array | None, kv_ids_BS: jax.Array | None, *, B: int, T: int, S: int, causal: bool
 ) -> kernels.SegmentIds | None:
-    """Segment ids [B, T'] and [B, S'], where the causal mask is not enough.
+    """Segment ids [B, T'] and [B, S'] for the kernel; None if the causal mask is enough.
 
-    Padding gets an id of its own on the keys' side, so that no real query sees it.
+    Padding of keys has an id of its own, so that no query of the sequence sees it.
     """
     if q_ids_BT is None:
         if causal or S % LANES == 0:

@@ -45,16 +45,17 @@ def grouped_matmul(
     implementation: str | None = None,
     platform: str | None = None,
 ) -> jax.Array:
-    """out[m] = lhs[m] rhs[e], e the group of row m: the first group_sizes[0] rows are group 0's...
+    """Products out[m] = lhs[m] rhs[e], [M, N], where e is the group of row m.
 
-    Rows past sum(group_sizes) give zeros and get zero gradients; a group may be empty. The sum must
-    not exceed M: it is data, so nothing checks it. Both operands have one dtype, which is also the
-    result's; products are summed in float32 and rounded once, in the gradients too:
+    The first group_sizes[0] rows are of group 0, and so on. Rows after sum(group_sizes) give zeros
+    and have zero gradients; a group may be empty. The sum must not exceed M; it is data, so nothing
+    checks it. Both operands have one dtype, which is also the result's; products are summed in
+    float32 and rounded once, in the gradients too:
 
         dlhs[m] = dout[m] rhs[e]^T
         drhs[e] = sum over the rows m of group e of lhs[m]^T dout[m]
 
-    Knows nothing of meshes: inside `shard_map` it multiplies this device's rows and experts.
+    Inside `shard_map` it multiplies this device's rows and experts.
 
     `implementation=None` chooses for `platform`, by default that of JAX's default backend. Raises
     `ValueError` for a named implementation that cannot run, and for shapes and dtypes that do not
@@ -67,6 +68,7 @@ def grouped_matmul(
 
 
 def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> None:
+    """Raises `ValueError` for shapes and dtypes that do not fit together."""
     shapes = f"lhs {lhs_MK.shape}, rhs {rhs_EKN.shape}, group_sizes {group_sizes_E.shape}"
     if (lhs_MK.ndim, rhs_EKN.ndim, group_sizes_E.ndim) != (2, 3, 1):
         raise ValueError(f"lhs [M, K], rhs [E, K, N] and group_sizes [E] are wanted: {shapes}")
@@ -80,6 +82,7 @@ def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(implementation, lhs_MK, rhs_EKN, sizes_E):
+    """Products [M, N] by the named implementation; int32 group sizes."""
     products = GROUPED_MATMUL[implementation].compute
     return products.rows(lhs_MK, rhs_EKN, sizes_E, rhs_order="EKN")
 

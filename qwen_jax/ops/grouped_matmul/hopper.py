@@ -1,4 +1,4 @@
-"""The grouped product on Hopper GPUs (H100, H200): which calls, which tiles, which kernel."""
+"""The grouped product on Hopper GPUs (H100, H200): supported calls, row tiles, kernel calls."""
 
 import dataclasses
 import functools
@@ -37,10 +37,10 @@ def unsupported_operands(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Row tiles of all groups in order; the rows past the last group are group E's.
+    """Row tiles of all groups in order; the rows after the last group are those of group E.
 
-    group_T, row_T: the group and the first row of a tile. lo_T, hi_T: which of the tile's rows are
-    the group's. count_1: how many of the T tiles there are.
+    group_T, row_T: the group and the first row of each tile. lo_T, hi_T: the range of the tile's
+    rows that belong to the group. count_1: number of tiles that are used, of T.
     """
 
     group_T: jax.Array
@@ -51,6 +51,7 @@ class Tiles:
 
     @classmethod
     def of(cls, sizes_E: jax.Array, *, M: int) -> "Tiles":
+        """Tiles of M rows with these group sizes."""
         sizes_E = sizes_E.astype(jnp.int32)
         sizes_G = jnp.append(sizes_E, M - jnp.sum(sizes_E))
         G = len(sizes_G)
@@ -74,7 +75,7 @@ jax.tree_util.register_dataclass(Tiles)
 
 
 def _running_sum(x_G: jax.Array) -> jax.Array:
-    """`jnp.cumsum` as one small reduction, where XLA would run a scan of many kernels."""
+    """Cumulative sum [G] as one small reduction; XLA runs `jnp.cumsum` as many kernels."""
     upto_GG = jnp.arange(len(x_G))[None, :] <= jnp.arange(len(x_G))[:, None]
     return jnp.sum(jnp.where(upto_GG, x_G[None, :], 0), axis=1)
 
@@ -87,7 +88,7 @@ def rows(
     rhs_order: str,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """See `reference.rows`."""
+    """Products as in `reference.rows`."""
     M = len(lhs_MK)
     N = rhs_EKN.shape[2 if rhs_order == "EKN" else 1]
     blocks = _fitted(blocks, N)
@@ -106,7 +107,7 @@ def rows(
 def outer(
     lhs_MK: jax.Array, dout_MN: jax.Array, sizes_E: jax.Array, *, blocks: Blocks | None = None
 ) -> jax.Array:
-    """See `reference.outer`; rows of `dout_MN` past the last group must be finite."""
+    """Sums as in `reference.outer`; rows of `dout_MN` after the last group must be finite."""
     K, N, E = lhs_MK.shape[1], dout_MN.shape[1], len(sizes_E)
     blocks = _fitted(blocks, N)
     call = kernels.kernel(
@@ -123,5 +124,6 @@ def outer(
 
 
 def _fitted(blocks: Blocks | None, N: int) -> Blocks:
+    """The blocks, or the default ones, with at most N columns."""
     blocks = blocks or Blocks()
     return dataclasses.replace(blocks, n=min(blocks.n, N))

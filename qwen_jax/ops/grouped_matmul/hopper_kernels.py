@@ -1,10 +1,11 @@
 """The kernels of `qwen_jax.ops.grouped_matmul.hopper`, in Pallas's Mosaic GPU dialect.
 
-Both are persistent: one block of threads a multiprocessor takes tiles of the result in turn. One of
-its three warpgroups only copies tiles of the operands into a ring of slots in shared memory (TMA),
-also those of the next result tile; the other two multiply (wgmma), half of the tile's rows each,
-and store. A group's tiles start at its own first row, rounded down to the 8 that the copies ask
-for, so little of a tile is other groups' rows; those are computed and not stored.
+Both are persistent: each multiprocessor has one block of threads, which computes tiles of the
+result one after the other. One of its three warpgroups only copies tiles of the operands into a
+ring of slots in shared memory (TMA), already those of the next result tile; the other two multiply
+(wgmma), half of the tile's rows each, and store. A group's tiles start at its own first row,
+rounded down to the multiple of 8 that the copies require, so that few rows of a tile are other
+groups' rows; those are computed and not stored.
 """
 
 import functools
@@ -16,19 +17,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
-ROW_ALIGNMENT = 8  # of a tile's first row: the copies move whole groups of 8 rows
+ROW_ALIGNMENT = 8  # a tile's first row is a multiple: the copies move whole groups of 8 rows
 WIDTH = 64  # elements of 128 bytes, the widest swizzle: every tile is made of such columns
-_WARPGROUPS = 2  # that multiply
-_WARPGROUP_ROWS = 64  # of a tile
+_WARPGROUPS = 2  # warpgroups that multiply
+_WARPGROUP_ROWS = 64  # rows of a tile that a warpgroup multiplies
 TILE_ROWS = _WARPGROUPS * _WARPGROUP_ROWS
 _COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 232  # a thread, of 65,536 a multiprocessor
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Columns of a tile of the result, slots of the ring, and how a finished tile is stored.
+    """Sizes of a kernel: n columns of a result tile, slots of the ring, columns of a store.
 
-    store_n: columns that are put into shared memory, and from there into the result, at a time.
+    store_n: columns that are copied through shared memory into the result at a time.
     The defaults were the fastest of those tried on an H100: the table is in
     `docs/experiments/moe.md`.
     """
@@ -39,7 +40,7 @@ class Blocks:
 
 
 def kernel(body, *, name: str, out, lhs_tile, rhs_tile, blocks: Blocks):
-    """The kernel around `body`, with its shared memory: the ring, the results, the barriers."""
+    """The call of `body`, with its shared memory: the ring, the results, the barriers."""
     ring = (gpu.TilingTransform((8, WIDTH)), gpu.SwizzleTransform(128))
     # One row to a tile, so that any number of rows can be stored from any row on.
     result = (gpu.TilingTransform((1, WIDTH)), gpu.SwizzleTransform(128))
@@ -67,7 +68,7 @@ def kernel(body, *, name: str, out, lhs_tile, rhs_tile, blocks: Blocks):
 
 
 def _multiprocessors() -> int:
-    """Of this GPU; an H100's where there is none, for lowering and the interpreter."""
+    """Number of multiprocessors of this GPU; without a GPU an H100's, for lowering and tests."""
     return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132
 
 
@@ -105,7 +106,7 @@ def rows_body(
             gpu.wgmma(acc, a, rhs_ring.at[slot, width].transpose((1, 0)))
 
     def mine(work, wg):
-        """Where this warpgroup's rows are in the result, and which of them are the group's."""
+        """The first row of this warpgroup in the result, and the range of the group's rows."""
         t, _ = place(work)
         skipped = wg * _WARPGROUP_ROWS
         lo, hi = (jnp.clip(x[t] - skipped, 0, _WARPGROUP_ROWS) for x in (lo_T, hi_T))
@@ -213,7 +214,7 @@ def _schedule(
     tiles, multiprocessors,
     *, steps, fetch, multiply, store, has_rows, is_last, last_n, blocks, result, filled, emptied,
 ) -> None:  # fmt: skip
-    """Share the tiles among multiprocessors, and each tile's steps among the warpgroups.
+    """Computes the tiles: shared among multiprocessors, a tile's steps among warpgroups.
 
     steps(work): products that make a tile, one slot of the ring each. fetch(work, step, slot) and
     multiply(acc, work, step, slot, wg) do one. store(work, wg, chunk, start) takes a warpgroup's

@@ -24,13 +24,14 @@ _LANES = 128
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows, contracted columns and result columns of one step; for `outer` rows, K and N."""
+    """Sizes of one step: rows, contracted columns, result columns; for `outer`: rows, K, N."""
 
     m: int
     k: int
     n: int
 
     def as_tuple(self) -> tuple[int, int, int]:
+        """(m, k, n), as the kernels take them."""
         return self.m, self.k, self.n
 
 
@@ -47,7 +48,7 @@ def unsupported(lhs_MK: jax.Array, rhs_EKN: jax.Array) -> str | None:
 
 
 def rows(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, *, rhs_order: str) -> jax.Array:
-    """See `reference.rows`."""
+    """Products as in `reference.rows`."""
     M, K = lhs_MK.shape
     E, _, N = rhs_EKN.shape if rhs_order == "EKN" else _swapped(rhs_EKN.shape)
     out_MN = gmm(
@@ -58,12 +59,12 @@ def rows(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, *, rhs_order
         rows_blocks(M, K, N, E, lhs_MK.dtype).as_tuple(),
         transpose_rhs=rhs_order == "ENK",
     )
-    # Blocks past the last group are never visited: whatever memory held would come out.
+    # The kernel does not write blocks after the last group: they hold arbitrary memory.
     return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], out_MN, 0)
 
 
 def outer(lhs_MK: jax.Array, dout_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """See `reference.outer`."""
+    """Sums as in `reference.outer`."""
     M, K = lhs_MK.shape
     N = dout_MN.shape[1]
     return tgmm(
@@ -76,7 +77,7 @@ def outer(lhs_MK: jax.Array, dout_MN: jax.Array, sizes_E: jax.Array) -> jax.Arra
 
 
 def rows_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
-    """The blocks of `rows` with the least estimated time that fit VMEM.
+    """Block sizes of `rows` with the least estimated time among those that fit VMEM.
 
     A block of rhs stays in VMEM from one row block to the next while neither the group nor the
     column changes, which needs all of K in one block.
@@ -99,7 +100,10 @@ def rows_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
 
 
 def outer_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
-    """The blocks of `outer`; rows are the innermost loop, the result of a group stays in VMEM."""
+    """Block sizes of `outer` with the least estimated time among those that fit VMEM.
+
+    Rows are the innermost loop; the result of a group stays in VMEM.
+    """
     size = jnp.dtype(dtype).itemsize
 
     def fits(b: Blocks) -> bool:
@@ -117,7 +121,10 @@ def outer_blocks(M: int, K: int, N: int, E: int, dtype) -> Blocks:
 
 
 def _cost(b: Blocks, steps: int, moved: float) -> float:
-    """Time in operations: the larger of arithmetic and traffic, a tenth of the other, steps."""
+    """Estimated time in operations.
+
+    The larger of arithmetic and memory traffic, a tenth of the smaller, and the steps' starts.
+    """
     # The matrix unit takes as long for fewer rows than it has.
     arithmetic = steps * 2 * max(b.m, _LANES) * b.k * b.n
     terms = sorted((arithmetic, moved * _FLOPS_PER_BYTE))
@@ -125,20 +132,23 @@ def _cost(b: Blocks, steps: int, moved: float) -> float:
 
 
 def _candidates(M: int, K: int, N: int, dtype) -> list[Blocks]:
+    """Block sizes that the kernels accept for these shapes."""
     ks = [k for k in range(_LANES, K + 1, _LANES) if K % k == 0]
     ns = range(_LANES, N + 1, _LANES)
     return [Blocks(*b) for b in itertools.product(_row_blocks(M, dtype), ks, ns)]
 
 
 def _row_blocks(M: int, dtype) -> list[int]:
-    """Numbers of rows that divide M, as the kernels ask, and fill whole tiles of registers."""
+    """Block sizes in rows that divide M, as the kernels require, and fill whole register tiles."""
     return [m for m in (512, 256, 128, 64, 32, 16, 8) if M % m == 0 and m >= _sublanes(dtype)]
 
 
 def _sublanes(dtype) -> int:
+    """Rows of a register tile of this dtype."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
 def _swapped(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape with its last two sizes exchanged."""
     E, N, K = shape
     return E, K, N

@@ -1,10 +1,10 @@
-"""The einsum of activations with a quantised kernel.
+"""The einsum of activations with a quantised matrix, in place of one with a plain matrix.
 
-Three ways, one result up to rounding. xla: values are cast where they are multiplied, scales are
-applied to the product (a scale a channel) or to the values (a scale a group). gpu: a kernel that
-reads values once for a few rows (`kernels.py`; in words `words_kernel.py`). dequantise: the whole
-matrix first, then an ordinary product, the fastest for many rows, where arithmetic and not reading
-is what takes time.
+Three implementations give one result up to rounding. xla: XLA casts the values inside the product;
+scales are applied to the product (one scale a channel) or to the values (one a group). gpu: a
+Triton kernel that reads the values once for a small batch (`row_kernels.py`; for packed words
+`packed_words_kernel.py`). dequantise: the whole matrix is dequantised first, then multiplied as an
+ordinary one; the fastest for many rows, where arithmetic takes longer than reading.
 """
 
 import jax
@@ -17,7 +17,7 @@ from qwen_jax.ops.quantized_matmul import packed_words_kernel, row_kernels
 from qwen_jax.quant import array
 from qwen_jax.quant.array import QuantArray
 
-MOST_ROWS = 64  # more are bound by arithmetic, and go through an ordinary product
+MOST_ROWS = 64  # more rows are bound by arithmetic: the matrix is dequantised first
 
 
 def contract(
@@ -29,10 +29,10 @@ def contract(
     implementation: str | None = None,
     preferred: jnp.dtype | None = None,
 ) -> jax.Array:
-    """`jnp.einsum(einsum, x, kernel)` of x [B, T, inputs...] -> [B, T, outputs...].
+    """The product `jnp.einsum(einsum, x, matrix)` of x [B, T, inputs...], [B, T, outputs...].
 
-    As `preferred`, x's dtype by default. Raises `ValueError` for an einsum of another form, and for
-    a named implementation that cannot run.
+    preferred: the result's dtype; x's dtype by default. Raises `ValueError` for an einsum of
+    another form, and for a named implementation that cannot run.
     """
     _check(einsum, x, q)
     B, T = x.shape[:2]
@@ -51,21 +51,22 @@ def contract(
 
 
 def _check(einsum: str, x: jax.Array, q: QuantArray) -> None:
+    """Raises `ValueError` for an einsum that is not a product over all inputs."""
     inputs, result = einsum.split("->")
-    of_x, of_kernel = inputs.split(",")
-    summed = of_x[2:]
-    # Words have their outputs first whatever the kernel had.
+    x_letters, matrix_letters = inputs.split(",")
+    summed = x_letters[2:]
+    # Packed words have the outputs first, whatever the order of the plain matrix.
     letters = {summed + result[2:]} if q.axis != -1 or q.is_words else set()
     letters |= {result[2:] + summed} if q.axis == -1 else set()
-    if len(of_x) != x.ndim or of_x[:2] != result[:2] or of_kernel not in letters:
+    if len(x_letters) != x.ndim or x_letters[:2] != result[:2] or matrix_letters not in letters:
         raise ValueError(
-            f"{einsum!r} does not sum over all of x but batch and length; quantised kernels take "
-            f"no other product"
+            f"{einsum!r} does not sum over all dimensions of x except batch and length; quantised "
+            f"kernels take no other product"
         )
 
 
 def _einsum(x_BTC: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-    """Float32 sums of x [B, T, C] with w [C, O...], or w [O, C]."""
+    """The product of x [B, T, C] with w [C, O...], or w [O, C], summed in float32."""
     return jax.lax.dot_general(
         x_BTC,
         w,
@@ -75,6 +76,7 @@ def _einsum(x_BTC: jax.Array, w: jax.Array, axis: int) -> jax.Array:
 
 
 def _xla(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
+    """The product with the values cast by XLA inside it, [B, T, O...] in float32."""
     if q.num_groups > 1 or q.zeros is not None:
         return _einsum(x_BTC, array.stored(q, x_BTC.dtype), q.axis)
     y = _einsum(x_BTC, array.whole(q, x_BTC.dtype), q.axis)
@@ -83,20 +85,22 @@ def _xla(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
 
 
 def _dequantise(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
-    # Kept apart, so that the product is the one of an ordinary kernel.
+    """The product with the dequantised matrix, [B, T, O...] in float32."""
+    # The barrier keeps XLA from fusing the two: the product is that of a plain matrix.
     w = jax.lax.optimization_barrier(array.stored(q, x_BTC.dtype))
     return _einsum(x_BTC, w, q.axis)
 
 
 def _gpu(x_BTC: jax.Array, q: QuantArray) -> jax.Array:
+    """The product by a Triton kernel, [B, T, O...] in float32."""
     B, T, C = x_BTC.shape
     flat, x_MC = array.with_outputs(q, (-1,)), x_BTC.reshape(B * T, C)
     multiply = packed_words_kernel.multiply if q.is_words else row_kernels.multiply
     return multiply(x_MC, flat).reshape(B, T, *q.outputs)
 
 
-# Each function of a call takes these:
-#   q: the quantised matrix. rows: rows of x. dtype: that of x. devices: those of the mesh.
+# A call is described by q, the quantised matrix, the number of rows of x, x's dtype, and the number
+# of devices of the mesh.
 
 
 def _unsupported_by_kernels(
@@ -120,9 +124,9 @@ def _xla_not_preferred(q: QuantArray, *, rows: int, dtype: jnp.dtype, devices: i
     Callers who ask for float32 want results that do not depend on the number of rows.
     """
     if rows > MOST_ROWS:
-        return f"{rows} rows are bound by arithmetic"
+        return f"{rows} rows are bound by arithmetic, more than {MOST_ROWS}"
     if jnp.dtype(dtype) == jnp.float32:
-        return "one product for any number of rows"
+        return "float32 results are to be the same for any number of rows"
     return "values are in packed words" if q.is_words else None
 
 

@@ -1,12 +1,12 @@
-"""Up to eight rows times a quantised matrix in words on a GPU: a Pallas kernel, lowered by Triton.
+"""Products of up to 8 rows with a matrix in packed words on one GPU: a Triton kernel in Pallas.
 
-Reading is what takes time, and then the number of instructions. A warp reads its tiles' words as
-they lie, 512 bytes at a time and a round ahead of those that it multiplies; a word becomes matrix
-units' operands in a few instructions (`words.assembly`), so that the warps can ask for memory all
-the while. Halves of int8 are multiplied as 128 + n; what the 128 adds is taken off afterwards, a
-multiple of the sum of the row's inputs, as what zero points take off is. (An engine
-was faster so with int8, and with int4 where it is subtracted first:
-docs/experiments/quantisation.md.)
+The kernel is bound by reads from memory, then by its number of instructions. A warp reads its
+tiles' words in their order, 512 bytes at a time and a round ahead of those that it multiplies; a
+word becomes operands of the matrix units in a few instructions (`packed_words.assembly`), so that
+warps can issue reads all the time. Halves of int8 are multiplied as 128 + n. The part of the sum
+that the 128 adds, a multiple of the sum of the row's inputs, is subtracted afterwards, as zero
+points are. int4 is faster if the 128 is subtracted from each value first
+(docs/experiments/quantisation.md).
 
 Letters: R rows, C inputs, O outputs, S groups of inputs, P pairs of inputs, T threads.
 """
@@ -31,7 +31,7 @@ _LANES = packed_words.LANES
 
 @dataclass(frozen=True)
 class Tuning:
-    """Warps of a program, which share its inputs; its tiles; and reads of each in a round."""
+    """Sizes of a program: warps, which share its inputs; tiles; reads of each tile in a round."""
 
     warps: int
     tiles: int
@@ -43,7 +43,7 @@ def default_tuning(q: QuantArray, *, rows: int) -> Tuning:
 
     The table is in docs/experiments/quantisation.md.
 
-    Of fp8 it is what was fastest when words were read one by one; as it is, it was not timed.
+    For fp8 it is the fastest when words were read one by one; the present kernel was not timed.
     """
     tiles = math.prod(q.outputs) // packed_words.tile(q.format)
     if tiles > 1024:
@@ -66,7 +66,7 @@ def unsupported(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
     if rows > MOST_ROWS:
-        return f"in words it takes {MOST_ROWS} rows, not {rows}"
+        return f"in packed words it takes {MOST_ROWS} rows, not {rows}"
     if (reason := ptx.unsupported()) is not None:
         return reason
     if q.values.ndim != len(q.outputs) + 1:
@@ -80,17 +80,18 @@ def unsupported(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
 def multiply(
     x_RC: jax.Array, q: QuantArray, *, tuning: Tuning | None = None, interpret: bool | None = None
 ) -> jax.Array:
-    """x [R, C] times the matrix of `q`, words [O, ...] -> [R, O] in float32.
+    """The product of x [R, C] with the matrix of `q`, packed words [O, ...], [R, O] in float32.
 
-    `q.order` must have been applied to x. interpret: None where there is no GPU.
+    The caller has applied `q.order` to x. interpret: run Pallas's interpreter; None: only without
+    a GPU.
     """
     tuning = tuning or default_tuning(q, rows=x_RC.shape[0])
     (R, C), O = x_RC.shape, q.values.shape[0]  # noqa: E741
     tile, steps = packed_words.tile(q.format), C // packed_words.inputs(q.format)
-    of_group = q.group_size // packed_words.inputs(q.format)
+    steps_per_group = q.group_size // packed_words.inputs(q.format)
     tuning = dataclasses.replace(tuning, tiles=math.gcd(tuning.tiles, O // tile))
     if q.num_groups > 1:  # a warp's words of a round are of one group
-        tuning = dataclasses.replace(tuning, reads=math.gcd(tuning.reads, of_group))
+        tuning = dataclasses.replace(tuning, reads=math.gcd(tuning.reads, steps_per_group))
     pairs_RP = jax.lax.bitcast_convert_type(x_RC.reshape(R, C // 2, 2), jnp.uint32)
     operands = [pairs_RP.reshape(-1), q.values.reshape(-1), q.scales] + (
         [] if q.zeros is None else [q.zeros]
@@ -98,7 +99,7 @@ def multiply(
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
     compiler = triton.CompilerParams(num_warps=tuning.warps, num_stages=1)
     kernel = functools.partial(
-        _kernel, R=R, format=q.format, steps=steps, of_group=of_group, tuning=tuning,
+        _kernel, R=R, format=q.format, steps=steps, steps_per_group=steps_per_group, tuning=tuning,
         interpret=interpret,
     )  # fmt: skip
     return pl.pallas_call(
@@ -112,7 +113,16 @@ def multiply(
 
 
 def _kernel(
-    x, w, s_OS, *refs, R: int, format: str, steps: int, of_group: int, tuning: Tuning, interpret
+    x,
+    w,
+    s_OS,
+    *refs,
+    R: int,
+    format: str,
+    steps: int,
+    steps_per_group: int,
+    tuning: Tuning,
+    interpret,
 ):
     z_OS, y_RO = refs if len(refs) == 2 else (None, *refs)
     S = s_OS.shape[1]
@@ -132,11 +142,11 @@ def _kernel(
     load = functools.partial(ptx.load_four, interpret=interpret)
 
     def step_of(i):
-        """A warp's first step of a round."""
+        """The warp's first step of round i."""
         return (i * W + warp) * U
 
     def read(i):
-        """Words, scales and zero points of a round; zeros beyond the last."""
+        """Words, scales and zero points of round i; zeros beyond the last round."""
         found = []
         for t in range(tuning.tiles):
             at = ((first + t) * steps + step_of(i)) * _LANES + lane
@@ -151,13 +161,13 @@ def _kernel(
         return found
 
     def grouped(ref, t: int, half: int, i):
-        """A tile's scales or zero points for a warp's words of a round."""
+        """A tile's scales or zero points for the warp's words of round i."""
         o = (first + t) * packed_words.tile(format) + line + half
-        s = step_of(i) // of_group if S > 1 else jnp.zeros_like(o)
+        s = step_of(i) // steps_per_group if S > 1 else jnp.zeros_like(o)
         return triton.load(ref.at[o, s], mask=step_of(i) < steps, other=0)
 
     def inputs(step) -> list[list[jax.Array]]:
-        """The rows' inputs that go with each word of a read, as pairs."""
+        """The rows' inputs, in pairs, that each word of a read is multiplied with."""
         at = beginning + step * per_step
         pairs = [pair for k in range(0, per_thread, 4) for pair in load(x, at + k, step < steps)]
         per_word = len(pairs) // packed_words.FOUR
@@ -208,7 +218,7 @@ def _kernel(
 
 
 def _mma(word, pairs, sums, *, format: str, interpret: bool) -> list[jax.Array]:
-    """sums + a word's lines times the rows; with word None, lines of ones."""
+    """The sums plus a word's lines times the rows; lines of ones if `word` is None."""
     if interpret and word is None:
         lines = jnp.ones((pairs[0].shape[0] // _LANES, 16, 8 * len(pairs)), jnp.float32)
         return _emulated(lines, pairs, sums)
@@ -224,7 +234,7 @@ def _mma(word, pairs, sums, *, format: str, interpret: bool) -> list[jax.Array]:
 
 
 def _emulated(lines_WLK, pairs, sums) -> list[jax.Array]:
-    """What `mma` does: lines [W, 16, K] times each warp's rows, of which threads hold pairs."""
+    """The result of `mma`: lines [W, 16, K] times each warp's rows, held in pairs by threads."""
     halves = []
     for p in pairs:
         both = jax.lax.bitcast_convert_type(p, jnp.bfloat16).astype(jnp.float32)

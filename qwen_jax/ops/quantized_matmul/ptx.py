@@ -1,8 +1,8 @@
-"""PTX with several results inside a Pallas kernel that Triton lowers.
+"""PTX with several results, and 16-byte loads, inside a Pallas kernel that Triton lowers.
 
-JAX's own `triton.elementwise_inline_asm` takes several results but lowers only one (0.10.2 and
-0.11.2): it gives them as a list in a list. Here they are taken out of it. And a read of 16 bytes by
-each thread, which Triton makes only of what lies in one thread's registers side by side.
+JAX's own `triton.elementwise_inline_asm` takes several result shapes, but lowers only one result
+(0.10.2 and 0.11.2): its lowering returns them as a list in a list, which is unpacked here. Triton
+itself reads 16 bytes a thread only for neighbouring elements of one thread's registers.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 from jax.extend import core
+from jaxlib.mlir import ir
 
+# Private: JAX has no public function that registers a lowering for Pallas's Triton backend, and no
+# public effect of reading a reference.
 try:
-    from jax._src.lib.mlir import ir
     from jax._src.pallas.triton import lowering, primitives
     from jax._src.state import types as state
 except ImportError:  # a JAX that has moved them: `unsupported` says so
@@ -23,15 +25,17 @@ except ImportError:  # a JAX that has moved them: `unsupported` says so
 def unsupported() -> str | None:
     """The reason why this JAX cannot lower kernels with such PTX; None: it can."""
     found = hasattr(primitives, "_elementwise_inline_asm_lowering")
-    return None if found else f"JAX {jax.__version__} lowers PTX in kernels in a way of its own"
+    if found:
+        return None
+    return f"JAX {jax.__version__} has no lowering of PTX as in 0.10.2 and 0.11.2; use one of them"
 
 
 def call(
     text: str, arguments: Sequence[jax.Array], *, constraints: str, like: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """What each thread makes of its elements of the arguments: arrays like `like`.
+    """Results of the PTX `text`, which each thread runs on its elements; arrays like `like`.
 
-    constraints: LLVM's, the results' first.
+    constraints: LLVM's operand constraints, those of the results first.
     """
     results = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like)
     return _several_p.bind(
@@ -40,7 +44,7 @@ def call(
 
 
 def load_four(words, at: jax.Array, mask: jax.Array, *, interpret: bool) -> list[jax.Array]:
-    """Words at, ..., at + 3 of a ref of uint32 [...] for each thread; zeros where mask is not set.
+    """Four arrays: each thread's uint32 words at, ..., at + 3 of a reference; 0 without the mask.
 
     at: multiples of 4. The words must not change while the kernel runs.
     """

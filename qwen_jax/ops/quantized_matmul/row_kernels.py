@@ -1,12 +1,12 @@
-"""Products of a few rows with a quantised matrix on a GPU: Pallas kernels, lowered by Triton.
+"""Products of up to 64 rows with a quantised matrix on one GPU: a Pallas kernel, lowered by Triton.
 
-Decoding reads every weight once a token, so the kernel's one aim is to read the quantised bytes at
-the memory's rate. Outputs and inputs are cut into blocks; a program runs along the inputs of its
-part for one block of outputs, and the parts' sums are added afterwards: a matrix as small as
-3,584 x 3,584 would otherwise occupy a fifth of the multiprocessors. One row is multiplied on the
-ordinary units in float32; several by the tensor cores, in bfloat16 with float32 sums. Half-byte
-values become floating point by their bits: under the exponent of 2^7 (bfloat16) or 2^23 (float32)
-a mantissa of n is 2^7 + n or 2^23 + n, which saves the conversion.
+Decoding reads every weight once a token, so the kernel's only aim is to read the quantised bytes at
+the memory's rate. Outputs and inputs are split into blocks. A program computes one block of outputs
+over its part of the inputs, and the parts' sums are added afterwards: without parts, a matrix as
+small as 3,584 x 3,584 would occupy a fifth of the multiprocessors. One row is multiplied on the
+ordinary units in float32, several rows by the tensor cores in bfloat16 with float32 sums. int4
+values become floating point by their bits: under the exponent of 2^7 (bfloat16) or 2^23 (float32) a
+mantissa of n is 2^7 + n or 2^23 + n, which saves the conversion.
 
 Shapes: M rows, C inputs, O outputs, S groups, P parts.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from qwen_jax.quant import array
 from qwen_jax.quant.array import QuantArray
@@ -26,14 +27,14 @@ _MAGIC = {  # dtype: (its bits as integers, bits of the power of two, the power)
     jnp.dtype(jnp.bfloat16): (jnp.uint16, 0x4300, 128.0),
     jnp.dtype(jnp.float32): (jnp.uint32, 0x4B000000, 8388608.0),
 }
-_LEAST_ROWS = 16  # of a tensor core's product
+_LEAST_ROWS = 16  # fewest rows of a tensor core's product
 _MOST_ROWS = 64
 _WANTED_PROGRAMS = 512  # about four for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a product is cut: outputs and inputs of a block, parts of the inputs, warps, stages."""
+    """Sizes of a product: outputs and inputs of a block, parts of the inputs, warps, stages."""
 
     outputs: int
     inputs: int
@@ -50,7 +51,7 @@ def unsupported(q: QuantArray, *, rows: int, dtype: jnp.dtype) -> str | None:
     if rows > _MOST_ROWS:
         return f"it takes at most {_MOST_ROWS} rows, not {rows}"
     if q.axis == -1 and (q.format == "int4" or q.num_groups > 1):
-        return "an embedding is int8 or fp8 with a scale a row"
+        return "it takes an embedding only as int8 or fp8 with one scale a row"
     if q.values.ndim != len(q.outputs) + 1:
         return "it takes one matrix, not a stack"
     if outputs % 64 or q.num_inputs % 64 or q.group_size % 32:
@@ -68,7 +69,7 @@ def default_blocks(q: QuantArray, *, rows: int) -> Blocks:
     columns = _power(outputs, 128 if outputs >= 16384 else 64)
     steps = q.num_inputs // inputs
     wanted = max(1, _WANTED_PROGRAMS * columns // outputs)
-    # Sums of parts are float32, written and read: no more of them than a quarter of the values.
+    # Parts' float32 sums are written and read: they may take a quarter of the values' bytes.
     limit = max(1, q.num_inputs // (32 * rows))
     even = [n for n in range(1, steps + 1) if steps % n == 0 and n <= limit]
     parts = next((n for n in even if n >= wanted), even[-1])
@@ -76,16 +77,17 @@ def default_blocks(q: QuantArray, *, rows: int) -> Blocks:
 
 
 def _power(n: int, limit: int) -> int:
-    """The largest power of two that divides n, up to `limit`."""
+    """The largest power of two that divides n and is at most `limit`."""
     return min(n & -n, limit)
 
 
 def multiply(
     x_MC: jax.Array, q: QuantArray, *, blocks: Blocks | None = None, interpret: bool | None = None
 ) -> jax.Array:
-    """x [M, C] times the matrix of `q` ([C, O], or [O, C] with axis -1) -> [M, O] in float32.
+    """The product of x [M, C] with the matrix of `q`, [M, O] in float32.
 
-    `q.order` must have been applied to x. interpret: None where there is no GPU.
+    The matrix is [C, O], or [O, C] with axis -1. The caller has applied `q.order` to x. interpret:
+    run Pallas's interpreter; None: only without a GPU.
     """
     M, C = x_MC.shape
     blocks = blocks or default_blocks(q, rows=M)
@@ -97,7 +99,7 @@ def multiply(
     assert C % (step * parts) == 0 and O % columns == 0, (C, O, blocks)
     x = jnp.pad(x_MC, ((0, rows - M), (0, 0)))
     if packed == 2:
-        # As the bytes hold them: inputs of the low halves, then those of the high ones.
+        # The order of the packed bytes: inputs of the low halves, then those of the high halves.
         halves = x.reshape(rows, C // array.PACKED, 2, array.PACKED // 2)
         x = halves.transpose(2, 0, 1, 3).reshape(2 * rows, C // 2)
     here, stored = C // parts, C // parts // packed
@@ -143,15 +145,14 @@ def multiply(
 
 
 def _compiler_params(blocks: Blocks):
-    from jax.experimental.pallas import triton
-
+    """Triton's options."""
     return triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def _kernel(
     x_ref, w_ref, s_ref, *refs, rows, blocks, format, steps, steps_per_group, major, has_zeros
 ):
-    """One block of outputs, over one part of the inputs."""
+    """Kernel body: one block of outputs over one part of the inputs."""
     z_ref, y_ref = refs if has_zeros else (None, *refs)
     packed = 2 if format == "int4" else 1
     length = blocks.inputs // packed
@@ -159,7 +160,7 @@ def _kernel(
     first = pl.program_id(1) * steps
 
     def product(i, zeros):
-        """Of step i: [rows, outputs], or for one row what is still to be summed."""
+        """Products of step i, [rows, outputs]; for one row the terms, which are summed later."""
         here = pl.ds(i * length, length)
         w = w_ref[:, here] if major else w_ref[here, :]
         total = None
@@ -193,7 +194,7 @@ def _kernel(
 
 
 def _floats(w, format: str, dtype):
-    """The values of a block of stored ones, exactly; int4 gives its low and its high halves."""
+    """Exact values of a block, as `dtype`; for int4 those of the low and of the high halves."""
     if format != "int4":
         return (w.astype(dtype),)
     bits, magic, power = _MAGIC[jnp.dtype(dtype)]
@@ -206,7 +207,7 @@ def _floats(w, format: str, dtype):
 
 
 def _times(x, w, *, major: bool):
-    """Rows x [rows, c] times w; one row leaves its sum over c to the end."""
+    """The product of rows x [rows, c] with w; for one row the terms, not yet summed over c."""
     if x.shape[0] > 1:
         summed = (((1,), (1 if major else 0,)), ((), ()))
         return jax.lax.dot_general(x, w, summed, preferred_element_type=jnp.float32)

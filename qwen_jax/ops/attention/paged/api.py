@@ -64,10 +64,10 @@ def decode(
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """One query a row over its first `lengths_B` positions -> [B, N, H], in q's dtype.
+    """Attention of one query a row over the row's first lengths_B positions, [B, N, H].
 
-    softmax(q k^T / sqrt(H)) v, with the row's own key and value among the pages already. A row of
-    length 0 is not active: it costs little, and gives zeros.
+    softmax(q k^T / sqrt(H)) v in q's dtype. The query's own key and value must be on the pages
+    already. A row of length 0 is not active: it costs little, and its output is zeros.
 
     `implementation=None` chooses for the layout's platform, or without a layout for JAX's default
     backend. Raises `ValueError` for a named implementation that cannot run.
@@ -89,18 +89,19 @@ def append(
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, Layer]:
-    """`paged_cache.write` of every row's key and value at lengths_B - 1, then `decode`.
+    """The outputs [B, N, H] of `decode`, and the pages with every row's key and value written.
 
-    -> ([B, N, H], the pages), which are updated in place where they are donated. The "gpu" kernel
-    does both at once where a device has all rows and its own heads, and pages are not quantised.
+    The key and value are written to position lengths_B - 1 first, as by `kv_pages.write`; donated
+    pages are updated in place. The "gpu" kernel writes and reads in one call if each device has all
+    rows and its own heads, and pages are not quantised.
     """
     platform = sharding.platform(layout)
     chosen = DECODE.choose(q_BNH, kv_PSCH, platform=platform, name=implementation)
     rows = {"table_BM": table_BM, "lengths_B": lengths_B}
-    whole = layout is None or (
+    one_call = layout is None or (
         layout.size("batch") == 1 and layout.size("act_kv_heads") == layout.size("act_heads")
     )
-    if chosen.name == "gpu" and whole and not isinstance(kv_PSCH, kv_pages.Quantised):
+    if chosen.name == "gpu" and one_call and not isinstance(kv_PSCH, kv_pages.Quantised):
         chunk = (q_BNH, k_BKH, v_BKH)
         return _on_own_heads(
             paged_gpu.append, chunk, kv_PSCH, rows, results="o, pages", layout=layout
@@ -129,15 +130,15 @@ def extend(
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """A chunk of every row, behind what its pages hold -> [B, T, N, H], in q's dtype.
+    """Attention of a chunk of every row's prompt, [B, T, N, H] in q's dtype.
 
     Query t < lengths_B, at position starts_B + t, sees positions 0..starts_B + t. The chunk's keys
-    and values must be among the pages already (`paged_cache.write` comes first): implementations
-    read them there or take them as given, whichever is faster. Queries t >= lengths_B are padding;
-    what they get is finite and not specified.
+    and values must be on the pages already (`kv_pages.write`): implementations read them there or
+    take the arguments, whichever is faster. Queries t >= lengths_B are padding; their outputs are
+    finite and not specified.
 
-    A table of fewer pages, enough for positions up to the chunk's end, is read in less time.
-    prefix="none" promises that starts_B is 0 everywhere, which some implementations make use of.
+    A page table with fewer entries, enough for positions up to the chunk's end, takes less time.
+    prefix="none" promises that starts_B is 0 in every row, which some implementations make use of.
     For `implementation` see `decode`.
     """
     if prefix not in ("pages", "none"):
@@ -159,10 +160,10 @@ def _on_own_heads(
     layout: Layout | None,
     **static,
 ) -> jax.Array | tuple[jax.Array, Layer]:
-    """`kernel` under `shard_map`: rows over `batch`, heads over `act_heads`; nothing is sent.
+    """Results of `kernel` under `shard_map`: rows over `batch`, heads over `act_heads`.
 
-    Key-value heads that are on every device (`kv_heads=replicated`) stay where they are: the kernel
-    is told which of them its query heads read.
+    Nothing is communicated. Key-value heads that are on every device (`kv_heads=replicated`) are
+    not moved: `heads_K` tells the kernel which of them the device's query heads read.
     """
     if layout is None:
         return kernel(*chunk, kv_PSCH, **rows, **static)
@@ -183,22 +184,23 @@ def _on_own_heads(
             rows = {**rows, "heads_K": heads_K}
         return kernel(*chunk, kv_PSCH, **rows, **static)
 
-    of_rows = {name: sharding.spec(("batch", None)[: x.ndim], layout) for name, x in rows.items()}
-    of_pages = kv_pages.specs(kv_PSCH, layout)
+    row_specs = {name: sharding.spec(("batch", None)[: x.ndim], layout) for name, x in rows.items()}
+    page_specs = kv_pages.specs(kv_PSCH, layout)
     return jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(tuple(specs[: len(chunk)]), of_pages, of_rows),
-        out_specs=specs[0] if results == "o" else (specs[0], of_pages),
+        in_specs=(tuple(specs[: len(chunk)]), page_specs, row_specs),
+        out_specs=specs[0] if results == "o" else (specs[0], page_specs),
         check_vma=False,  # Pallas kernels do not say over which axes their results vary
     )(chunk, kv_PSCH, rows)
 
 
 def _own_heads(*, N: int, K: int, layout: Layout) -> jax.Array | None:
-    """Inside `shard_map`: which of the pages' key-value heads this device's query heads read.
+    """Indices of the pages' key-value heads that this device's query heads read.
 
-    None: all, in order. Otherwise the local query heads are split evenly over the heads named: one,
-    if all of them share it, else one name a query head.
+    Called inside `shard_map`. None: all heads, in order. Otherwise the device's query heads are
+    split evenly over the indices: one index if all query heads share a key-value head, else an
+    index for each query head.
     """
     if layout.size("act_kv_heads") == layout.size("act_heads"):
         return None

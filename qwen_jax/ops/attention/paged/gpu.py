@@ -1,12 +1,12 @@
 """Attention over pages on a GPU: our own kernel for decoding, cuDNN for chunks of prompts.
 
-A decoding row reads its keys and values once and does little else, so what counts is that every
-multiprocessor reads all the time. The kernel looks pages up in the row's table as it goes, where
-they lie: nothing is gathered. One program reads one key-value head over a part of one row's
-positions (a split) for the G query heads that share it, of one query or a few, padded to the 16
-rows that a tensor core takes. How a row is split depends on its own length and on shapes alone, so
-that neighbours do not change how its sums are rounded. A second small kernel merges the splits by
-their log-sum-exp (arXiv 2205.14135 for the softmax in blocks; splits as in Flash-Decoding).
+Decoding a row reads its keys and values once and computes little, so it is fastest if every
+multiprocessor reads all the time. The kernel looks pages up in the row's page table while it reads,
+and gathers nothing. One program reads one key-value head over a part of one row's positions (a
+split) for the G query heads that share it, of one query or a few, padded to the 16 rows that a
+tensor core takes. The splits of a row depend on its own length and on shapes alone, so that other
+rows do not change the rounding of its sums. A second small kernel merges the splits by their
+log-sum-exp (arXiv 2205.14135 for the softmax in blocks; splits as in Flash-Decoding).
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ from qwen_jax.ops.attention import api, cudnn, reference
 from qwen_jax.ops.attention.paged import kv_pages, triton_blocks
 from qwen_jax.ops.attention.paged.triton_blocks import ROWS, Tuning
 
-FEW = 64  # rows of a product, at most: a program's registers hold their sums
-
+FEW = 64  # most rows of a product: a program's registers hold their sums
 
 TUNING = Tuning()
 
@@ -54,7 +53,7 @@ def unsupported_extend(q_BTNH: jax.Array, kv_PSCH: kv_pages.Layer) -> str | None
 
 
 def _are_few(q_BTNH: jax.Array, K: int) -> bool:
-    """Whether a chunk's queries are so few that its time is that of reading keys."""
+    """Whether a chunk has so few queries that reading the keys takes most of its time."""
     return q_BTNH.shape[1] * q_BTNH.shape[2] // K <= FEW
 
 
@@ -68,7 +67,7 @@ def decode(
     tuning: Tuning = TUNING,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `qwen_jax.ops.attention.paged.api.decode`, and `heads_K` in `paged._own_heads`.
+    """Attention as in `api.decode`; for `heads_K` see `api._own_heads`.
 
     `interpret` runs the kernels on a CPU, step by step, for tests.
     """
@@ -88,18 +87,18 @@ def append(
     tuning: Tuning = TUNING,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.append`. The program that reads a row's end writes it too."""
+    """Attention and pages as in `api.append`; the program that reads a row's end also writes it."""
     rows = Rows(table_BM, lengths_B, lengths_B - 1, _all_heads(None, kv_PSCH))
     new = (k_BKH.astype(kv_PSCH.dtype), v_BKH.astype(kv_PSCH.dtype))
-    o_B1NH, kept_PSCH = _read_rows(
+    o_B1NH, new_PSCH = _read_rows(
         q_BNH[:, None], kv_PSCH, rows, new, tuning=tuning, interpret=interpret
     )
-    return o_B1NH[:, 0], kept_PSCH
+    return o_B1NH[:, 0], new_PSCH
 
 
 @dataclass(frozen=True)
 class Rows:
-    """lengths_B: positions that a row has in all; firsts_B: that of its first query."""
+    """The rows of a call: lengths_B positions each, whose first query is at position firsts_B."""
 
     table_BM: jax.Array
     lengths_B: jax.Array
@@ -111,6 +110,7 @@ jax.tree_util.register_dataclass(Rows, ["table_BM", "lengths_B", "firsts_B", "he
 
 
 def _all_heads(heads_K: jax.Array | None, kv_PSCH: kv_pages.Layer) -> jax.Array:
+    """The indices heads_K of the pages' heads that are read; None: all heads, in order."""
     return jnp.arange(kv_PSCH.shape[2] // 2, dtype=jnp.int32) if heads_K is None else heads_K
 
 
@@ -123,25 +123,26 @@ def _read_rows(
     tuning: Tuning,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
-    """(o_BTNH, and where a new key and value of every row are given, the pages with them).
+    """Outputs [B, T, N, H] of queries at positions firsts_B + t, and the pages with `new` written.
 
-    Query t sees positions 0..firsts_B + t of its row.
+    Query t sees positions 0..firsts_B + t of its row. new: a key and a value of every row, or
+    nothing; then only the outputs are returned.
     """
     (B, T, N, H), S, M = q_BTNH.shape, kv_PSCH.shape[1], rows.table_BM.shape[1]
     K = rows.heads_K.shape[0]
-    tall = max(ROWS, pl.next_power_of_2(T * N // K))
+    padded_rows = max(ROWS, pl.next_power_of_2(T * N // K))
     tuning = dataclasses.replace(tuning, block=min(tuning.block, M * S))
-    # A block is read whole, so that the table ends with one.
+    # Blocks are read whole: the page table is padded to a multiple of a block.
     table_BM = jnp.pad(rows.table_BM, ((0, 0), (0, -M % max(1, tuning.block // S))))
     rows = dataclasses.replace(rows, table_BM=table_BM)
     X = num_splits(B * K, M * S, tuning=tuning)
     pages = (jax.ShapeDtypeStruct(kv_PSCH.shape, kv_PSCH.dtype),) if new else ()
-    o_BKXRH, lse_BKXR, *kept = pl.pallas_call(
+    o_BKXRH, lse_BKXR, *new_pages = pl.pallas_call(
         functools.partial(_split, group=N // K, splits=X, tuning=tuning),
-        grid=(K, X, B),  # heads of one row side by side: they read the same places
+        grid=(K, X, B),  # heads of one row are neighbours: they read the same pages
         out_shape=(
-            jax.ShapeDtypeStruct((B, K, X, tall, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, X, tall), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, padded_rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, X, padded_rows), jnp.float32),
             *pages,
         ),
         input_output_aliases={1: 2} if new else {},
@@ -155,7 +156,7 @@ def _read_rows(
         name="paged_decode_merge",
         **_options(interpret, warps=4, stages=1),
     )(o_BKXRH, lse_BKXR, rows.lengths_B)
-    return o_BTNH, *kept
+    return o_BTNH, *new_pages
 
 
 def extend(
@@ -171,11 +172,12 @@ def extend(
     heads_K: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `qwen_jax.ops.attention.paged.api.extend`, and `heads_K` in `paged._own_heads`.
+    """Attention as in `api.extend`; for `heads_K` see `api._own_heads`.
 
-    A few queries a row, as when a draft is verified, are read for as decoding does. Otherwise two
-    calls of cuDNN's: the chunk to itself, causally, and to the prefix, which is gathered out of all
-    the table's pages into one piece. They are merged by their log-sum-exp in float32.
+    A few queries a row, as when draft tokens are verified, are computed by the decode kernel. More
+    queries are computed by two calls of cuDNN: the chunk's own keys, causally, and the prefix,
+    which is gathered from all pages of the page table. The two outputs are merged by their
+    log-sum-exp in float32.
     """
     own_K = _all_heads(heads_K, kv_PSCH)
     fits = unsupported_decode(q_BTNH, kv_PSCH) is None
@@ -190,17 +192,18 @@ def extend(
     k_BSKH, v_BSKH = kv_pages.gather(kv_PSCH, table_BM, H=q_BTNH.shape[3])
     if heads_K is not None:
         k_BSKH, v_BSKH = (jnp.take(x, heads_K, axis=2) for x in (k_BSKH, v_BSKH))
-    own = cudnn.part_forward(q_BTNH, k_BTKH, v_BTKH, lengths_B=None)
-    before = cudnn.part_forward(q_BTNH, k_BSKH, v_BSKH, lengths_B=starts_B)
+    own = cudnn.partial_forward(q_BTNH, k_BTKH, v_BTKH, lengths_B=None)
+    before = cudnn.partial_forward(q_BTNH, k_BSKH, v_BSKH, lengths_B=starts_B)
     # float32 island: weights of the two parts are exponentials.
     o_BTNH, _ = ring.merge((own[0].astype(jnp.float32), own[1]), before)
     return o_BTNH.astype(q_BTNH.dtype)
 
 
 def num_splits(programs: int, keys: int, *, tuning: Tuning) -> int:
-    """Splits of every row, a power of two: as many as occupy the GPU, each of `min_keys` or more.
+    """Number of splits of every row, a power of two that occupies the GPU.
 
-    `programs` are there without splitting; `keys` is the most that a row may have.
+    programs: number of programs without splits. keys: most keys of a row; a split has
+    `tuning.min_keys` or more.
     """
     wanted = pl.cdiv(tuning.programs, programs)
     useful = pl.cdiv(keys, tuning.min_keys)
@@ -208,21 +211,31 @@ def num_splits(programs: int, keys: int, *, tuning: Tuning) -> int:
 
 
 def _split(
-    q_BTNH, kv_PSCH, rows, new, o_BKXRH, lse_BKXR, *kept, group: int, splits: int, tuning: Tuning
+    q_BTNH,
+    kv_PSCH,
+    rows,
+    new,
+    o_BKXRH,
+    lse_BKXR,
+    *new_pages,
+    group: int,
+    splits: int,
+    tuning: Tuning,
 ):
-    """One program: the queries (R, G of each) of a key-value head over one split of a row's keys.
+    """Kernel body: the queries of one key-value head over one split of a row's keys.
 
-    A new key and value, the row's last, are not read from its page but written to it (`kept`).
+    R rows are the G query heads of each query. A new key and value, the row's last, are taken from
+    `new` and written to the row's page.
     """
     k, x, b = (pl.program_id(i) for i in range(3))
-    tall = o_BKXRH.shape[3]
+    padded_rows = o_BKXRH.shape[3]
     length = rows.lengths_B[b]
     num_read = length - 1 if new else length
     part = triton_blocks.split(b, rows.heads_K[k], x, length, splits=splits, tuning=tuning)
 
     @pl.when(part.first < part.last)
     def _():
-        row_R = jnp.arange(tall)
+        row_R = jnp.arange(padded_rows)
         real_R = row_R < q_BTNH.shape[1] * group
         row_R = jnp.where(real_R, row_R, 0)
         q_RH = q_BTNH[b, row_R // group, k * group + row_R % group, :]
@@ -230,11 +243,11 @@ def _split(
             q_RH,
             tuple(side[b, k, :] for side in new),
             kv_PSCH,
-            kept[0] if new else None,
+            new_pages[0] if new else None,
             rows.table_BM,
             part,
             None,
-            # Below what a query sees, and within what there is to read.
+            # A query sees its own and earlier positions, of those that there are to read.
             ends_R=jnp.minimum(rows.firsts_B[b] + row_R // group + 1, num_read),
             tuning=tuning,
         )
@@ -243,7 +256,7 @@ def _split(
 
 
 def _merge(o_BKXRH, lse_BKXR, lengths_B, o_BTNH, *, group: int, splits: int, tuning: Tuning):
-    """One program: a query head's splits into one, of those that its row's length reaches."""
+    """Kernel body: the merge of one query head's splits, of those that its row's length reaches."""
     n, t, b = (pl.program_id(i) for i in range(3))
     H = o_BTNH.shape[3]
     blocks, per_split = triton_blocks.blocks_of_split(lengths_B[b], splits=splits, tuning=tuning)
@@ -259,5 +272,6 @@ def _merge(o_BKXRH, lse_BKXR, lengths_B, o_BTNH, *, group: int, splits: int, tun
 
 
 def _options(interpret: bool, *, warps: int, stages: int) -> dict:
+    """Options of `pallas_call` for a Triton kernel."""
     params = triton.CompilerParams(num_warps=warps, num_stages=stages)
     return {"interpret": interpret, "compiler_params": params}

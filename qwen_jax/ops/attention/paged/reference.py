@@ -1,9 +1,9 @@
-"""Attention over pages in plain jax.numpy: what every other implementation is held to.
+"""Attention over pages in plain jax.numpy, which other implementations are tested against.
 
-A query's arithmetic is the same whatever is beside it: rows go one by one, queries in tiles of
-fixed size, keys in blocks of fixed size from position 0, and a block that a query sees nothing of
-changes neither its maximum nor its sums. In float32 the result is therefore bitwise independent of
-other rows and of their number, of the table's width, of padding, and of where a prompt was cut.
+A query's arithmetic does not depend on other queries: rows are computed one by one, queries in
+tiles of fixed size, keys in blocks of fixed size from position 0, and a block without visible keys
+changes neither the maximum nor the sums. In float32 the result is therefore bitwise independent of
+other rows and of their number, of the page table's width, of padding, and of a prompt's chunks.
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from qwen_jax.ops.attention import reference
 from qwen_jax.ops.attention.paged import kv_pages
 
-TILE = 32  # queries at a time; scores of one tile and block are all that is held
+TILE = 32  # queries at a time; only scores of one tile and block are in memory
 BLOCK = 128  # keys at a time, or one page if that is larger
 
 
@@ -26,7 +26,7 @@ def decode(
     lengths_B: jax.Array,
     heads_K: jax.Array | None = None,
 ) -> jax.Array:
-    """See `qwen_jax.ops.attention.paged.api.decode`, and `heads_K` in `paged._own_heads`."""
+    """Attention as in `api.decode`; for `heads_K` see `api._own_heads`."""
 
     def one(row: tuple[jax.Array, ...]) -> jax.Array:
         q_NH, table_M, length = row
@@ -74,9 +74,10 @@ def _attend(
     last_T: jax.Array,
     heads_K: jax.Array | None,
 ) -> jax.Array:
-    """Each query over positions 0..last of one row (arXiv 2205.14135, algorithm 1, by blocks).
+    """Attention of each query over positions 0..last of one row, [T, N, H].
 
-    last -1 sees nothing, and gives zeros. All sums are float32.
+    arXiv 2205.14135, algorithm 1, by blocks of keys. Outputs with last = -1 are zeros. All sums are
+    float32.
     """
     T, N, H = q_TNH.shape
     S = kv_PSCH.shape[1]
@@ -96,7 +97,7 @@ def _attend(
         ) / math.sqrt(H)
         position_S = index * per_block * S + jnp.arange(per_block * S)
         seen_11TS = (position_S[None] <= last_T[:, None])[None, None]
-        # What an earlier owner left on a page may be infinite, and 0 times that is not 0.
+        # Values that an earlier request left on a page may be infinite, and 0 times inf is not 0.
         v_SKH = jnp.where((position_S <= jnp.max(last_T))[:, None, None], v_SKH, 0)
         scores_KGTS = jnp.where(seen_11TS, scores_KGTS, reference.MASKED)
         new_KGT1 = jnp.maximum(max_KGT1, scores_KGTS.max(axis=-1, keepdims=True))
@@ -119,6 +120,6 @@ def _attend(
     )
     num_blocks = jnp.max(last_T) // (per_block * S) + 1
     _, sum_KGT1, o_KGTH = jax.lax.fori_loop(0, num_blocks, block, carry)
-    # The maximum's own weight is 1: only a query that sees nothing has a smaller sum.
+    # The maximum's own weight is 1: only a query without visible keys has a smaller sum.
     o_KGTH /= jnp.maximum(sum_KGT1, 1)
     return jnp.moveaxis(o_KGTH, 2, 0).reshape(T, N, H).astype(q_TNH.dtype)
