@@ -1,4 +1,5 @@
-"""What a compiled program sends in one execution, read from XLA's text, loops multiplied out.
+"""The collectives of one execution of a compiled program, read from XLA's text, loops multiplied
+out.
 
 XLA's own `cost_analysis` counts the body of a loop once, so that a step of 80 scanned layers costs
 what one layer does. Here every instruction counts as often as it runs. A loop's number of rounds is

@@ -98,7 +98,7 @@ def save(
     Raises as `writer.write` does.
     """
     specs = quantised_params.specs(cfg, params)
-    arrays, held = [], {}
+    arrays, array_of = [], {}
     flat = tensor_table.flatten(params)
     for row in tensor_table.rows(cfg):
         value = flat[row.path]
@@ -110,12 +110,12 @@ def save(
             arrays.append(
                 writer.Array(path=name, shape=piece.shape, dtype=piece.dtype, num_stacked=stacked)
             )
-            held[name] = piece
+            array_of[name] = piece
     writer.write(
         out,
         cfg,
         arrays,
-        _blocks(arrays, held),
+        _blocks(arrays, array_of),
         assets=assets,
         on_progress=on_progress,
         source=source,
@@ -123,10 +123,10 @@ def save(
     )
 
 
-def _blocks(arrays: list[writer.Array], held: dict[str, jax.Array]) -> writer.Blocks:
+def _blocks(arrays: list[writer.Array], array_of: dict[str, jax.Array]) -> writer.Blocks:
     """Blocks of the arrays, layer by layer, so that the host holds one layer of one array."""
     for stored in arrays:
-        piece = held[stored.path]
+        piece = array_of[stored.path]
         if not stored.num_stacked:
             yield stored, (), np.asarray(piece)
             continue

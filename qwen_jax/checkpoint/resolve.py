@@ -1,4 +1,4 @@
-"""What a path holds: a Hugging Face folder, a native checkpoint or a training run.
+"""The checkpoint at a path: a Hugging Face folder, a native checkpoint or a training run.
 
 A native checkpoint is a folder:
 

@@ -129,15 +129,15 @@ def _check_shapes(
 
 def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
     """Checks that a run's data state and model are as saved, and that all parts are of one step."""
-    path, said = report.path, {"model/metadata": metadata.get("step")}
+    path, steps_found = report.path, {"model/metadata": metadata.get("step")}
     if not (path / "data").is_dir():
         return
-    said["the folder's name"] = int(path.name) if path.name.isdecimal() else None
+    steps_found["the folder's name"] = int(path.name) if path.name.isdecimal() else None
     found = {"model": metadata["model"]}
     try:
         found["data"] = storage.read_json(path / "data" / "metadata")
         if "step" in found["data"]:
-            said["data/metadata"] = found["data"]["step"]
+            steps_found["data/metadata"] = found["data"]["step"]
     except ValueError as error:
         report.problems.append(str(error))
     sums = metadata.get("checksums", {}).get("json", {})
@@ -146,11 +146,11 @@ def _check_json(report: Report, metadata: dict, arrays: dict) -> None:
             report.problems.append(f"{part}/metadata does not hold the values that were saved")
     if ("optimizer", "step") in arrays:
         try:
-            said["optimizer/step"] = int(arrays["optimizer", "step"].read().result())
+            steps_found["optimizer/step"] = int(arrays["optimizer", "step"].read().result())
         except ValueError:
             return  # reading all values will say it
-    if len(set(said.values())) > 1:
-        described = ", ".join(f"{name} {step}" for name, step in said.items())
+    if len(set(steps_found.values())) > 1:
+        described = ", ".join(f"{name} {step}" for name, step in steps_found.items())
         report.problems.append(f"{path}: the parts are not of one step: {described}")
 
 
@@ -173,8 +173,8 @@ def _check_values(
             if not np.issubdtype(values.dtype, np.integer) and not np.isfinite(values).all():
                 bad = int(values.size - np.isfinite(values).sum())
                 report.problems.append(f"{where} has {bad} values that are not finite")
-            words = values.view(f"uint{8 * values.dtype.itemsize}")
-            found += int(words.sum(dtype=np.uint64))
+            bits = values.view(f"uint{8 * values.dtype.itemsize}")
+            found += int(bits.sum(dtype=np.uint64))
             on_progress(report.num_bytes, total, f"{part} {name}")
         report.num_arrays += 1
         recorded = sums.get(part, {}).get(name)

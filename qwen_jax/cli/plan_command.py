@@ -82,11 +82,11 @@ def run(request: Request, *, picture: str | None) -> Candidate:
     # A plan needs no device: looking for one would wait for it, or take it from a run.
     jax.config.update("jax_platforms", "cpu")
     cfg, config = settings(request)
-    held = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
+    fixed = {"policy": request.remat, "rows": request.rows, "batch": batch_of(request)}
     if request.topology == "any":
         if request.mesh:
             raise ValueError(f"mesh={request.mesh} needs a --topology whose devices it divides")
-        best = search.rank_slices(cfg, config, purpose=request.purpose, **held)
+        best = search.rank_slices(cfg, config, purpose=request.purpose, **fixed)
         if not best.ranked:
             reasons = "; ".join(f"{chip}: {reason}" for chip, reason in best.skipped.items())
             raise ValueError(f"{cfg.name} fits no slice: {reasons}")
@@ -96,7 +96,7 @@ def run(request: Request, *, picture: str | None) -> Candidate:
         where = topologies.parse(request.topology)
         mesh = mesh_lib.parse(request.mesh) if request.mesh else None
         found, refused = search.candidates(
-            cfg, config, where, purpose=request.purpose, mesh=mesh, **held
+            cfg, config, where, purpose=request.purpose, mesh=mesh, **fixed
         )
         chosen = search.recommend(found, refused)
         plan_report.show_slice(found, refused, chosen, recipe=request.recipe)

@@ -24,7 +24,7 @@ from qwen_jax.model import transformer
 from qwen_jax.ops.attention import context_parallelism
 
 Purpose = Literal["train", "eval", "decode"]
-# Of a parameter: split where it is stored, put together where it is used.
+# Logical axes of parameters that are split in storage and gathered for use.
 GATHERED_AXES = ("embed", "expert_embed")
 
 

@@ -7,7 +7,7 @@ from configs.models.architecture import ModelConfig
 from qwen_jax.analysis.plan import tiles
 from qwen_jax.analysis.plan.job import Job
 
-# What a layer without rematerialisation keeps beyond `minimal`, in arrays [B, T, F]: the five that
+# Arrays [B, T, F] that a layer without rematerialisation keeps beyond `minimal`: the five that
 # SiLU's and the product's derivatives keep, counted in a compiled step (1.5B, v5e, scan).
 _ARRAYS_OF_NONE = 5
 
@@ -100,18 +100,18 @@ def repeated_per_token(job: Job) -> float:
     have = available_in_backward(policy)
     D, H = cfg.hidden_size, cfg.head_dim
     N, K = cfg.num_attention_heads, cfg.num_key_value_heads
-    again = 0.0
-    again += 0 if "q" in have else 2 * D * N * H
-    again += sum(2 * D * K * H for name in ("k", "v") if name not in have)
-    again += 0 if "attention_out" in have else 2 * N * H * job.length  # causal
-    again += 0 if "attention_residual" in have else 2 * N * H * D
+    repeated = 0.0
+    repeated += 0 if "q" in have else 2 * D * N * H
+    repeated += sum(2 * D * K * H for name in ("k", "v") if name not in have)
+    repeated += 0 if "attention_out" in have else 2 * N * H * job.length  # causal
+    repeated += 0 if "attention_residual" in have else 2 * N * H * D
     F = mean_ffn(cfg)
-    again += sum(2 * D * F for name in ("mlp_gate", "mlp_up") if name not in have)
+    repeated += sum(2 * D * F for name in ("mlp_gate", "mlp_up") if name not in have)
     if cfg.moe:
         product = 2 * D * cfg.moe.moe_intermediate_size * cfg.moe.num_experts_per_tok
         routed = sum(product for name in ("expert_gate", "expert_up") if name not in have)
-        again += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(cfg)
-    return again * cfg.num_hidden_layers
+        repeated += (routed + 2 * D * cfg.moe.num_experts) * _sparse_share(cfg)
+    return repeated * cfg.num_hidden_layers
 
 
 @functools.lru_cache(maxsize=256)

@@ -43,12 +43,12 @@ KINDS = {
     "logits": "logits",
     "cache": "key-value cache",
 }
-# Of a layer's backward pass at its two moments: arrays [M, F] of the feed-forward network that live
+# Backward pass of a layer at its two moments: arrays [M, F] of the feed-forward network that live
 # together (gate, up, and the gradients of their product and of one of them; then one less), and
 # matrices whose gradients are whole.
 _OF_A_LAYER = {"backward": (4, 2), "scatter": (3, 3)}
 _ATTENTION_ARRAYS = 4  # [M, N H]: q, o and their gradients
-# Of rows sent to experts: gate, up and the gradient of their product, [R, F]; the rows, and what
+# Rows sent to experts: gate, up and the gradient of their product, [R, F]; the rows, and what
 # comes back to them by way of gate and of up, [R, D].
 _EXPERT_ARRAYS = 3
 # [M, D], or as wide: the layer's input, attention's output before and after its projection, what is
@@ -86,16 +86,16 @@ def _train(job: Job) -> Memory:
     itemsize = jnp.dtype(job.config.compute_dtype).itemsize
     moment = jnp.dtype(job.config.optimizer.moment_dtype).itemsize
     leaves = job_lib.parameters(job)
-    held = sum(tiles.size(job, leaf.local) for leaf in leaves)
+    num_held = sum(tiles.size(job, leaf.local) for leaf in leaves)
     stacked = [leaf.local for leaf in leaves if leaf.stacked]
     device, host = layer.saved_elements(job)
     layers = job.cfg.num_hidden_layers
-    kept = job.tokens * layers * device * itemsize
+    kept_bytes = job.tokens * layers * device * itemsize
     in_flight = 2 * job.tokens * host * itemsize  # two layers' worth comes back at one time
-    accumulated = FLOAT32 * held if job.config.accumulate_steps > 1 else 0
+    accumulated = FLOAT32 * num_held if job.config.accumulate_steps > 1 else 0
     always = {
-        "parameters": FLOAT32 * held,
-        "optimizer": (moment + FLOAT32) * held,
+        "parameters": FLOAT32 * num_held,
+        "optimizer": (moment + FLOAT32) * num_held,
         "batch": job.config.accumulate_steps * _batch(job),
         "copy": _copies(job, leaves, like_the_embedding=3),
     }
@@ -103,16 +103,16 @@ def _train(job: Job) -> Memory:
     kernel_gradient, left_of_it = _kernel_gradient(job)
     gradients_of_layers = itemsize * sum(tiles.stacked(job, shape) for shape in stacked)
     residual = job.tokens * job.cfg.hidden_size * itemsize
-    others = held - sum(tiles.size(job, shape) for shape in stacked)
+    others = num_held - sum(tiles.size(job, shape) for shape in stacked)
     moments = {
         "gather": {
-            "kept": kept,
+            "kept": kept_bytes,
             "gradients": accumulated + kernel_gradient,
             "weights": kernel + _arriving_kernel(job) * itemsize,
             "working": 4 * residual,
         },
         "loss": {
-            "kept": kept,
+            "kept": kept_bytes,
             "gradients": accumulated + kernel_gradient,
             "weights": kernel,
             "logits": _logits(job),
@@ -120,7 +120,7 @@ def _train(job: Job) -> Memory:
         },
         **{
             name: {
-                "kept": kept,
+                "kept": kept_bytes,
                 "gradients": accumulated + gradients_of_layers + left_of_it,
                 "weights": _layer_weights(job, leaves, gradients=number) * itemsize,
                 "working": _working(job, ffn_arrays=arrays) * itemsize + in_flight,
@@ -164,9 +164,9 @@ def _decode(job: Job) -> Memory:
     width = kv_pages.width(cfg, job.where.chip.platform)
     positions = job.rows * -(-job.length // settings.page_size) * settings.page_size
     heads = 2 * cfg.num_key_value_heads / job.layout.size("act_kv_heads")
-    held = sum(leaf.local_size for leaf in job_lib.parameters(job))
+    num_held = sum(leaf.local_size for leaf in job_lib.parameters(job))
     always = {
-        "parameters": dtype.itemsize * held,
+        "parameters": dtype.itemsize * num_held,
         "cache": cfg.num_hidden_layers * positions * heads * width * dtype.itemsize,
         # Per slot and token id: whether the prompt has it (a byte), and its count in the answer.
         "batch": job.rows * cfg.vocab_size * 5,

@@ -17,7 +17,7 @@ from qwen_jax.analysis.plan import job as job_lib
 from qwen_jax.analysis.plan import layer, memory, roofline
 from qwen_jax.analysis.plan.job import Job, Purpose
 
-# Of a device's memory, kept free: for the heap's holes, the program's code and our own error.
+# Share of a device's memory kept free for fragmentation, the program's code and estimation error.
 RESERVE = 0.1
 ROWS = (1, 2, 4, 8, 16)
 DECODE_ROWS = (1, 4, 16, 64, 256)
@@ -78,15 +78,15 @@ def meshes(cfg: ModelConfig, where: Slice) -> list[MeshConfig]:
 
 def _owners(sides: Sequence[int], axes: list[str]) -> list[dict[str, int]]:
     """All assignments of the sides to the axes, as sizes of the axes."""
-    ways = {tuple(1 for _ in axes)}
+    assignments = {tuple(1 for _ in axes)}
     for side in sides:
-        ways = {
-            tuple(size * side if i == owner else size for i, size in enumerate(way))
-            for way in ways
+        assignments = {
+            tuple(size * side if i == owner else size for i, size in enumerate(sizes))
+            for sizes in assignments
             for owner in range(len(axes))
         }
     others = dict.fromkeys(mesh_config.MESH_AXES, 1)
-    return [others | dict(zip(axes, way, strict=True)) for way in sorted(ways)]
+    return [others | dict(zip(axes, sizes, strict=True)) for sizes in sorted(assignments)]
 
 
 def _prime_factors(n: int) -> list[int]:
@@ -130,7 +130,7 @@ def candidates(
 def _rank(one: Candidate) -> tuple:
     if not one.fits():
         return (1, one.memory.total)
-    # Of equally fast candidates, the one that needs less memory.
+    # Equally fast candidates are ranked by memory.
     return (0, -round(one.speed, 3), one.memory.total)
 
 

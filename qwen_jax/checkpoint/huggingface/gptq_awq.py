@@ -230,6 +230,8 @@ def _order(
     else:
         order = None
     if (groups_C != np.arange(num_inputs) // size).any():
-        said = "desc_act=true" if spec.has_order else "desc_act=false"
-        raise ValueError(f"{base}.g_idx is no division into groups of {size}, as {said} asks for")
+        setting = "desc_act=true" if spec.has_order else "desc_act=false"
+        raise ValueError(
+            f"{base}.g_idx is no division into groups of {size}, as {setting} asks for"
+        )
     return order

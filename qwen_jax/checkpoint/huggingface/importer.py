@@ -214,8 +214,10 @@ def _check_tied(opened: source.Source, *, block_bytes: int) -> None:
     step = max(1, block_bytes // row_bytes)
     for start in range(0, opened.model.vocab_size, step):
         slices = (slice(start, min(start + step, opened.model.vocab_size)), slice(None))
-        tied, kept = source.read(opened, name, slices), source.read(opened, embed, slices)
-        if tied.dtype != kept.dtype or not np.array_equal(tied.view("u1"), kept.view("u1")):
+        tied, embedding = source.read(opened, name, slices), source.read(opened, embed, slices)
+        if tied.dtype != embedding.dtype or not np.array_equal(
+            tied.view("u1"), embedding.view("u1")
+        ):
             raise ValueError(
                 f"{name} differs from {embed} near row {start}, but tie_word_embeddings is true; "
                 f"set it to false in config.json to keep both"

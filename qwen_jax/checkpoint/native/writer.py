@@ -99,8 +99,8 @@ def _write_arrays(
     for array, index, values in blocks:
         values = np.ascontiguousarray(values)
         assert values.dtype == array.dtype, (array, values.dtype)
-        words = values.view(f"uint{8 * array.dtype.itemsize}")
-        sums[array.path] = (sums[array.path] + int(words.sum(dtype=np.uint64))) % 2**32
+        bits = values.view(f"uint{8 * array.dtype.itemsize}")
+        sums[array.path] = (sums[array.path] + int(bits.sum(dtype=np.uint64))) % 2**32
         with store.write_errors():
             under_way.append(opened[array.path][index].write(values))
             while len(under_way) > _UNDER_WAY:

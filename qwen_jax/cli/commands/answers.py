@@ -18,16 +18,16 @@ _ALONE = EngineConfig(num_slots=1)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, its dtype and mesh, and its draft model."""
+    """The model, its dtype and mesh, and its draft model."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """Hugging Face folder, native checkpoint, or a training run's output (its latest step)."""
     dtype: Dtype = "bfloat16"
-    """Of the weights held and of the arithmetic."""
+    """Dtype of the weights and of the arithmetic."""
     mesh: str = ""
     """Axis sizes for several devices, for example tensor=4; by default one device."""
     draft: str = ""
-    """A smaller model of the same tokenizer that guesses, for --engine.speculation draft."""
+    """A smaller model of the same tokenizer that drafts tokens, for --engine.speculation draft."""
     programs: str = "~/.cache/qwen_jax"
     """Keeps what a GPU or TPU's compiler made for the next start; "" keeps nothing. A folder in
     JAX_COMPILATION_CACHE_DIR goes before it."""

@@ -121,7 +121,7 @@ def quantize(
         group_size: Inputs that share a scale, 32, 64 or 128; by default all (a scale a channel).
         output_layer: The projection to the vocabulary, the embedding where tied: int8, or kept.
         text: A file of text: its cross-entropy is printed before and after.
-        dtype: Of the arithmetic in which the loss is measured.
+        dtype: Dtype of the arithmetic in which the loss is measured.
     """
     from qwen_jax.analysis import quantisation
     from qwen_jax.checkpoint.quantised import quantised_params

@@ -229,7 +229,7 @@ class SentencePiece(_PickledAsSource):
 
     @functools.cached_property
     def _impl_inside(self) -> sentencepiece.SentencePieceProcessor:
-        """The same model without the space that it adds before a text."""
+        """The processor of the same model, without the space that it adds before a text."""
         proto = sentencepiece_model_pb2.ModelProto()
         proto.CopyFrom(self.proto)
         proto.normalizer_spec.add_dummy_prefix = False
