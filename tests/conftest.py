@@ -16,14 +16,15 @@ if MULTIDEVICE:
     jax.config.update("jax_num_cpu_devices", 8)
 collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 
-# Half of the tests' time went into compiling small programs that run for milliseconds.
-jax.config.update("jax_disable_most_optimizations", True)
+# Most of the tests' time goes into compiling small programs that run for milliseconds.
+# `test_full_optimization.py` sets the variable, to compile as users do.
+if "QWEN_JAX_FULL_OPTIMIZATION" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 # On a busy machine one example may take any time; `timing` bounds the CPU seconds of a whole test.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 # A silent broadcast over a missing dimension is a bug more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
 
 # Programs compiled by one worker or subprocess serve all of them, and the next run.
 CACHE = {

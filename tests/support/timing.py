@@ -6,6 +6,7 @@ the children that it waited for, since wall time says more about the machine's o
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def unit(nodeid: str) -> str:
     """The tests that run one after the other in one worker: a file, or one shard."""
     file = nodeid.split("::", 1)[0]
     return nodeid if file == SHARDS else file
+
+
+def _kind(keywords) -> str:
+    return "slow" if "slow" in keywords else "default"
 
 
 def pytest_addoption(parser):
@@ -59,8 +64,12 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    seconds = json.loads(FILE.read_text()) if FILE.exists() else {}
-    items.sort(key=lambda item: -seconds.get(unit(item.nodeid), 0))
+    recorded = json.loads(FILE.read_text()) if FILE.exists() else {}
+    keys = {(unit(item.nodeid), _kind(item.keywords)) for item in items}
+    seconds = Counter()
+    for name, kind in keys:
+        seconds[name] += recorded.get(kind, {}).get(name, 0)
+    items.sort(key=lambda item: -seconds[unit(item.nodeid)])
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -108,12 +117,13 @@ def pytest_runtest_makereport(item, call):
     if report.when != "call":
         return report
     report.cpu_seconds = cpu_seconds() - item.stash[SETUP]
+    if item.config.option.max_seconds is None or item.get_closest_marker("slow"):
+        return report
     marked = item.get_closest_marker("takes")
     limit = item.config.option.max_seconds
-    if limit is not None and marked:
-        limit = max(limit, marked.kwargs["seconds"])
-        assert marked.kwargs["reason"]
-    if limit is not None and report.passed and report.cpu_seconds > limit:
+    if marked:
+        limit = max(limit, _takes(*marked.args, **marked.kwargs))
+    if report.passed and report.cpu_seconds > limit:
         report.outcome = "failed"
         report.longrepr = (
             f"{item.nodeid} took {report.cpu_seconds:.1f} s of CPU, more than {limit:g}: make it "
@@ -122,17 +132,23 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def _takes(seconds: float, reason: str) -> float:
+    """CPU seconds that the marker allows."""
+    assert reason, "say why the test needs more"
+    return seconds
+
+
 class Record:
     """Adds up what the workers report, in the process that started them."""
 
     def __init__(self, config):
-        self.config, self.wall, self.cpu, self.runs = config, {}, {}, {}
+        self.config, self.cpu, self.runs = config, {}, {}
+        self.seconds = {"default": Counter(), "slow": Counter()}
 
     def pytest_runtest_logreport(self, report):
-        name = unit(report.nodeid)
-        self.wall[name] = self.wall.get(name, 0) + report.duration
         if hasattr(report, "cpu_seconds"):
             self.cpu[report.nodeid] = report.cpu_seconds
+            self.seconds[_kind(report.keywords)][unit(report.nodeid)] += report.cpu_seconds
         test = report.nodeid.rpartition("[")[0] or report.nodeid
         if report.when == "call" or not report.passed:
             self.runs.setdefault(test, []).append(report.outcome)
@@ -148,10 +164,11 @@ class Record:
             for test in sorted(self.cpu, key=self.cpu.get, reverse=True)[:20]:
                 write(f"{self.cpu[test]:6.1f}  {test}")
         if self.config.option.record_durations:
-            seconds = json.loads(FILE.read_text()) if FILE.exists() else {}
-            seconds |= {name: round(value, 1) for name, value in self.wall.items()}
-            exists = {name: value for name, value in sorted(seconds.items()) if _exists(name)}
-            FILE.write_text(json.dumps(exists, indent=1) + "\n")
+            recorded = json.loads(FILE.read_text()) if FILE.exists() else {}
+            for kind, seconds in self.seconds.items():
+                known = recorded.get(kind, {}) | {n: round(s, 1) for n, s in seconds.items()}
+                recorded[kind] = {name: known[name] for name in sorted(known) if _exists(name)}
+            FILE.write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 def _exists(name: str) -> bool:

@@ -90,12 +90,14 @@ def check(config: TrainConfig, tmp_path: Path, *, kills: int, seed: int) -> int:
     return hits
 
 
+@pytest.mark.races
 def test_killed_twice(config, tmp_path):
     check(dataclasses.replace(config, num_steps=24), tmp_path, kills=2, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
+@pytest.mark.races
 def test_killed_ten_times(config, tmp_path, seed):
     assert check(dataclasses.replace(config, num_steps=200), tmp_path, kills=10, seed=seed) >= 1
 

@@ -57,6 +57,7 @@ def assert_close(got: list[dict], want: list[dict]) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=ROUNDING)
 
 
+@pytest.mark.races
 def test_two_processes_one_killed_and_gone_on_with_in_one(config, tmp_path):
     """Same losses as one process; a lost process ends the other; the run goes on without it."""
     cache = tmp_path / "cache"
@@ -76,6 +77,7 @@ def test_two_processes_one_killed_and_gone_on_with_in_one(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.races
 def test_sigterm_to_one_saves_in_all(config, tmp_path):
     cache = tmp_path / "cache"
     config = dataclasses.replace(config, num_steps=10_000, mesh=MeshConfig(data=2, fsdp=1))
@@ -89,6 +91,7 @@ def test_sigterm_to_one_saves_in_all(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.races
 def test_four_then_two_then_one(config, tmp_path):
     """Killed on four, ended by SIGTERM on two, finished on one: one run's data and losses."""
     cache = tmp_path / "cache"
@@ -132,6 +135,7 @@ def test_meshes_over_processes(config, tmp_path, count, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.races
 def test_killed_on_the_same_processes_is_bitwise_the_same(config, tmp_path):
     cache = tmp_path / "cache"
     config = dataclasses.replace(config, num_steps=20, eval_every_steps=10)

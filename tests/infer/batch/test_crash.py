@@ -63,12 +63,14 @@ def killed(folder: Path, *, times: int, seed: int, order: str) -> None:
         assert [r["custom_id"] for r in records] == ["refused", *(r["custom_id"] for r in LINES)]
 
 
+@pytest.mark.races
 def test_a_killed_job_answers_each_line_once(tmp_path):
     killed(tmp_path, times=3, seed=0, order="arrival")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["arrival", "input"])
+@pytest.mark.races
 def test_a_job_killed_ten_times_answers_each_line_once(tmp_path, order):
     killed(tmp_path, times=10, seed=1, order=order)
 

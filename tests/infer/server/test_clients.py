@@ -58,6 +58,7 @@ def slow(words):
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.races
 def test_leaving_cancels_a_running_answer(slow, stream):
     before = _outcomes(slow).get("client_left", 0)
     connection = slow.connect()
@@ -70,6 +71,7 @@ def test_leaving_cancels_a_running_answer(slow, stream):
     slow.wait(lambda: _outcomes(slow)["client_left"] == before + 1)
 
 
+@pytest.mark.races
 def test_leaving_cancels_a_waiting_answer(slow):
     first = [slow.connect() for _ in range(2)]
     for connection in first:
@@ -84,6 +86,7 @@ def test_leaving_cancels_a_waiting_answer(slow):
         connection.close()
 
 
+@pytest.mark.races
 def test_client_that_does_not_read_is_given_up(words, caplog):
     """Its buffers fill, and its request does not go on for long."""
     engine = Engine(words, num_slots=2, max_length=200_000)
@@ -100,6 +103,7 @@ def test_client_that_does_not_read_is_given_up(words, caplog):
         assert _outcomes(client) == {"client_stalled": 1}
 
 
+@pytest.mark.races
 def test_what_waits_for_a_client_is_bounded(words, caplog):
     engine = Engine(words, num_slots=2, max_length=200_000)
     with running_server(words, engine=engine, stream_buffer=50, send_buffer=4096) as client:
@@ -111,6 +115,7 @@ def test_what_waits_for_a_client_is_bounded(words, caplog):
         assert _outcomes(client) == {"client_stalled": 1}
 
 
+@pytest.mark.races
 def test_slow_reader_that_does_read_gets_everything(slow):
     with slow.connect() as connection:
         connection.sendall(_post({**LONG, "max_tokens": 60}, close=True))
@@ -126,6 +131,7 @@ def test_slow_reader_that_does_read_gets_everything(slow):
     [b"", b"POST /v1/comple", b"POST / HTTP/1.1\r\nHost: x\r\nX-A: b\r\n"],
     ids=["nothing", "line", "headers"],
 )
+@pytest.mark.races
 def test_headers_have_their_time(slow, begin):
     with slow.connect() as connection:
         connection.sendall(begin)
@@ -134,6 +140,7 @@ def test_headers_have_their_time(slow, begin):
         assert time.monotonic() - start < 3
 
 
+@pytest.mark.races
 def test_headers_have_their_time_after_an_answer_too(slow):
     with slow.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /heal")
@@ -148,6 +155,7 @@ def test_headers_have_a_largest_size(slow):
         assert b" 400 " in _rest(connection)
 
 
+@pytest.mark.races
 def test_body_has_its_time(slow):
     with slow.connect() as connection:
         whole = _post(LONG)
@@ -158,6 +166,7 @@ def test_body_has_its_time(slow):
         assert time.monotonic() - start < 3
 
 
+@pytest.mark.races
 def test_what_follows_a_refusal_is_not_read_for_ever(slow):
     with slow.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n")
@@ -196,6 +205,7 @@ def _babble(client: Client, rng: random.Random) -> None:
         _rest(connection)
 
 
+@pytest.mark.races
 def test_good_clients_lose_nothing_among_bad_ones(words):
     engine = Engine(words, seconds=0.002, num_slots=16)
     settings = {"header_seconds": 0.5, "body_seconds": 0.5, "stall_seconds": 0.3}

@@ -38,6 +38,7 @@ def _fail() -> None:
     raise RuntimeError("the device is gone")
 
 
+@pytest.mark.races
 def test_failing_engine_fails_all_that_is_open_and_is_not_ready(words, caplog):
     engine = Engine(words, seconds=0.01, num_slots=2)
     with running_server(words, engine=engine) as client:
@@ -64,6 +65,7 @@ def test_failing_warm_up_is_not_ready(words):
         assert httpx.post(client.url + ROUTE, json=CHAT).status_code == 500
 
 
+@pytest.mark.races
 def test_hanging_engine_is_given_up(words):
     engine = Engine(words)
     goes_on = threading.Event()
@@ -76,6 +78,7 @@ def test_hanging_engine_is_given_up(words):
         goes_on.set()
 
 
+@pytest.mark.races
 def test_engine_that_hangs_at_a_submission_is_given_up_too(words):
     engine = Engine(words)
     goes_on = threading.Event()
@@ -87,6 +90,7 @@ def test_engine_that_hangs_at_a_submission_is_given_up_too(words):
         goes_on.set()
 
 
+@pytest.mark.races
 def test_a_request_that_breaks_the_service_harms_no_other(words, monkeypatch):
     with running_server(words) as client:
         engine, submit = client.engine, client.engine.submit
@@ -145,6 +149,7 @@ def test_grammar_that_fails_fails_its_own_call_alone(words):
         client.wait_until_quiet()
 
 
+@pytest.mark.races
 def test_draining_finishes_what_is_open_and_refuses_what_is_new(words):
     engine = Engine(words, seconds=0.02)
     with running_server(words, engine=engine) as client:
@@ -163,6 +168,7 @@ def test_draining_finishes_what_is_open_and_refuses_what_is_new(words):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.races
 def test_draining_has_a_limit(words, stream):
     engine = Engine(words, seconds=0.05)
     with running_server(words, engine=engine, drain_seconds=0.2) as client:

@@ -86,6 +86,7 @@ def _num_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.mark.races
 def test_malformed_requests(words):
     codes = _fuzz(words, num_calls=300)
     assert codes.total() == 300

@@ -41,6 +41,7 @@ def _process(**settings) -> Iterator[tuple[subprocess.Popen, str]]:
         process.communicate()
 
 
+@pytest.mark.races
 def test_sigterm_drains_and_ends_with_0():
     with _process() as (process, url):
         with httpx.stream("POST", url + "/v1/completions", json=BODY, timeout=30) as response:
@@ -55,6 +56,7 @@ def test_sigterm_drains_and_ends_with_0():
         assert process.wait(20) == 0
 
 
+@pytest.mark.races
 def test_second_signal_does_not_wait():
     with _process() as (process, url):
         body = {**BODY, "max_tokens": 1000}

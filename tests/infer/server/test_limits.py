@@ -124,6 +124,7 @@ def test_body_and_prompt_have_a_largest_size(words):
         assert response.status_code == 400
 
 
+@pytest.mark.races
 def test_places_are_counted_and_given_back(words):
     engine = Engine(words, num_slots=2)
     goes_on = threading.Event()
@@ -150,6 +151,7 @@ def test_places_are_counted_and_given_back(words):
         client.wait_until_quiet()
 
 
+@pytest.mark.races
 def test_calls_wait_for_the_warm_up_elsewhere(words):
     warm = threading.Event()
     with (

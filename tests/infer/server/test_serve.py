@@ -43,6 +43,7 @@ def _alone(folder: Path, prompts: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.races
 def test_command_serves_a_model(hf_folder):
     flags = [
         f"--engine.{field.name.replace('_', '-')}={getattr(ENGINE, field.name)}"

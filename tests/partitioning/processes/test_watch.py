@@ -59,6 +59,7 @@ class Processes:
         return {n: (p.returncode, said[n]) for n, p in self.processes.items()}
 
 
+@pytest.mark.races
 def test_all_come_exchange_and_part():
     script = "print(json.dumps([w.gather([process, n]) for n in range(50)])); w.close()"
     ended = Processes(dict.fromkeys(range(3), script)).wait()
@@ -99,6 +100,7 @@ def test_another_number_of_processes_is_refused():
 
 
 @pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.races
 def test_a_killed_process_ends_the_others_at_once(killed):
     group = Processes(dict.fromkeys(range(3), "time.sleep(60)"))
     for n in group.processes:
@@ -113,6 +115,7 @@ def test_a_killed_process_ends_the_others_at_once(killed):
             assert f"process {n}: process {killed} on {socket.gethostname()} is lost" in said
 
 
+@pytest.mark.races
 def test_a_silent_process_counts_as_lost():
     group = Processes(dict.fromkeys(range(3), "time.sleep(60)"), silence=2)
     for n in group.processes:
@@ -126,6 +129,7 @@ def test_a_silent_process_counts_as_lost():
     group.wait()
 
 
+@pytest.mark.races
 def test_who_keeps_the_others_waiting_is_named():
     slow = "w.stage('reading data', 30); time.sleep(60)"
     quick = "w.stage('reading data', 30); w.stage('the first step', 5); time.sleep(60)"
@@ -137,6 +141,7 @@ def test_who_keeps_the_others_waiting_is_named():
         assert f"process 1 on {host} is still at: reading data" in said
 
 
+@pytest.mark.races
 def test_an_error_of_one_ends_all_with_its_reason():
     failing = "w.fail(2, 'the data is broken'); sys.exit(2)"
     ended = Processes({0: "time.sleep(60)", 1: failing, 2: "time.sleep(60)"}).wait()

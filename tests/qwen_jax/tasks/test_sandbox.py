@@ -54,6 +54,7 @@ def test_a_program_that_does_not_has_failed(program, detail):
         "import resource; resource.prlimit(1, resource.RLIMIT_CPU)",
     ],
 )
+@pytest.mark.races
 def test_network_processes_and_signals_are_out_of_reach(program):
     outcome = run(program)
     assert outcome.status == "failed" and "PermissionError" in outcome.detail, outcome
@@ -65,6 +66,7 @@ def test_limits_cannot_be_raised():
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
+@pytest.mark.races
 def test_time_is_up(program):
     assert run(program, QUICK).status == "timeout"
 

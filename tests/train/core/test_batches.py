@@ -55,6 +55,7 @@ def test_each_batch_comes_with_the_state_behind_it(helpers):
     assert [state["count"] for _, state in ahead] == [2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.races
 def test_a_second_interrupt_is_one():
     with interrupt.catch() as asked:
         assert not asked(1)

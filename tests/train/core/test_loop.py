@@ -110,6 +110,7 @@ def test_a_finished_run_stays_finished(undisturbed, helpers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.races
 def test_a_signal_saves_and_the_run_goes_on(undisturbed, tmp_path, helpers, number):
     config = helpers.tiny_config(output=str(tmp_path), num_steps=12)
 

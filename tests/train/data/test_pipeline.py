@@ -167,6 +167,7 @@ def test_resumes_on_another_number_of_hosts(make, config, before, after):
     )
 
 
+@pytest.mark.races
 def test_worker_processes_give_the_same_batches_resume_exactly_and_end(make, config):
     reference = make(config)
     expected = [next(reference) for _ in range(12)]
@@ -213,6 +214,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="looks processes up in /proc")
+@pytest.mark.races
 def test_workers_end_when_the_trainer_is_killed(numbered, tmp_path):
     folders = [str(pathlib.Path(__file__).parents[3]), str(pathlib.Path(__file__).parent)]
     script = tmp_path / "killed.py"
@@ -229,6 +231,7 @@ def test_workers_end_when_the_trainer_is_killed(numbered, tmp_path):
     assert not any(worker.exists() for worker in workers)
 
 
+@pytest.mark.races
 def test_close_leaves_no_thread(make, config):
     before = set(threading.enumerate())
     iterator = make(config)

@@ -54,6 +54,7 @@ def kill_until_finished(folder: Path, out: Path, chance: random.Random) -> int:
     return num_stopped
 
 
+@pytest.mark.races
 def test_killed_imports_go_on(medium, tmp_path):
     chance = random.Random(0)
     for attempt in range(10):  # on a busy machine kills may come too late
@@ -106,6 +107,7 @@ def test_blocks_done_before_are_not_written_again(medium, tmp_path, monkeypatch)
     assert_same_params(restored(tmp_path / "out"), restored(medium / "out"))
 
 
+@pytest.mark.races
 def test_killed_between_commit_and_end(medium, tmp_path, monkeypatch):
     real = Path.unlink
 

@@ -166,5 +166,5 @@ def test_cudnn_without_a_gpu_is_an_error():
 
 def test_the_choice_runs_here():
     q, k, v, _ = _inputs(4, 2, 64, "bfloat16")
-    got = api.attention(q, k, v, mask=api.Mask())
-    _close(got, api.attention(q, k, v, mask=api.Mask(), implementation="reference"), 2e-2)
+    got = api.attention(q, k, v, mask=MASKS["packed"])
+    _close(got, _definition(q, k, v, MASKS["packed"]), 2e-2)
