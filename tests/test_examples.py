@@ -57,6 +57,7 @@ def test_pretrain(example, tmp_path):
     assert (exported / "model.safetensors").is_file()
 
 
+@pytest.mark.takes(25, "transformers writes the model that this file's tests use")
 def test_convert(example, model, tmp_path, capsys):
     example("convert_both_ways").main(tmp_path, model)
     shown = capsys.readouterr().out
@@ -93,8 +94,13 @@ def test_the_readme_has_snippets():
     assert len(SNIPPETS) == 2 and all(CHECKPOINT in snippet for snippet in SNIPPETS)
 
 
-@pytest.mark.takes(30, "the README's own settings of an engine, whose programs are compiled")
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(0, marks=pytest.mark.slow),  # compiles an engine's programs
+        1,
+    ],
+)
 def test_readme_snippet(number, model, tmp_path, monkeypatch, capsys):
     shutil.copytree(model, tmp_path / CHECKPOINT)
     monkeypatch.chdir(tmp_path)
