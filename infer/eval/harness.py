@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over a backend: `LanguageModel` is what its evaluator asks.
+"""lm-evaluation-harness over a backend: `LanguageModel` implements the harness's model interface.
 
 Contexts come from the harness as text, chat templates applied; control tokens in them are parsed,
 as its own backends do. Scores and answers equal those of its `hf` backend in float32.
@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from configs.sampling import SamplingParams
-from qwen_jax.tasks.backend import Backend, Pair, Prompt
+from qwen_jax.tasks.backend import Backend, GenerationRequest, ScoringRequest
 from qwen_jax.tasks.task import Style
 from qwen_jax.text.chat import encoding as chat
 from qwen_jax.text.chat import jinja_template as chat_templates
@@ -28,9 +28,9 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 
 class LanguageModel(TemplateLM):
-    """A backend as the harness sees one; `lm_eval.simple_evaluate(model=...)` takes it.
+    """A backend in the harness's model interface, for `lm_eval.simple_evaluate(model=...)`.
 
-    `settings` are for tasks that sample: what a task does not say is taken from them.
+    `settings` are the defaults of tasks that sample: they hold where a task sets nothing else.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model reads; the last one of a scored sequence comes on top."""
+        """The number of tokens that the model reads; the last scored token needs no reading."""
         return self._backend.max_length - 1
 
     @property
@@ -65,7 +65,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer and its template in the harness's caches."""
+        """The name of the tokenizer and its template in the harness's caches."""
         return f"{self._name}--{self._backend.tokenizer.fingerprint}".replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
@@ -78,17 +78,20 @@ class LanguageModel(TemplateLM):
         return self._backend.tokenizer.encode(string, special="control")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source. Raises `ValueError` for a name: there is one template."""
+        """The template's source. Raises `ValueError` for a name: there is only one template."""
         if chat_template is False or chat_template is None:
             return None
         if chat_template is not True:
-            raise ValueError(f"chat_template={chat_template!r}: the tokenizer has one, unnamed")
+            raise ValueError(
+                f"chat_template={chat_template!r}: the tokenizer has one template, without a name; "
+                f"give True"
+            )
         return self._backend.tokenizer.chat_template or chat_templates.CHATML_TEMPLATE
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text; where the last message is to be continued, it stays open."""
+        """The conversation as text; without a generation prompt, the last message stays open."""
         text = chat.render(
             chat_history,
             tokenizer=self._backend.tokenizer,
@@ -103,7 +106,7 @@ class LanguageModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """ln p of whole texts, in windows with as much context as the model holds."""
+        """ln p of each whole text, scored in windows with as much context as the model holds."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -124,22 +127,23 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to the first stop string. Raises `ValueError` for unknown settings."""
-        asked = [request.args for request in requests]
-        prompts = [self._prompt(context, given) for context, given in asked]
+        """The answers up to their first stop strings. Raises `ValueError` for unknown settings."""
+        arguments = [request.args for request in requests]
+        generations = [self._generation(context, settings) for context, settings in arguments]
         answers = [""] * len(requests)
         for index, text in tqdm(
-            self._backend.generate(prompts),
-            total=len(prompts),
+            self._backend.generate(generations),
+            total=len(generations),
             disable=disable_tqdm,
             desc="generate_until",
         ):
             answers[index] = text
-            self.cache_hook.add_partial("generate_until", asked[index], text)
+            self.cache_hook.add_partial("generate_until", arguments[index], text)
         return answers
 
-    def _prompt(self, context: str, given: Mapping[str, Any]) -> Prompt:
-        values = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+    def _generation(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+        """The request for an answer to `context` with a task's `generation_kwargs`."""
+        values = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         stop = tuple(text for text in values.pop("until") if text)
         max_tokens = values.pop("max_gen_toks")
         sampled = values.pop("do_sample")
@@ -147,7 +151,7 @@ class LanguageModel(TemplateLM):
         if unknown:
             raise ValueError(f"generation_kwargs {unknown} are unknown; known: {_SAMPLING}")
         if not sampled:
-            values = {"temperature": 0.0, **_penalty(values)}
+            values = {"temperature": 0.0, **_greedy_settings(values)}
         room = self.max_length - max_tokens
         if room < 1:
             raise ValueError(
@@ -156,7 +160,7 @@ class LanguageModel(TemplateLM):
             )
         sampling = dataclasses.replace(self._settings, max_tokens=max_tokens, **values)
         tokens = self.tok_encode(context)[-room:]
-        return Prompt(tuple(tokens) or (self.prefix_token_id,), sampling, stop)
+        return GenerationRequest(tuple(tokens) or (self.prefix_token_id,), sampling, stop)
 
     def _loglikelihood_tokens(
         self,
@@ -167,7 +171,7 @@ class LanguageModel(TemplateLM):
         del kwargs
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for index, score in tqdm(
-            self._backend.loglikelihood(self._pairs(requests)),
+            self._backend.loglikelihood(self._scoring(requests)),
             total=len(requests),
             disable=disable_tqdm,
             desc="loglikelihood",
@@ -178,21 +182,23 @@ class LanguageModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", text, answers[index])
         return answers
 
-    def _pairs(
+    def _scoring(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]]
-    ) -> Iterable[Pair]:
+    ) -> Iterable[ScoringRequest]:
+        """The backend's requests; a context that does not fit loses its beginning."""
         for _, context, continuation in requests:
             room = self.max_length + 1 - len(continuation)
             if not context or not continuation or room < 1:
                 raise ValueError(
                     f"a context of {len(context)} tokens and a continuation of "
-                    f"{len(continuation)} cannot be scored by a model of {self.max_length}"
+                    f"{len(continuation)} cannot be scored by a model of {self.max_length} tokens; "
+                    f"raise max_length, and leave neither empty"
                 )
-            yield Pair(tuple(context[-room:]), tuple(continuation))
+            yield ScoringRequest(tuple(context[-room:]), tuple(continuation))
 
 
-def _penalty(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What greedy decoding heeds too."""
+def _greedy_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change greedy decoding too."""
     return {key: values[key] for key in ("repetition_penalty",) if key in values}
 
 
@@ -206,9 +212,9 @@ def evaluate(
     num_shots: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """The harness's own results, without its samples. `include_path` holds task files.
+    """The harness's results of the tasks, without samples. `include_path` holds task files.
 
-    Raises `ValueError` for tasks that it does not know.
+    Raises `ValueError` for tasks that the harness does not know.
     """
     manager = TaskManager(include_path=include_path)
     results = lm_eval.simple_evaluate(

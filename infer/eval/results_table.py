@@ -1,15 +1,15 @@
-"""Results as a table for people."""
+"""Evaluation results as a printed table."""
 
 from collections.abc import Sequence
 
 from rich import console, table
 
 from infer.eval.run import Result
-from qwen_jax.tasks.aggregate import Estimate
+from qwen_jax.tasks.estimates import Estimate
 
 
 def show(results: Sequence[Result]) -> None:
-    """Prints each metric with its standard error and 95% interval. Groups are in the files."""
+    """Prints a table of metrics with standard errors and 95% intervals, without the groups."""
     grid = table.Table()
     for heading in ("task", "metric", "value", "standard error", "95% interval", "items"):
         grid.add_column(heading, justify="left" if heading in ("task", "metric") else "right")

@@ -1,8 +1,8 @@
-"""Asks a task's items, keeps what is answered, and sums up.
+"""Evaluation of a backend on a task: asks its items, saves graded answers, estimates metrics.
 
-`<folder>/<task>.samples.jsonl` has what was asked of what in its first line, then a record for each
-item as it is judged; a run started again asks what is missing. `<folder>/<task>.json` has the
-metrics, with standard errors.
+The first line of `<folder>/<task>.samples.jsonl` says which model was asked what; each further line
+is the record of one graded item. A run that is started again asks only the items without a record.
+`<folder>/<task>.json` has the metrics with standard errors.
 """
 
 import collections
@@ -20,37 +20,39 @@ from typing import Any, TextIO, TypeVar
 from rich import progress
 
 from configs.sampling import SamplingParams
-from infer.eval import prompts
-from qwen_jax.tasks import aggregate
-from qwen_jax.tasks.backend import Backend, Pair, Prompt
+from qwen_jax.tasks import estimates, prompt_tokens
+from qwen_jax.tasks.backend import Backend, GenerationRequest, ScoringRequest
 from qwen_jax.tasks.task import Answer, Item, Task
 
-_Question = TypeVar("_Question", Pair, Prompt)
+_Request = TypeVar("_Request", ScoringRequest, GenerationRequest)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found. Metrics by name; those of each group where the task has groups."""
+    """The metrics of one run by name, over all items and over those of each group."""
 
     task: str
-    metrics: dict[str, aggregate.Estimate]
-    groups: dict[str, dict[str, aggregate.Estimate]]
+    metrics: dict[str, estimates.Estimate]
+    groups: dict[str, dict[str, estimates.Estimate]]
     count: int  # items
-    truncated: int  # items of which the beginning was cut off, as the model could not hold it
+    truncated: int  # items whose prompt lost its beginning, as it did not fit into the model
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 @dataclass
-class _Asked:
-    """An item's questions to the backend, and what has come."""
+class _Pending:
+    """An item whose requests are with the backend, and the results that have come."""
 
     item: Item
-    context: tuple[int, ...]
-    cut: int  # tokens cut off its beginning
-    num_parts: int
-    parts: dict[int, Any] = field(default_factory=dict)
+    context: tuple[int, ...]  # the prompt's tokens, as cut to fit
+    num_cut: int  # tokens cut off the prompt's beginning
+    num_requests: int
+    results: dict[int, Any] = field(default_factory=dict)  # by the request's number in the item
+
+
+_Owners = dict[int, tuple[_Pending, int]]  # index of a request -> its item, its number there
 
 
 def run(
@@ -62,33 +64,34 @@ def run(
     subject: Mapping[str, Any],
     show_progress: bool = True,
 ) -> Result:
-    """`subject` says what is evaluated (model, dtype ...): answers of another are not mixed in.
+    """The task's metrics for the model behind `backend`; records and metrics go to `folder`.
 
-    `sampling` is how answers are drawn; `max_tokens` is the task's, each answer has a seed of its
-    own, made of the seed and the item's id. Contexts that do not fit lose their beginning, as in
-    lm-evaluation-harness; the result counts them. Raises `ValueError` where the folder holds
-    another run's answers, and where not even the answer fits.
+    `subject` says what is evaluated (model, dtype, ...), so that answers of another model are not
+    mixed in. `max_tokens` of `sampling` is replaced by the task's, and its seed by one that each
+    answer derives from it and from the item's id. A prompt that does not fit loses its beginning,
+    as in lm-evaluation-harness; the result counts them. Raises `ValueError` where the folder holds
+    another run's answers, and where not even the answer fits into the model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.name}.samples.jsonl"
-    head = _head(task, sampling, subject)
-    records = _resume(path, head)
+    header = _header(task, sampling, subject)
+    records = _resume(path, header)
     missing = [item for item in task.items if item.id not in records]
-    with path.open("a", encoding="utf-8") as out, _bar(show_progress) as bar:
+    with path.open("a", encoding="utf-8") as out, _progress_bar(show_progress) as bar:
         line = bar.add_task(task.name, total=len(task.items), completed=len(records))
-        for record in _records(backend, task, missing, sampling=sampling):
+        for record in _graded_records(backend, task, missing, sampling=sampling):
             _write(out, record)
             records[record["id"]] = record
             bar.advance(line)
     result = summarise(task, [records[item.id] for item in task.items])
-    summary = {**head, **task.facts, **result.as_json()}
+    summary = {**header, **task.environment, **result.as_json()}
     (folder / f"{task.name}.json").write_text(json.dumps(summary, indent=2) + "\n")
     return result
 
 
 def summarise(task: Task, records: Sequence[Mapping[str, Any]]) -> Result:
-    """Metrics over all records, and over those of each group."""
+    """The metrics over all records, and over those of each group."""
     by_group = collections.defaultdict(list)
     for record in records:
         by_group[record["group"]].append(record)
@@ -102,85 +105,94 @@ def summarise(task: Task, records: Sequence[Mapping[str, Any]]) -> Result:
     )
 
 
-def _estimates(records: Sequence[Mapping[str, Any]]) -> dict[str, aggregate.Estimate]:
+def _estimates(records: Sequence[Mapping[str, Any]]) -> dict[str, estimates.Estimate]:
     names = records[0]["metrics"]
-    return {name: aggregate.estimate([r["metrics"][name] for r in records]) for name in names}
+    return {name: estimates.estimate([r["metrics"][name] for r in records]) for name in names}
 
 
-def _head(task: Task, sampling: SamplingParams, subject: Mapping[str, Any]) -> dict[str, Any]:
-    head = {
+def _header(task: Task, sampling: SamplingParams, subject: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line of the samples file: which model was asked what, with which settings."""
+    header = {
         "task": task.name,
         "asked": task.fingerprint,
         "style": task.style,
         "subject": dict(subject),
         "sampling": dataclasses.asdict(sampling),
     }
-    return json.loads(json.dumps(head))  # as it will be read back
+    return json.loads(json.dumps(header))  # as it reads back from the file
 
 
-def _resume(path: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Records of an earlier run, by id; writes `head` where there was none.
+def _resume(path: Path, header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records of an earlier run by item id; a file without any line gets `header`.
 
-    A last line that was cut is dropped. Raises `ValueError` for another run's file.
+    An incomplete last line is dropped. Raises `ValueError` for another run's file.
     """
     content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
+    complete = content[: content.rfind(b"\n") + 1]
+    lines = [json.loads(line) for line in complete.splitlines()]
     if not lines:
-        path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return {}
-    differs = sorted(key for key in head if lines[0].get(key) != head[key])
+    differs = sorted(key for key in header if lines[0].get(key) != header[key])
     if differs:
         raise ValueError(
             f"{path} holds answers of another run: its {', '.join(differs)} differ; name another "
             f"folder, or move the file away"
         )
-    if whole != content:
-        path.write_bytes(whole)
+    if complete != content:
+        path.write_bytes(complete)
     return {record["id"]: record for record in lines[1:]}
 
 
-def _records(
+def _graded_records(
     backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
 ) -> Iterator[dict[str, Any]]:
-    """Judged items, in the order in which they are ready.
+    """The records of the graded items, in the order in which they are ready.
 
-    Judges run beside the model, in threads: those of programs wait for processes, which have half
-    of the processors, so that a program is not out of time for want of one.
+    Answers are graded in threads beside the model. Grading a program waits for its process; half of
+    the processors run such processes, so that no program times out for want of a processor.
     """
-    ask = _ask_choices if task.items[0].choices else _ask_texts
+    scored = bool(task.items[0].choices)
+    answers = (
+        _scored(backend, task, items) if scored else _generated(backend, task, items, sampling)
+    )
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        judging: set[concurrent.futures.Future] = set()
-        for asked in ask(backend, task, items, sampling=sampling):
-            judging.add(pool.submit(_record, backend, task, asked))
-            ready = {future for future in judging if future.done()}
-            judging -= ready
+        grading: set[concurrent.futures.Future] = set()
+        for pending in answers:
+            grading.add(pool.submit(_record, backend, task, pending))
+            ready = {future for future in grading if future.done()}
+            grading -= ready
             yield from (future.result() for future in ready)
-        for future in concurrent.futures.as_completed(judging):
+        for future in concurrent.futures.as_completed(grading):
             yield future.result()
 
 
-def _ask_choices(
-    backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
-) -> Iterator[_Asked]:
-    del sampling
-    owners: dict[int, tuple[_Asked, int]] = {}
+def _scored(backend: Backend, task: Task, items: Sequence[Item]) -> Iterator[_Pending]:
+    """The items with a score for each choice, in the order in which they are complete."""
+    owners: _Owners = {}
+    indices = itertools.count()
 
-    def questions() -> Iterator[Pair]:
-        for item in items:
-            own = prompts.pairs(item, task, tokenizer=backend.tokenizer, prefix=backend.prefix_id)
-            fitting = [_fit_pair(pair, backend.max_length, item.id) for pair in own]
-            cut = max(len(a.context) - len(b.context) for a, b in zip(own, fitting, strict=True))
-            yield from _own(_Asked(item, fitting[0].context, cut, len(own)), fitting, count, owners)
+    def requests() -> Iterator[ScoringRequest]:
+        for item, prompt in zip(items, task.prompts(items), strict=True):
+            whole = prompt_tokens.scoring_requests(
+                prompt, tokenizer=backend.tokenizer, prefix_id=backend.prefix_id
+            )
+            fitting = [_fit(request, backend.max_length, item.id) for request in whole]
+            num_cut = max(
+                len(a.context) - len(b.context) for a, b in zip(whole, fitting, strict=True)
+            )
+            pending = _Pending(item, fitting[0].context, num_cut, len(fitting))
+            yield from _assign(pending, fitting, indices, owners)
 
-    count = itertools.count()
-    yield from _collect(backend.loglikelihood(questions()), owners)
+    yield from _collect(backend.loglikelihood(requests()), owners)
 
 
-def _ask_texts(
-    backend: Backend, task: Task, items: Sequence[Item], *, sampling: SamplingParams
-) -> Iterator[_Asked]:
-    owners: dict[int, tuple[_Asked, int]] = {}
+def _generated(
+    backend: Backend, task: Task, items: Sequence[Item], sampling: SamplingParams
+) -> Iterator[_Pending]:
+    """The items with their written answers, in the order in which they are complete."""
+    owners: _Owners = {}
+    indices = itertools.count()
     room = backend.max_length - task.max_tokens
     if room < 1:
         raise ValueError(
@@ -188,66 +200,71 @@ def _ask_texts(
             f"model's {backend.max_length} tokens; lower it"
         )
 
-    def questions() -> Iterator[Prompt]:
-        for item in items:
-            own = prompts.context(item, task, tokenizer=backend.tokenizer, prefix=backend.prefix_id)
-            tokens = own[-room:]
-            asked = _Asked(item, tokens, len(own) - len(tokens), task.num_answers)
-            drawn = [_sampling(sampling, task, item, part) for part in range(task.num_answers)]
-            yield from _own(asked, [Prompt(tokens, d, task.stop) for d in drawn], count, owners)
+    def requests() -> Iterator[GenerationRequest]:
+        for item, prompt in zip(items, task.prompts(items), strict=True):
+            whole = prompt_tokens.encode(
+                prompt, tokenizer=backend.tokenizer, prefix_id=backend.prefix_id
+            )
+            tokens = whole[-room:]
+            pending = _Pending(item, tokens, len(whole) - len(tokens), task.num_answers)
+            own = [
+                GenerationRequest(tokens, _answer_sampling(sampling, task, item, number), task.stop)
+                for number in range(task.num_answers)
+            ]
+            yield from _assign(pending, own, indices, owners)
 
-    count = itertools.count()
-    yield from _collect(backend.generate(questions()), owners)
-
-
-def _sampling(given: SamplingParams, task: Task, item: Item, part: int) -> SamplingParams:
-    seed = zlib.crc32(f"{given.seed}:{item.id}:{part}".encode())
-    return dataclasses.replace(given, max_tokens=task.max_tokens, seed=seed)
-
-
-def _own(
-    asked: _Asked,
-    questions: Sequence[_Question],
-    count: Iterator[int],
-    owners: dict[int, tuple[_Asked, int]],
-) -> Iterator[_Question]:
-    """Hands out an item's questions, and writes down whose they are."""
-    for part, question in enumerate(questions):
-        owners[next(count)] = asked, part
-        yield question
+    yield from _collect(backend.generate(requests()), owners)
 
 
-def _collect(
-    answers: Iterator[tuple[int, Any]], owners: dict[int, tuple[_Asked, int]]
-) -> Iterator[_Asked]:
-    for index, answer in answers:
-        asked, part = owners.pop(index)
-        asked.parts[part] = answer
-        if len(asked.parts) == asked.num_parts:
-            yield asked
+def _answer_sampling(
+    sampling: SamplingParams, task: Task, item: Item, number: int
+) -> SamplingParams:
+    """The settings of an item's answer `number`, with a seed of its own."""
+    seed = zlib.crc32(f"{sampling.seed}:{item.id}:{number}".encode())
+    return dataclasses.replace(sampling, max_tokens=task.max_tokens, seed=seed)
 
 
-def _fit_pair(pair: Pair, max_length: int, name: str) -> Pair:
-    room = max_length - len(pair.continuation)
+def _assign(
+    pending: _Pending, requests: Sequence[_Request], indices: Iterator[int], owners: _Owners
+) -> Iterator[_Request]:
+    """The item's requests, one by one; `owners` notes the index that the backend gives each."""
+    for number, request in enumerate(requests):
+        owners[next(indices)] = pending, number
+        yield request
+
+
+def _collect(results: Iterator[tuple[int, Any]], owners: _Owners) -> Iterator[_Pending]:
+    """The items of which every request has its result."""
+    for index, result in results:
+        pending, number = owners.pop(index)
+        pending.results[number] = result
+        if len(pending.results) == pending.num_requests:
+            yield pending
+
+
+def _fit(request: ScoringRequest, max_length: int, name: str) -> ScoringRequest:
+    """The request without the beginning of a context that exceeds `max_length` tokens."""
+    room = max_length - len(request.continuation)
     if room < 1:
         raise ValueError(
-            f"{name}: a choice of {len(pair.continuation)} tokens does not fit into the model's "
-            f"{max_length}"
+            f"{name}: a choice of {len(request.continuation)} tokens does not fit into the "
+            f"model's {max_length}; raise the engine's max_length"
         )
-    return Pair(pair.context[-room:], pair.continuation)
+    return ScoringRequest(request.context[-room:], request.continuation)
 
 
-def _record(backend: Backend, task: Task, asked: _Asked) -> dict[str, Any]:
-    parts = tuple(asked.parts[i] for i in range(asked.num_parts))
-    answer = Answer(scores=parts) if asked.item.choices else Answer(texts=parts)
-    shown = [[s.logprob, s.is_greedy] for s in parts] if asked.item.choices else list(parts)
-    verdict = task.judge(asked.item, answer)
+def _record(backend: Backend, task: Task, pending: _Pending) -> dict[str, Any]:
+    """The record of an item: its prompt, the model's answers, their grade."""
+    item = pending.item
+    results = tuple(pending.results[number] for number in range(pending.num_requests))
+    answer = Answer(scores=results) if item.choices else Answer(texts=results)
+    verdict = task.grade(item, answer)
     return {
-        "id": asked.item.id,
-        "group": asked.item.group,
-        "prompt": backend.tokenizer.decode(asked.context),
-        "cut": asked.cut,
-        "answers": shown,
+        "id": item.id,
+        "group": item.group,
+        "prompt": backend.tokenizer.decode(pending.context),
+        "cut": pending.num_cut,
+        "answers": [[s.logprob, s.is_greedy] for s in results] if item.choices else list(results),
         "metrics": verdict.metrics,
         "reasons": verdict.reasons,
     }
@@ -258,7 +275,7 @@ def _write(out: TextIO, record: Mapping[str, Any]) -> None:
     out.flush()
 
 
-def _bar(show: bool) -> progress.Progress:
+def _progress_bar(show: bool) -> progress.Progress:
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),

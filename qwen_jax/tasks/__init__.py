@@ -1,0 +1,1 @@
+"""Benchmarks: one `Task` each, with prompts, grades and rewards; `registry` names them."""

@@ -1,8 +1,9 @@
-"""What an evaluation needs of a model: tokens in; how likely they are, or text, out.
+"""The `Backend` protocol: what evaluating a task needs of a model, as tokens in and results out.
 
-`service_backend` gives it over the batch engine. Answers come in any order, each with the index of
-its question, so that an engine is kept full and what has come can be kept. Questions are taken
-from their iterable as there is room for them: no benchmark lies in memory as tokens.
+Results come in any order, each with the index of its request, so that a batch engine stays full
+and finished work can be saved. Requests are read from their iterable as there is room for them, so
+that a benchmark is never held in memory as tokens. `infer.eval` implements the protocol over the
+batch engine.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,8 +15,8 @@ from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Tokens and the ones whose probability after them is asked for; neither is empty."""
+class ScoringRequest:
+    """A request for ln p(continuation | context), both as tokens; neither is empty."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -23,15 +24,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Score:
-    """ln p(continuation | context), and whether greedy decoding would have written it."""
+    """ln p(continuation | context), and whether greedy decoding would generate it."""
 
     logprob: float
     is_greedy: bool
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Tokens to continue until one of `stop`, which the answer does not hold, or the end."""
+class GenerationRequest:
+    """A request to continue `tokens` up to the first string of `stop`, which is cut off."""
 
     tokens: tuple[int, ...]
     sampling: SamplingParams
@@ -46,26 +47,33 @@ class Backend(Protocol):
 
     @property
     def prefix_id(self) -> int:
-        """The token before a text that has no context."""
+        """The token that stands for an empty context."""
         ...
 
     @property
     def max_length(self) -> int:
-        """Most tokens of context and continuation together."""
+        """The largest number of tokens that a context and its continuation may have together."""
         ...
 
-    def loglikelihood(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Score]]: ...
+    def loglikelihood(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[int, Score]]:
+        """(index of the request, its score), in any order."""
+        ...
 
-    def generate(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, str]]: ...
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, str]]:
+        """(index of the request, the generated text), in any order."""
+        ...
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """bos, or where there is none the first eos, as lm-evaluation-harness has it.
+    """The token for an empty context: bos, else the first eos, as in lm-evaluation-harness.
 
     Raises `ValueError` for a tokenizer with neither.
     """
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
     if not tokenizer.eos_ids:
-        raise ValueError("the tokenizer names neither a bos nor an eos token; scoring needs one")
+        raise ValueError(
+            "the tokenizer has neither a bos nor an eos token, but scoring without a context needs "
+            "one; name one in tokenizer_config.json"
+        )
     return tokenizer.eos_ids[0]

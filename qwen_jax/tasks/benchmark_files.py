@@ -1,4 +1,4 @@
-"""Reads the files that benchmarks are published as."""
+"""Readers of the file formats in which benchmarks are published."""
 
 import csv
 import gzip
@@ -13,7 +13,7 @@ from typing import Any
 def read_lines(path: str | Path, *, needed: Iterable[str]) -> list[dict[str, Any]]:
     """The objects of a JSONL file, gzipped where its name ends in .gz.
 
-    Raises `ValueError` that names file and line for what is not an object with the needed keys.
+    Raises `ValueError` with file and line for a line that is not an object with the `needed` keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -23,7 +23,7 @@ def read_lines(path: str | Path, *, needed: Iterable[str]) -> list[dict[str, Any
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
-            raise ValueError(f"{path} is not whole: {error}; get it again") from None
+            raise ValueError(f"{path} is not a complete gzip file: {error}; get it again") from None
     records = []
     for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
         if not line.strip():
@@ -40,9 +40,9 @@ def read_lines(path: str | Path, *, needed: Iterable[str]) -> list[dict[str, Any
 
 
 def find(path: str | Path, *, names: Iterable[str]) -> Path:
-    """`path` where it is a file, else the first of `names` in that folder.
+    """The file `path`, or where it is a folder the first of `names` in it.
 
-    Raises `ValueError` where there is none.
+    Raises `ValueError` where there is no such file.
     """
     path = Path(path)
     if path.is_file():
@@ -54,10 +54,10 @@ def find(path: str | Path, *, names: Iterable[str]) -> Path:
 
 
 def read_tables(path: str | Path, *, folder: str) -> dict[str, list[list[str]]]:
-    """Rows of each `<folder>/<name>.csv` of a folder or a zip file, by name, sorted.
+    """The rows of each `<folder>/<name>.csv` in a folder or a zip file, sorted by name.
 
-    What lies around the folders (`data/` in the published archive) does not matter. Raises
-    `ValueError` where there is no such file.
+    Enclosing folders (`data/` in the published archive) are ignored. Raises `ValueError` where
+    there is no such file.
     """
     path = Path(path)
     texts = {}
@@ -71,7 +71,7 @@ def read_tables(path: str | Path, *, folder: str) -> dict[str, list[list[str]]]:
                 if len(parts) > 1 and parts[-2] == folder and name.endswith(".csv"):
                     texts[parts[-1].removesuffix(".csv")] = archive.read(name).decode("utf-8")
     else:
-        raise ValueError(f"{path} is neither a folder nor a zip file")
+        raise ValueError(f"{path} is neither a folder nor a zip file; give one of them")
     if not texts:
-        raise ValueError(f"{path} holds no {folder}/*.csv")
+        raise ValueError(f"{path} holds no {folder}/*.csv; give the published folder or zip file")
     return {name: list(csv.reader(io.StringIO(texts[name], newline=""))) for name in sorted(texts)}

@@ -13,8 +13,24 @@ from qwen_jax.tasks.task import Answer, Item, Style, Task, Verdict
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 _IGNORED = [re.compile(p) for p in (r",", r"\$", r"(?s).*#### ", r"\.$")]
-_NOTHING = "[invalid]"  # equals no answer
+_NOT_FOUND = "[invalid]"  # equals no reference
 _STOP = ("Question:", "</s>", "<|im_end|>")
+
+
+class Gsm8k(Task):
+    """GSM8K's test problems. A reward accepts the last number of an answer in any format."""
+
+    reward_metric = "flexible"
+
+    def grade(self, item: Item, answer: Answer) -> Verdict:
+        """Exact match of the number found by strict and by flexible extraction."""
+        reference = normalise(item.record["answer"])
+        (text,) = answer.texts
+        found = {"strict": extract_strict(text), "flexible": extract_flexible(text)}
+        return Verdict(
+            {name: (float(normalise(value) == reference),) for name, value in found.items()},
+            (*(f"{name}: {value}" for name, value in found.items()), f"is: {reference}"),
+        )
 
 
 def load(
@@ -24,10 +40,11 @@ def load(
     num_shots: int = 5,
     limit: int | None = None,
     max_tokens: int = 512,
-) -> Task:
+) -> Gsm8k:
     """The test problems of a folder with test.jsonl and train.jsonl, or of a file.
 
-    The shots are the first problems of train.jsonl. Raises `ValueError` for files of another kind.
+    The shots are the first problems of train.jsonl. The question reads the same in both styles, so
+    that their results compare. Raises `ValueError` where a file is missing or is not GSM8K's.
     """
     path = Path(path)
     keys = ("question", "answer")
@@ -40,43 +57,38 @@ def load(
         train = benchmark_files.read_lines(folder / "train.jsonl", needed=keys)
         if len(train) < num_shots:
             raise ValueError(f"num_shots={num_shots} but train.jsonl has {len(train)} problems")
-        shots = tuple((_question(r, style), f"{r['answer']}") for r in train[:num_shots])
+        shots = tuple((_question(r), f"{r['answer']}") for r in train[:num_shots])
     items = tuple(
-        Item(id=f"gsm8k/{i}", question=_question(r, style), shots=shots, record=r)
+        Item(
+            id=f"gsm8k/{i}",
+            question=_question(r),
+            shots=shots,
+            record=r,
+            texts=(r["question"], r["answer"]),
+        )
         for i, r in enumerate(records)
     )
-    return Task(
-        name="gsm8k", items=items, judge=judge, style=style, gap=" ", stop=_STOP,
-        max_tokens=max_tokens,
-    )  # fmt: skip
+    return Gsm8k(
+        name="gsm8k", items=items, style=style, separator=" ", stop=_STOP, max_tokens=max_tokens
+    )
 
 
-def _question(record: dict[str, str], style: Style) -> str:
-    del style  # the same words in a conversation, so that both are comparable
+def _question(record: dict[str, str]) -> str:
     return f"Question: {record['question']}\nAnswer:"
 
 
-def judge(item: Item, answer: Answer) -> Verdict:
-    """Exact match of the number that strict and flexible extraction find."""
-    gold = normalise(item.record["answer"])
-    (text,) = answer.texts
-    found = {"strict": extract_strict(text), "flexible": extract_flexible(text)}
-    metrics = {name: (float(normalise(value) == gold),) for name, value in found.items()}
-    return Verdict(metrics, (*(f"{name}: {value}" for name, value in found.items()), f"is: {gold}"))
-
-
 def extract_strict(text: str) -> str:
-    """The first number that follows `#### `."""
+    """The first number that follows `#### `, or `[invalid]`."""
     match = _STRICT.search(text)
-    return match[1].strip() if match else _NOTHING
+    return match[1].strip() if match else _NOT_FOUND
 
 
 def extract_flexible(text: str) -> str:
-    """The last number of the text, signs of currency and separators included."""
+    """The last number of the text with its currency signs and separators, or `[invalid]`."""
     matches = list(_FLEXIBLE.finditer(text))
-    return matches[-1][0].strip() if matches else _NOTHING
+    return matches[-1][0].strip() if matches else _NOT_FOUND
 
 
 def normalise(answer: str) -> str:
-    """Without separators, dollar signs, all that ends in `#### `, and a closing full stop."""
+    """The answer without separators, dollar signs, text up to `#### `, and a final full stop."""
     return functools.reduce(lambda text, p: p.sub("", text), _IGNORED, answer).lower()

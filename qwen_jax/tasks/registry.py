@@ -1,60 +1,69 @@
-"""The benchmarks by name."""
+"""The tasks by name. To add one, write its file and name its loader in `_LOADERS`.
 
+A loader takes the path of the benchmark's files, and as keyword parameters those of `Options` that
+make sense for it: `style` and `limit` always, `num_shots`, `max_tokens`, `num_answers` and `limits`
+where it has them.
+"""
+
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_jax.tasks import code, gsm8k, ifeval, mmlu, sandbox
+from qwen_jax.tasks import gsm8k, mmlu
+from qwen_jax.tasks.code import humaneval, mbpp
+from qwen_jax.tasks.ifeval import ifeval
+from qwen_jax.tasks.sandbox.sandbox import Limits
 from qwen_jax.tasks.task import Style, Task
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[..., Task]] = {
     "gsm8k": gsm8k.load,
     "mmlu": mmlu.load,
-    "humaneval": code.load_humaneval,
-    "mbpp": code.load_mbpp,
+    "humaneval": humaneval.load,
+    "mbpp": mbpp.load,
     "ifeval": ifeval.load,
 }
-_WITHOUT_SHOTS = ("humaneval", "ifeval")
-_PROGRAMS = ("humaneval", "mbpp")
-_KS = (1, 10, 100)  # of pass@k, as far as there are answers; arXiv 2107.03374's
+NAMES = tuple(_LOADERS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How benchmarks are put to a model; None is what is usual for each."""
+    """Options of all tasks. None is a task's own default."""
 
     style: Style = "plain"
     num_shots: int | None = None
     limit: int | None = None
-    max_tokens: int | None = None
-    num_answers: int = 1  # of those that run programs
-    limits: sandbox.Limits = sandbox.Limits()
+    max_tokens: int | None = None  # a task that scores choices does not need it
+    num_answers: int = 1  # more than one only where answers are programs, for pass@k
+    limits: Limits = Limits()  # of a program in the sandbox
 
 
 def load(text: str, *, options: Options) -> Task:
-    """The task written `name=path`.
+    """The task that `text` names as `name=path`.
 
-    Raises `ValueError` for an unknown name, for options that the task does not have, and for what
-    its files lack.
+    Raises `ValueError` for an unknown name, for an option that the task does not have, and for
+    files that are missing or not the benchmark's.
     """
     name, equals, path = text.partition("=")
     if not equals or name not in _LOADERS:
         raise ValueError(f"{text!r} must be NAME=PATH with a name of {', '.join(_LOADERS)}")
+    load_task = _LOADERS[name]
+    return load_task(
+        path, **_arguments(name, options, set(inspect.signature(load_task).parameters))
+    )
+
+
+def _arguments(name: str, options: Options, parameters: set[str]) -> dict[str, Any]:
+    """The options that the loader of `name` has parameters for."""
     given: dict[str, Any] = {"style": options.style, "limit": options.limit}
-    if options.num_shots is not None:
-        if name in _WITHOUT_SHOTS and options.num_shots:
-            raise ValueError(f"{name} is asked without worked examples; leave shots out, or 0")
-        if name not in _WITHOUT_SHOTS:
-            given["num_shots"] = options.num_shots
-    if options.max_tokens is not None and name != "mmlu":
-        given["max_tokens"] = options.max_tokens
-    if name in _PROGRAMS:
-        given |= {
-            "limits": options.limits,
-            "num_answers": options.num_answers,
-            "ks": tuple(k for k in _KS if k <= options.num_answers),
-        }
-    elif options.num_answers != 1:
+    if options.num_shots and "num_shots" not in parameters:
+        raise ValueError(f"{name} is asked without worked examples; leave shots out, or 0")
+    if options.num_answers != 1 and "num_answers" not in parameters:
         raise ValueError(
             f"{name} takes one answer to an item, not {options.num_answers}; run it by itself"
         )
-    return _LOADERS[name](path, **given)
+    for option in ("num_shots", "max_tokens", "num_answers", "limits"):
+        value = getattr(options, option)
+        if option in parameters and value is not None:
+            given[option] = value
+    return given

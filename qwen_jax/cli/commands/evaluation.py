@@ -73,7 +73,7 @@ def evaluate(
     """
     from infer.eval import results_table, run
     from qwen_jax.tasks import registry as tasks_lib
-    from qwen_jax.tasks import sandbox
+    from qwen_jax.tasks.sandbox.sandbox import Limits
 
     if not tasks:
         raise ValueError("name at least one task, as NAME=PATH; --help lists them")
@@ -82,7 +82,7 @@ def evaluate(
             f"answers={benchmarks.answers} to a problem would all be the same with temperature=0; "
             f"give a temperature, 0.2 for pass@1 and 0.8 for pass@100"
         )
-    limits = sandbox.Limits(
+    limits = Limits(
         seconds=programs.seconds, memory=programs.memory_mib * 2**20, isolation=programs.isolation
     )
     options = tasks_lib.Options(

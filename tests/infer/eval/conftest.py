@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.infer.eval import data
+from tests.qwen_jax.tasks import samples
 
 TASK = """\
 task: {name}
@@ -65,7 +65,7 @@ def task_folder(tmp_path_factory):
         for i in range(12)
     ]
     records[5]["question"] = "a text far beyond what the model can hold " * 14
-    file = data.write_lines(folder / "data.jsonl", records)
+    file = samples.write_lines(folder / "data.jsonl", records)
     for name, body, shots in (
         ("choice", CHOICE, 2), ("rolling", ROLLING, 0), ("writing", WRITING, 1)
     ):  # fmt: skip

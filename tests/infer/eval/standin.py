@@ -11,7 +11,7 @@ from infer.eval.service_backend import ServiceBackend
 from infer.text.loading import Loaded
 from infer.text.service import Service
 from qwen_jax.model import transformer
-from qwen_jax.tasks.backend import Pair, Prompt, Score
+from qwen_jax.tasks.backend import GenerationRequest, Score, ScoringRequest
 from qwen_jax.text.tokenizer.tokenizer import Tokenizer
 from tests.infer import whole_forward
 
@@ -84,13 +84,13 @@ class Fake:
         self.prefix_id = tokenizer.eos_ids[0]
         self.num_asked = 0
 
-    def loglikelihood(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, Score]]:
-        for index, pair in enumerate(pairs):
+    def loglikelihood(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[int, Score]]:
+        for index, request in enumerate(requests):
             self.num_asked += 1
-            yield index, Score(-float(zlib.crc32(repr(pair).encode()) % 997), False)
+            yield index, Score(-float(zlib.crc32(repr(request).encode()) % 997), False)
 
-    def generate(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, str]]:
-        for index, prompt in enumerate(prompts):
-            assert len(prompt.tokens) + prompt.sampling.max_tokens <= self.max_length
+    def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, str]]:
+        for index, request in enumerate(requests):
+            assert len(request.tokens) + request.sampling.max_tokens <= self.max_length
             self.num_asked += 1
-            yield index, f"#### {zlib.crc32(repr(prompt).encode()) % 10}"
+            yield index, f"#### {zlib.crc32(repr(request).encode()) % 10}"

@@ -7,7 +7,7 @@ from configs.sampling import SamplingParams
 from infer.eval.service_backend import ServiceBackend
 from infer.text.service import Service
 from qwen_jax.tasks import backend as backend_lib
-from qwen_jax.tasks.backend import Pair, Prompt
+from qwen_jax.tasks.backend import GenerationRequest, ScoringRequest
 from tests.infer import fake_engine
 from tests.infer.eval import standin
 
@@ -18,10 +18,10 @@ CONTEXT = tuple(range(40, 60))
 def test_scores_are_those_of_each_pair_alone(loaded):
     ranked = np.argsort(-standin.logprobs(loaded, [*CONTEXT, 70])[-1], kind="stable")
     pairs = [
-        *[Pair(CONTEXT, (70, int(last))) for last in ranked[:30]],
-        Pair(CONTEXT, (71, 3)),
-        *[Pair(CONTEXT[:5], tuple(range(90, 110)))] * 2,
-        Pair((9,), (8,)),
+        *[ScoringRequest(CONTEXT, (70, int(last))) for last in ranked[:30]],
+        ScoringRequest(CONTEXT, (71, 3)),
+        *[ScoringRequest(CONTEXT[:5], tuple(range(90, 110)))] * 2,
+        ScoringRequest((9,), (8,)),
     ]
     backend = standin.backend(loaded, num_open=3)
     engine = backend._service.engine
@@ -36,13 +36,13 @@ def test_scores_are_those_of_each_pair_alone(loaded):
 
 
 def test_a_score_is_the_sum_of_logprobs_of_the_continuation(loaded):
-    pair = Pair(CONTEXT, (70, 101, 7))
+    pair = ScoringRequest(CONTEXT, (70, 101, 7))
     [(_, score)] = standin.backend(loaded).loglikelihood([pair])
     rows = standin.logprobs(loaded, [*CONTEXT, 70, 101, 7])
     want = sum(rows[len(CONTEXT) - 1 + i, token] for i, token in enumerate((70, 101, 7)))
     assert score.logprob == pytest.approx(float(want), abs=1e-4)
     greedy = int(np.argmax(rows[len(CONTEXT) - 1]))
-    pairs = [Pair(CONTEXT, (greedy,)), Pair(CONTEXT, ((greedy + 1) % 200,))]
+    pairs = [ScoringRequest(CONTEXT, (greedy,)), ScoringRequest(CONTEXT, ((greedy + 1) % 200,))]
     assert [s.is_greedy for _, s in standin.backend(loaded).loglikelihood(pairs)] == [1, 0]
 
 
@@ -63,7 +63,7 @@ def test_questions_are_taken_as_there_is_room(loaded):
     def prompts():
         for i in range(7):
             taken.append(i)
-            yield Prompt((40 + i,), SETTINGS)
+            yield GenerationRequest((40 + i,), SETTINGS)
 
     answers = fake(loaded.tokenizer, "an answer", num_open=2).generate(prompts())
     first = next(answers)
@@ -73,7 +73,11 @@ def test_questions_are_taken_as_there_is_room(loaded):
 
 def test_a_stop_string_ends_an_answer(loaded):
     backend = fake(loaded.tokenizer, "one, two, three")
-    asked = [Prompt((40,), SETTINGS, (", t",)), Prompt((41,), SETTINGS), Prompt((42,), SETTINGS)]
+    asked = [
+        GenerationRequest((40,), SETTINGS, (", t",)),
+        GenerationRequest((41,), SETTINGS),
+        GenerationRequest((42,), SETTINGS),
+    ]
     want = {0: "one", 1: "one, two, three", 2: "one, two, three"}
     assert dict(backend.generate(asked)) == want
     assert backend._service.idle  # the cut answer left the engine too: the next call is alone

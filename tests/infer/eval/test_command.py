@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwen_jax import cli
-from tests.infer.eval import data
+from tests.qwen_jax.tasks import samples
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -32,7 +32,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     ],
 )
 def test_errors_come_before_the_model_is_read(monkeypatch, capsys, tmp_path, arguments, message):
-    data.gsm8k(tmp_path)
+    samples.gsm8k(tmp_path)
     given = [text.format(folder=tmp_path) for text in arguments]
     if "--shots" not in given:
         given += ["--shots", "0"] if message == "nowhere" else []
@@ -56,10 +56,10 @@ def test_a_whole_run(monkeypatch, capsys, tmp_path, model_folder, task_folder):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     model = ("--model", str(model_folder), "--dtype=float32", *ENGINE)
-    data.write_lines(tmp_path / "HumanEval.jsonl", data.HUMANEVAL)
+    samples.write_lines(tmp_path / "HumanEval.jsonl", samples.HUMANEVAL)
     tasks = (
-        f"gsm8k={data.gsm8k(tmp_path)}",
-        f"mmlu={data.mmlu_zip(tmp_path / 'mmlu.zip')}",
+        f"gsm8k={samples.gsm8k(tmp_path)}",
+        f"mmlu={samples.mmlu_zip(tmp_path / 'mmlu.zip')}",
         f"humaneval={tmp_path}",
     )
     arguments = ("evaluate", *tasks, "--shots=0", "--max-tokens=16", *model)

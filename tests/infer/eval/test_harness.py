@@ -14,7 +14,7 @@ from infer.eval.service_backend import ServiceBackend
 from infer.text import loading
 from qwen_jax.tasks import gsm8k
 from qwen_jax.tasks import task as task_lib
-from qwen_jax.tasks.backend import Prompt, Score
+from qwen_jax.tasks.backend import GenerationRequest, Score
 from qwen_jax.text import tokenizer_training
 from qwen_jax.text.chat import encoding as chat
 from tests.infer.eval import standin
@@ -98,7 +98,7 @@ def test_generation_settings_are_honoured_or_refused(words):
     settings = SamplingParams(top_p=0.5, temperature=0.5)
     model = harness.LanguageModel(backend, name="tiny", settings=settings)
 
-    def asked(**given) -> Prompt:
+    def asked(**given) -> GenerationRequest:
         model.generate_until(instances(("<|im_end|>", given)), disable_tqdm=True)
         return backend.prompts[0]
 
@@ -134,8 +134,10 @@ def test_gsm8k_is_judged_as_the_harness_does(text):
         "strict": (r"#### (\-?[0-9\.\,]+)", 0),
         "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
     }
-    item = task_lib.Item(id="1", question="", record={"answer": "so\n#### 1,000"})
-    got = gsm8k.judge(item, task_lib.Answer(texts=(text,))).metrics
+    record = {"question": "", "answer": "so\n#### 1,000"}
+    item = task_lib.Item(id="1", question="", record=record, texts=())
+    task = gsm8k.Gsm8k(name="gsm8k", items=(item,), style="plain")
+    got = task.grade(item, task_lib.Answer(texts=(text,))).metrics
     for name, (pattern, select) in patterns.items():
         [[found]] = RegexFilter(pattern, group_select=select).apply([[text]], [{}])
         match = exact_match_hf_evaluate(

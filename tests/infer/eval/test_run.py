@@ -6,10 +6,13 @@ import json
 import pytest
 
 from configs.sampling import SamplingParams
-from infer.eval import prompts, run
-from qwen_jax.tasks import code, gsm8k, mmlu, sandbox
-from qwen_jax.tasks.backend import Prompt
-from tests.infer.eval import data, standin
+from infer.eval import run
+from qwen_jax.tasks import gsm8k, mmlu, prompt_tokens
+from qwen_jax.tasks.backend import GenerationRequest
+from qwen_jax.tasks.code import humaneval
+from qwen_jax.tasks.sandbox import sandbox
+from tests.infer.eval import standin
+from tests.qwen_jax.tasks import samples
 
 GREEDY = SamplingParams(temperature=0.0)
 SUBJECT = {"model": "tiny", "dtype": "float32"}
@@ -27,7 +30,7 @@ def records(folder, name: str) -> list[dict]:
 
 def test_choices_are_compared(loaded, tmp_path):
     backend = standin.backend(loaded, num_open=2)
-    task = mmlu.load(data.mmlu_zip(tmp_path / "mmlu.zip"), num_shots=0)
+    task = mmlu.load(samples.mmlu_zip(tmp_path / "mmlu.zip"), num_shots=0)
     result = evaluate(backend, task, tmp_path)
     head, *kept = records(tmp_path, "mmlu")
     assert head["subject"] == SUBJECT and head["asked"] == task.fingerprint
@@ -35,7 +38,10 @@ def test_choices_are_compared(loaded, tmp_path):
     right = 0
     for record in kept:
         [item] = [item for item in task.items if item.id == record["id"]]
-        pairs = prompts.pairs(item, task, tokenizer=loaded.tokenizer, prefix=backend.prefix_id)
+        [prompt] = task.prompts([item])
+        pairs = prompt_tokens.scoring_requests(
+            prompt, tokenizer=loaded.tokenizer, prefix_id=backend.prefix_id
+        )
         alone = [score.logprob for _, score in sorted(backend.loglikelihood(pairs))]
         assert [a[0] for a in record["answers"]] == pytest.approx(alone, abs=1e-5)
         want = float(alone.index(max(alone)) == item.record["gold"])
@@ -53,18 +59,18 @@ def test_choices_are_compared(loaded, tmp_path):
 
 def test_answers_are_written_and_judged(loaded, tmp_path):
     backend = standin.backend(loaded)
-    task = gsm8k.load(data.gsm8k(tmp_path), num_shots=0, max_tokens=16)
+    task = gsm8k.load(samples.gsm8k(tmp_path), num_shots=0, max_tokens=16)
     result = evaluate(backend, task, tmp_path)
     _, *kept = records(tmp_path, "gsm8k")
     drawn = dataclasses.replace(GREEDY, max_tokens=16)
     want = dict(
         backend.generate(
-            Prompt(
-                prompts.context(item, task, tokenizer=loaded.tokenizer, prefix=0),
+            GenerationRequest(
+                prompt_tokens.encode(prompt, tokenizer=loaded.tokenizer, prefix_id=0),
                 drawn,
                 task.stop,
             )
-            for item in task.items
+            for prompt in task.prompts()
         )
     )
     assert {r["id"]: r["answers"] for r in kept} == {
@@ -75,7 +81,7 @@ def test_answers_are_written_and_judged(loaded, tmp_path):
 
 
 def test_a_restart_asks_what_is_missing(loaded, tmp_path):
-    task = gsm8k.load(data.gsm8k(tmp_path), num_shots=0, max_tokens=8)
+    task = gsm8k.load(samples.gsm8k(tmp_path), num_shots=0, max_tokens=8)
     whole = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "whole")
     lines = (tmp_path / "whole" / "gsm8k.samples.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
@@ -100,16 +106,16 @@ def test_a_restart_asks_what_is_missing(loaded, tmp_path):
 def test_answers_of_other_runs_are_not_mixed_in(loaded, tmp_path, changed, message):
     backend = standin.Fake(loaded.tokenizer)
     options = {"num_shots": 0, "limit": 1, "max_tokens": 4}
-    evaluate(backend, gsm8k.load(data.gsm8k(tmp_path), **options), tmp_path)
+    evaluate(backend, gsm8k.load(samples.gsm8k(tmp_path), **options), tmp_path)
     options |= changed.pop("task", {})
     with pytest.raises(ValueError, match=f"gsm8k.samples.jsonl holds answers of .*{message}"):
         evaluate(backend, gsm8k.load(tmp_path, **options), tmp_path, **changed)
 
 
 def test_several_answers_have_seeds_of_their_own(loaded, tmp_path):
-    path = data.write_lines(tmp_path / "HumanEval.jsonl", data.HUMANEVAL)
+    path = samples.write_lines(tmp_path / "HumanEval.jsonl", samples.HUMANEVAL)
     limits = sandbox.Limits(seconds=2.0)
-    task = code.load_humaneval(path, limits=limits, num_answers=3, ks=(1, 3), max_tokens=8)
+    task = humaneval.load(path, limits=limits, num_answers=3, ks=(1, 3), max_tokens=8)
     sampling = SamplingParams(temperature=1.0)
     result = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "a", sampling=sampling)
     again = evaluate(standin.Fake(loaded.tokenizer), task, tmp_path / "b", sampling=sampling)
@@ -124,7 +130,7 @@ def test_several_answers_have_seeds_of_their_own(loaded, tmp_path):
 
 def test_what_does_not_fit_loses_its_beginning_and_is_counted(loaded, tmp_path):
     backend = standin.Fake(loaded.tokenizer)
-    data.write_lines(
+    samples.write_lines(
         tmp_path / "test.jsonl",
         [{"question": "a" * n, "answer": "#### 1"} for n in (10, 400)],
     )

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from qwen_jax.tasks import sandbox
+from qwen_jax.tasks.sandbox import sandbox
 
 LIMITS = sandbox.Limits(seconds=2.0)
 QUICK = sandbox.Limits(seconds=0.5)

@@ -1,14 +1,14 @@
-"""Runs a program that nobody has read: a process of its own, with limits and little to reach.
+"""The sandbox: runs an untrusted Python program in a process with limits and few permissions.
 
-In force, or `run` raises: time, memory, size of a file, open files; no other programs, no network,
-no signals and no tracing (a seccomp filter). `describe` says what else the kernel gives: a network
-namespace without interfaces, and Landlock, which leaves a temporary folder to write in and Python
-and the system's libraries to read.
+Always in force, or `run` raises: limits on time, memory, file size and open files, and a seccomp
+filter against other programs, the network, signals and tracing. `describe` reports the rest, which
+depends on the kernel: a network namespace without interfaces, and Landlock, under which the program
+can only write to a temporary folder and only read Python and the system's libraries.
 
-Not sandboxed: the kernel itself, processor caches and time; the number of files written, up to the
-disk's size, within the time allowed; all files that the user can read or write, where there is no
-Landlock. A program can also find out what its judge expects and claim it: this protects the
-machine, not the score. Run evaluations in a container or a virtual machine that may be lost.
+Not sandboxed: the kernel itself, processor caches and timing; the number of files that a program
+writes within its time; without Landlock, every file that the user can read or write. A program can
+also find out what its grader expects and claim it: the sandbox protects the machine, not the score.
+Run evaluations in a container or a virtual machine that may be lost.
 """
 
 import contextlib
@@ -25,19 +25,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwen_jax.tasks import jail
+from qwen_jax.tasks.sandbox import jail
 
 _JAIL = Path(jail.__file__)
-_STARTUP = 10.0  # seconds for the interpreter and the jail, on a machine that is busy
-_SHOWN = 2000  # bytes of the program's output that are kept
+_STARTUP_SECONDS = 10.0  # to start the interpreter and the jail on a busy machine
+_OUTPUT_BYTES = 2000  # of the program's output that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a program may use. `isolation="limits"` does without the seccomp filter, for systems
-    that have none: time and sizes only, and the program reaches all that its user does."""
+    """The resources that a program may use.
 
-    seconds: float = 5.0  # of the wall's clock, and of the processor
+    `isolation="limits"` does without the seccomp filter, for systems that have none: only time and
+    sizes are limited, and the program can do whatever its user can.
+    """
+
+    seconds: float = 5.0  # of wall time, and of processor time
     memory: int = 2 * 2**30  # bytes of address space
     file_size: int = 2**24  # bytes of one file, output included
     open_files: int = 64
@@ -46,24 +49,24 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("seconds", "memory", "file_size", "open_files"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0; raise it")
         if self.isolation not in ("full", "limits"):
             raise ValueError(f"isolation={self.isolation!r} is unknown; known: full, limits")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: ran to its end. failed: raised, or ended otherwise. timeout: was stopped."""
+    """The outcome of a program: it ran to its end, raised or exited, or was stopped."""
 
     status: Literal["passed", "failed", "timeout"]
-    detail: str  # the exception, or how it ended
+    detail: str  # the exception or the exit status; empty for a program that passed
     output: str  # the beginning of what it printed
 
 
 def run(program: str, *, limits: Limits) -> Outcome:
-    """Runs Python source in a folder of its own, which is deleted afterwards.
+    """Runs Python source in a temporary folder and returns its outcome.
 
-    Raises `ValueError` where the jail cannot be set up: then nothing has been run.
+    Raises `ValueError` where the sandbox cannot be set up; the program has then not been run.
     """
     with tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder:
         work = Path(folder) / "work"
@@ -76,13 +79,13 @@ def run(program: str, *, limits: Limits) -> Outcome:
             }  # fmt: skip
             status = _execute(json.dumps(order), work, report.fileno(), limits)
             report.seek(0)
-            said = report.read(2**16).decode("utf-8", "replace")
-        output = _beginning(work / jail.OUTPUT)
-    return _outcome(said, nonce, status, limits, output)
+            lines = report.read(2**16).decode("utf-8", "replace")
+        output = _read_beginning(work / jail.OUTPUT)
+    return _outcome(lines, nonce, status, limits, output)
 
 
 def _execute(order: str, work: Path, report: int, limits: Limits) -> int | None:
-    """The exit status, negative for a signal; None where time was up."""
+    """The exit status of the jail, negative for a signal; None where it had to be stopped."""
     process = subprocess.Popen(
         [sys.executable, "-I", str(_JAIL)],
         stdin=subprocess.PIPE,
@@ -95,22 +98,22 @@ def _execute(order: str, work: Path, report: int, limits: Limits) -> int | None:
         start_new_session=True,
     )  # fmt: skip
     try:
-        # The jail stops the program by itself after `seconds`; this is for what stops the jail.
-        process.communicate(order.encode(), timeout=limits.seconds + _STARTUP)
+        # The jail stops the program after `seconds`; this limit is for a jail that hangs itself.
+        process.communicate(order.encode(), timeout=limits.seconds + _STARTUP_SECONDS)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # What the program may have started is of the same session; a full jail lets it start none.
+        # Processes that the program started are in its session; only isolation=limits allows any.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return process.returncode
 
 
-def _outcome(said: str, nonce: str, status: int | None, limits: Limits, output: str) -> Outcome:
-    lines = [line.split(" ", 2) for line in said.splitlines()]
-    mine = [line[1:] for line in lines if line[0] == nonce and len(line) == 3]
-    verdicts = dict(mine)
+def _outcome(report: str, nonce: str, status: int | None, limits: Limits, output: str) -> Outcome:
+    """The outcome by the jail's report; lines without the nonce are the program's forgeries."""
+    lines = [line.split(" ", 2) for line in report.splitlines()]
+    verdicts = dict(line[1:] for line in lines if line[0] == nonce and len(line) == 3)
     if "refused" in verdicts:
         raise ValueError(
             f"programs cannot be jailed here: {verdicts['refused']}; run in a Linux container or "
@@ -126,28 +129,32 @@ def _outcome(said: str, nonce: str, status: int | None, limits: Limits, output: 
     return Outcome("failed", f"ended with status {status} before its tests did", output)
 
 
-def _beginning(path: Path) -> str:
-    # The program may have put anything in the place of its output: a link, a folder, a pipe.
+def _read_beginning(path: Path) -> str:
+    """The first bytes of the program's output; empty where it is no regular file."""
+    # The program may have replaced its output by a link, a folder or a pipe.
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return ""
     with os.fdopen(handle, "rb") as file:
         try:
-            return file.read(_SHOWN).decode("utf-8", "replace")
+            return file.read(_OUTPUT_BYTES).decode("utf-8", "replace")
         except OSError:
             return ""
 
 
 @functools.cache
 def describe(limits: Limits) -> dict[str, str | float]:
-    """What is in force on this machine, as a program in the jail finds it.
+    """The limits and what a program in the sandbox can reach on this machine, for the record.
 
-    Raises `ValueError` where the jail cannot be set up.
+    Raises `ValueError` where the sandbox cannot be set up.
     """
     outcome = run(_PROBE, limits=limits)
     if outcome.status != "passed":
-        raise ValueError(f"the jail does not run a trivial program: {outcome.detail}")
+        raise ValueError(
+            f"the sandbox does not run a trivial program: {outcome.detail}; raise its limits "
+            f"({limits})"
+        )
     return {**dataclasses.asdict(limits), **json.loads(outcome.output)}
 
 

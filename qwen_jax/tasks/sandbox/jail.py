@@ -1,7 +1,7 @@
-"""Run as a script by `sandbox.py`: gives up what a program is not to have, then runs it.
+"""The script that `sandbox.py` starts: drops its own permissions, then runs an untrusted program.
 
-Reads one JSON object from standard input. Reports on a file that it was left open: the nonce, one
-of passed, failed and refused, and why. Python and the standard library only.
+It reads one JSON object from standard input and reports on an inherited file: the nonce, then
+`passed`, `failed` or `refused`, then the reason. It needs only Python and its standard library.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import struct
 import sys
 from collections.abc import Iterable, Sequence
 
-OUTPUT = "printed.txt"  # what the program prints, in its folder
+OUTPUT = "printed.txt"  # the file in the program's folder that holds its printed output
 
 # Linux: include/uapi/linux/{prctl,seccomp,bpf_common,audit,landlock,sched}.h
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
@@ -68,8 +68,8 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.read())
     report = order["report"]
 
-    def say(verdict: str, why: str) -> None:
-        line = f"{order['nonce']} {verdict} {' '.join(why.split())[:1000] or '-'}\n"
+    def say(verdict: str, reason: str) -> None:
+        line = f"{order['nonce']} {verdict} {' '.join(reason.split())[:1000] or '-'}\n"
         os.write(report, line.encode("utf-8", "backslashreplace"))
 
     try:
@@ -84,15 +84,15 @@ def main() -> None:
     try:
         exec(compile(order["program"], "answer.py", "exec"), namespace)
         sys.stdout.flush()
-    except BaseException as error:  # SystemExit is no success: the tests come last
+    except BaseException as error:  # SystemExit too: the tests at the end did not run
         say("failed", f"{type(error).__name__}: {error}")
     else:
         say("passed", "")
-    os._exit(0)  # neither its threads nor its exit handlers have a say
+    os._exit(0)  # the program's threads and exit handlers do not run on
 
 
 def _redirect() -> None:
-    """Standard input is empty; what is printed goes to a file, which the size limit holds."""
+    """Empties standard input and sends printed output to a file, which the size limit bounds."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     printed = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(nothing, 0)
@@ -103,6 +103,7 @@ def _redirect() -> None:
 
 
 def _limit(order: dict) -> None:
+    """Sets the limits on time, memory, file size and open files."""
     seconds = order["seconds"]
     signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process
     for kind, value in (
@@ -118,7 +119,10 @@ def _limit(order: dict) -> None:
 
 
 def _isolate() -> None:
-    """Network namespace and Landlock where the kernel lets us; then the filter, or `OSError`."""
+    """Enters a network namespace and Landlock where the kernel allows, then the seccomp filter.
+
+    Raises `OSError` where the filter cannot be set up.
+    """
     calls = _CALLS[platform.machine()]
     libc = ctypes.CDLL(None, use_errno=True)
     _leave_network(libc)
@@ -129,11 +133,12 @@ def _isolate() -> None:
 
 
 def _leave_network(libc: ctypes.CDLL) -> None:
-    # Not allowed in many containers; the filter's refusal of sockets is what counts.
+    # Many containers do not allow it; the filter refuses sockets in any case.
     libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
 
 
 def _libraries() -> Iterable[str]:
+    """The paths that Python, its libraries and the system's need to be read."""
     yield from {sys.prefix, sys.base_prefix, *(path for path in sys.path if path)}
     yield from (
         "/usr/lib",
@@ -143,11 +148,11 @@ def _libraries() -> Iterable[str]:
         "/usr/share/zoneinfo",
         "/etc/ld.so.cache",
     )
-    yield from ("/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+    yield from ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def _close_files(libc: ctypes.CDLL, *, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Landlock: what lies elsewhere cannot be opened. Nothing happens on kernels without it."""
+    """Forbids, by Landlock, opening other files. Has no effect on kernels without Landlock."""
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)  # landlock_create_ruleset, its ABI
     if version < 1:
         return
@@ -175,7 +180,10 @@ def _close_files(libc: ctypes.CDLL, *, readable: Sequence[str], writable: Sequen
 
 
 def _filter_calls(libc: ctypes.CDLL, calls: dict) -> None:
-    """The seccomp filter. A thread may be started, a process may not."""
+    """Installs the seccomp filter, which allows new threads but no new process.
+
+    Raises `OSError` where the kernel refuses it.
+    """
     fail, unknown = _FAIL | _EPERM, _FAIL | _ENOSYS
 
     def when(number: int, result: int) -> list[tuple[int, int, int, int]]:
@@ -188,10 +196,10 @@ def _filter_calls(libc: ctypes.CDLL, calls: dict) -> None:
         (_LOAD, 0, 0, _NUMBER),
         (_SET, 0, 1, _X32),
         (_RETURN, 0, 0, unknown),
-        # Its flags lie in memory, which a filter cannot read; libc then goes on with clone.
+        # The flags of clone3 lie in memory, which a filter cannot read; libc falls back to clone.
         *when(calls["clone3"], unknown),
         *(line for number in calls["denied"].values() for line in when(number, fail)),
-        # The limits of this process may be read and lowered, those of others may not.
+        # The program may read and lower its own limits, but not those of other processes.
         (_EQUAL, 0, 4, calls["prlimit64"]),
         (_LOAD, 0, 0, _FIRST),
         (_EQUAL, 1, 0, 0),

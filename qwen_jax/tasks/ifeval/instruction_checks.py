@@ -1,7 +1,7 @@
-"""IFEval's instructions (arXiv 2311.07911): whether a text does what was asked.
+"""IFEval's instructions (arXiv 2311.07911): one check a kind, which says if a text follows it.
 
-One function a kind of instruction, `CHECKS` by the benchmark's names. Definitions are the
-benchmark's as its reference program has them, except where a comment says otherwise.
+`CHECKS` has them by the benchmark's names. Definitions are those of the benchmark's reference
+program, except where a comment says otherwise.
 """
 
 import json
@@ -20,7 +20,10 @@ _EDGES = ".,;:!?\"'()[]{}<>*_`“”‘’…"
 
 
 def holds(relation: str, count: int, threshold: int) -> bool:
-    """`less than` or `at least`. Raises `ValueError` for another relation."""
+    """Whether `count` is `less than` or `at least` the threshold, as `relation` says.
+
+    Raises `ValueError` for another relation.
+    """
     if relation == "less than":
         return count < threshold
     if relation == "at least":
@@ -29,9 +32,9 @@ def holds(relation: str, count: int, threshold: int) -> bool:
 
 
 def detect_language(text: str) -> str | None:
-    """The ISO 639-1 code of the text's language, None where it has no letters to tell by.
+    """The ISO 639-1 code of the text's language, None where the text has no letters.
 
-    By langdetect with a fixed seed: its answers vary otherwise.
+    langdetect gets a fixed seed, as its answers vary otherwise.
     """
     import langdetect
 
@@ -43,11 +46,15 @@ def detect_language(text: str) -> str | None:
 
 
 def count_words(text: str) -> int:
+    """The number of runs of letters, digits and underscores."""
     return len(re.findall(r"\w+", text))
 
 
 def count_sentences(text: str) -> int:
-    """By end marks. The reference uses NLTK's trained splitter, which rarely differs in English."""
+    """The number of sentences, counted by their end marks.
+
+    The reference uses NLTK's trained splitter, which rarely differs in English.
+    """
     count, start = 0, 0
     for match in _SENTENCE_END.finditer(text):
         at_end = not text[match.end() :].strip()
@@ -73,7 +80,7 @@ def _forbidden(text: str, *, forbidden_words: list[str]) -> bool:
 
 
 def _letter(text: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    # The reference draws another letter at random where this is none, `#` or `!`.
+    # Where `letter` is not a letter, such as `#` or `!`, the reference draws one at random.
     return holds(let_relation, text.lower().count(letter.strip().lower()), let_frequency)
 
 
@@ -90,7 +97,10 @@ def _num_words(text: str, *, num_words: int, relation: str) -> bool:
 
 
 def _num_paragraphs(text: str, *, num_paragraphs: int) -> bool:
-    """Divided by `***`; an empty one may stand first or last, where it does not count."""
+    """Whether the text has so many paragraphs, divided by `***`.
+
+    An empty paragraph may stand first or last, where it does not count.
+    """
     parts = re.split(r"\s?\*\*\*\s?", text)
     if any(not part.strip() for part in parts[1:-1]):
         return False
@@ -99,7 +109,10 @@ def _num_paragraphs(text: str, *, num_paragraphs: int) -> bool:
 
 
 def _nth_first_word(text: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs divided by an empty line; the nth begins with the word, whatever its case."""
+    """Whether the nth of so many paragraphs begins with the word, in any case.
+
+    Paragraphs are divided by an empty line.
+    """
     parts = text.split("\n\n")
     count = sum(bool(part.strip()) for part in parts)
     if count != num_paragraphs or nth_paragraph > count or not parts[nth_paragraph - 1].strip():
@@ -175,7 +188,10 @@ def _quotation(text: str) -> bool:
 
 
 def _capital_words(text: str, *, capital_relation: str, capital_frequency: int) -> bool:
-    """A hyphenated word is one. The reference splits with NLTK, which parts contractions too."""
+    """Whether the number of words in capitals fits; a hyphenated word counts once.
+
+    The reference splits with NLTK, which also splits contractions.
+    """
     words = [word.strip(_EDGES) for word in text.split()]
     return holds(capital_relation, sum(word.isupper() for word in words), capital_frequency)
 

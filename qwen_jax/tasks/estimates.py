@@ -1,15 +1,15 @@
-"""Numbers from answers: pure functions."""
+"""Estimates of a metric from graded answers: means, standard errors, pass@k."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH_95 = 1.959963984540054  # standard errors on either side of a mean: 95% of a normal law
+_HALF_WIDTH_95 = 1.959963984540054  # of a normal mean's 95% interval, in standard errors
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error, None where one sample says nothing about it."""
+    """A mean with its standard error, which is None where there is only one sample."""
 
     value: float
     stderr: float | None
@@ -17,18 +17,22 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% confidence interval, by the normal law."""
+        """The 95% confidence interval (low, high) of a normally distributed mean."""
         if self.stderr is None:
             return None
-        return self.value - _WIDTH_95 * self.stderr, self.value + _WIDTH_95 * self.stderr
+        return (
+            self.value - _HALF_WIDTH_95 * self.stderr,
+            self.value + _HALF_WIDTH_95 * self.stderr,
+        )
 
 
 def estimate(samples: Sequence[Sequence[float]]) -> Estimate:
-    """The mean over all values of all samples; values of one sample are not independent.
+    """The mean over all values of all samples, with a cluster-robust standard error.
 
-    stderr = sqrt(C / (C - 1) sum_c (sum_{i in c} x_i - mean)^2) / N for C samples and N values: the
-    cluster-robust one (arXiv 2411.00640, section 2.2), with the usual sd / sqrt(N) for one value a
-    sample. Raises `ValueError` where there is no value.
+    Values of one sample (a cluster) need not be independent of each other. For C samples and N
+    values stderr = sqrt(C / (C - 1) sum_c (sum_{i in c} x_i - mean)^2) / N (arXiv 2411.00640,
+    section 2.2), which is sd / sqrt(N) where every sample has one value. Raises `ValueError`
+    without any value.
     """
     values = [value for sample in samples for value in sample]
     if not values:
@@ -42,15 +46,15 @@ def estimate(samples: Sequence[Sequence[float]]) -> Estimate:
 
 
 def accuracy(logprobs: Sequence[float], *, gold: int) -> float:
-    """1 where the gold choice is the likeliest; of equal ones the first is taken."""
+    """1.0 where the gold choice is the likeliest, else 0.0. The first of equal choices counts."""
     return float(_argmax(logprobs) == gold)
 
 
 def pass_at_k(num_answers: int, num_correct: int, *, k: int) -> float:
-    """The chance that k answers drawn from these hold a correct one.
+    """The probability that k answers, drawn without replacement, hold a correct one.
 
-    1 - C(n - c, k) / C(n, k), as a product that does not overflow: the unbiased estimator of
-    arXiv 2107.03374, equation 1. Raises `ValueError` where k answers are not there.
+    1 - C(n - c, k) / C(n, k) for n answers of which c are correct, the unbiased estimator of arXiv
+    2107.03374, equation 1, as a product that does not overflow. Raises `ValueError` for k > n.
     """
     if not 1 <= k <= num_answers:
         raise ValueError(f"pass@{k} needs at least {k} answers to a problem, not {num_answers}")
@@ -63,4 +67,5 @@ def pass_at_k(num_answers: int, num_correct: int, *, k: int) -> float:
 
 
 def _argmax(values: Sequence[float]) -> int:
+    """The index of the largest value, the first of equal ones."""
     return max(range(len(values)), key=lambda i: (values[i], -i))

@@ -1,0 +1,1 @@
+"""Benchmarks whose answers are programs, graded by running tests in the sandbox."""
