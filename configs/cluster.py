@@ -1,12 +1,12 @@
 """The processes of one run: how they find each other, and how long they wait."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from configs import schema
+from configs.schema import NonNegative, Positive, Range
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="cluster.")
 class ClusterConfig:
     """The processes of a run, one a host: how they find each other, how long they wait."""
 
@@ -14,14 +14,15 @@ class ClusterConfig:
     # or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     launch: Literal["single", "auto", "explicit"] = "single"
     coordinator: str = ""  # HOST:PORT of process 0, as the others reach it
-    num_processes: int = 0  # 0: not said
-    process_id: int = -1  # of this process, from 0; -1: not said
-    start_seconds: int = 300  # for all processes to come, and for each step of the start
-    silence_seconds: int = 60  # without a sign of life a process counts as lost
-    stall_seconds: int = 1800  # longest for a training step, an evaluation, a save, a compilation
+    num_processes: NonNegative[int] = 0  # 0: not said
+    process_id: Annotated[int, Range(min=-1)] = -1  # of this process, from 0; -1: not said
+    # For all processes to come, and for each step of the start
+    start_seconds: Positive[int] = 300
+    silence_seconds: Positive[int] = 60  # without a sign of life a process counts as lost
+    # Longest for a training step, an evaluation, a save, a compilation
+    stall_seconds: Positive[int] = 1800
 
     def __post_init__(self) -> None:
-        schema.check_positive(self, "start_seconds", "silence_seconds", "stall_seconds")
         given = self.coordinator or self.num_processes or self.process_id >= 0
         schema.check(
             self.launch != "single" or not given,

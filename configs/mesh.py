@@ -1,14 +1,14 @@
 """Devices per mesh axis, inside a slice and across slices."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from configs import schema
+from configs.schema import Positive
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="mesh.")
 class MeshConfig:
     """Devices per mesh axis inside a slice (ICI) and across slices (DCN); -1 takes what is left."""
 
@@ -17,7 +17,7 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
-    dcn_data: int = 1  # slices over which whole replicas are spread
+    dcn_data: Positive[int] = 1  # slices over which whole replicas are spread
     kv_heads: Literal["sharded", "replicated"] = "sharded"  # over `tensor`, or on every device
 
     def __post_init__(self) -> None:
@@ -27,9 +27,4 @@ class MeshConfig:
         schema.check(
             list(sizes.values()).count(-1) <= 1,
             f"only one mesh axis may be -1 (take what is left), got {sizes}",
-        )
-        schema.check_positive(self, "dcn_data")
-        schema.check(
-            self.kv_heads in ("sharded", "replicated"),
-            f"mesh kv_heads={self.kv_heads!r} must be sharded or replicated",
         )

@@ -1,11 +1,12 @@
 """How a server meets its clients: where it listens, what it takes, how long it waits."""
 
-from dataclasses import dataclass
+from typing import Annotated
 
 from configs import schema
+from configs.schema import NonNegative, Positive, Range
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class ServerConfig:
     """Limits of one server. Sizes are bytes, times are seconds.
 
@@ -16,51 +17,40 @@ class ServerConfig:
     # Whom it listens to: by default this machine alone.
     host: str = "127.0.0.1"
     # 0: any that is free; the line printed at the start says which.
-    port: int = 8000
+    port: Annotated[int, Range(min=0, max=65535)] = 8000
     # What clients call the model; empty: its folder's name.
     model_name: str = ""
     # File that holds the API key; empty: environment variable QWEN_JAX_API_KEY, or no key at all.
     api_key_file: str = ""
 
     # Bytes of a request's body.
-    max_body: int = 4 * 2**20
+    max_body: Positive[int] = 4 * 2**20
     # Bytes of a request's line and headers.
-    max_header: int = 64 * 2**10
+    max_header: Positive[int] = 64 * 2**10
     # Tokens of a prompt; 0: as many as model and pages take.
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: NonNegative[int] = 0
     # Answers of one request: n, or best_of, times its prompts.
-    max_choices: int = 128
+    max_choices: Positive[int] = 128
     # Answers that may wait, beyond those that the engine works on.
-    max_queue: int = 256
+    max_queue: NonNegative[int] = 256
     # Open connections, idle ones included.
-    max_connections: int = 2048
+    max_connections: Positive[int] = 2048
     # Texts of one request for embeddings.
-    max_inputs: int = 2048
+    max_inputs: Positive[int] = 2048
 
     # Seconds until a request's headers are there.
-    header_seconds: float = 10.0
+    header_seconds: Positive[float] = 10.0
     # Seconds until its body is there.
-    body_seconds: float = 30.0
+    body_seconds: Positive[float] = 30.0
     # Seconds between requests of one connection.
-    idle_seconds: float = 30.0
+    idle_seconds: Positive[float] = 30.0
     # Seconds in which a client takes not a byte of its answer.
-    stall_seconds: float = 30.0
+    stall_seconds: Positive[float] = 30.0
     # Pieces of one streamed answer, for each choice, that wait for a client who reads slowly.
-    stream_buffer: int = 1024
+    stream_buffer: Positive[int] = 1024
     # Bytes of a connection's answers that the operating system keeps.
-    send_buffer: int = 64 * 2**10
+    send_buffer: Positive[int] = 64 * 2**10
     # Seconds from SIGTERM until open requests are cut off.
-    drain_seconds: float = 60.0
+    drain_seconds: NonNegative[float] = 60.0
     # Longest time in seconds that the engine may be at one round; then it counts as failed.
-    engine_seconds: float = 300.0
-
-    def __post_init__(self) -> None:
-        schema.check_positive(
-            self, "max_body", "max_header", "max_choices", "max_connections", "max_inputs",
-            "header_seconds", "body_seconds", "idle_seconds", "stall_seconds", "stream_buffer",
-            "send_buffer", "engine_seconds",
-        )  # fmt: skip
-        for name in ("max_prompt_tokens", "max_queue", "drain_seconds"):
-            value = getattr(self, name)
-            schema.check(value >= 0, f"{name}={value} must be 0 or greater")
-        schema.check(0 <= self.port < 2**16, f"port={self.port} must be in [0, 65535]")
+    engine_seconds: Positive[float] = 300.0

@@ -1,7 +1,7 @@
 """One training run: what is trained, how long, and what is saved."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
 from configs import schema
 from configs.cluster import ClusterConfig
@@ -10,21 +10,20 @@ from configs.mesh import MeshConfig
 from configs.models import remat
 from configs.models.architecture import ExpertTrainingConfig, ModelConfig
 from configs.optimizer import OptimizerConfig
+from configs.schema import NonNegative, Positive, Range
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="checkpoint.")
 class CheckpointConfig:
     """When training state is saved and how much of it is kept."""
 
-    every_steps: int = 500
-    keep: int = 3  # newest checkpoints kept
-    keep_every_steps: int = 0  # steps divisible by it are kept for ever; 0: none
-
-    def __post_init__(self) -> None:
-        schema.check_positive(self, "every_steps", "keep")
+    every_steps: Positive[int] = 500
+    keep: Positive[int] = 3  # newest checkpoints kept
+    # Steps divisible by it are kept for ever; 0: none
+    keep_every_steps: NonNegative[int] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class TrainConfig:
     """One training run. `output` is its home: run again with the same one, it goes on."""
 
@@ -33,28 +32,30 @@ class TrainConfig:
     # a preset named by `model`; a whole config there must have its shapes.
     init_from: str = ""
     output: str = ""  # the run's home: checkpoints, metrics, tokenizer; run again, it goes on
-    num_steps: int = 1000  # optimizer steps
-    batch_size: int = 8  # sequences a step, over all devices, accumulation included
-    accumulate_steps: int = 1  # parts into which the batch of a step is split
-    seed: int = 0  # of the initial weights
+    num_steps: Positive[int] = 1000  # optimizer steps
+    # Sequences a step, over all devices, accumulation included
+    batch_size: Positive[int] = 8
+    accumulate_steps: Positive[int] = 1  # parts into which the batch of a step is split
+    seed: NonNegative[int] = 0  # of the initial weights
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: str = (
-        "full"  # a name of `configs/models/remat.py`, or "save:q,k,v offload:mlp_gate,mlp_up"
-    )
+    # A name of `configs/models/remat.py`, or "save:q,k,v offload:mlp_gate,mlp_up"
+    remat: str = "full"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     # How rows spread over mesh.context meet in attention; auto: see
     # qwen_jax/ops/attention/context_parallelism.py.
     context_parallel: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
-    z_loss: float = 0.0
-    loss_chunk: int = 1024  # at most so many tokens of a sequence (or part) have logits
+    z_loss: NonNegative[float] = 0.0  # coefficient of mean(logsumexp(logits)^2)
+    # At most so many tokens of a sequence (or part) have logits
+    loss_chunk: Positive[int] = 1024
     executables: str = ""  # a bundle of `qwen-jax plan --save`; empty: compile when the run starts
-    log_every_steps: int = 10
-    eval_every_steps: int = 200
-    eval_batches: int = 16
+    log_every_steps: Positive[int] = 10
+    eval_every_steps: Positive[int] = 200
+    eval_batches: Positive[int] = 16
     profile_steps: tuple[int, int] | None = None  # first and last step of a profiler window
-    spike_factor: float = 3.0  # stop when the loss exceeds this multiple of its running mean
-    spike_patience: int = 5  # ... in so many steps running
+    # Stop when the loss exceeds this multiple of its running mean
+    spike_factor: Annotated[float, Range(above=1)] = 3.0
+    spike_patience: Positive[int] = 5  # ... in so many steps running
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     experts: ExpertTrainingConfig = field(default_factory=ExpertTrainingConfig)
@@ -63,20 +64,12 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
-        schema.check_positive(
-            self, "num_steps", "batch_size", "accumulate_steps", "loss_chunk", "log_every_steps",
-            "eval_every_steps", "eval_batches", "spike_patience",
-        )  # fmt: skip
         schema.check(
             self.batch_size % self.accumulate_steps == 0,
             f"batch_size={self.batch_size} is not divisible by "
             f"accumulate_steps={self.accumulate_steps}",
         )
         remat.check(self.remat)
-        schema.check(
-            self.spike_factor > 1, f"spike_factor={self.spike_factor} must be greater than 1"
-        )
-        schema.check(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative")
         schema.check(
             self.profile_steps is None or 1 <= self.profile_steps[0] <= self.profile_steps[1],
             f"profile_steps={self.profile_steps} must be a first and a last step, counted from 1",

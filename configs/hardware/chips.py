@@ -7,13 +7,14 @@ tenths of [cloud]'s figure; [libtpu] the limit that libtpu 0.0.42.1 itself names
 does not fit; [nvidia] the data sheets of A100, H100, H200 and of the DGX.
 """
 
-import dataclasses
 from typing import Literal
+
+from configs import schema
 
 GiB = 2**30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schema.config()
 class Chip:
     """One kind of accelerator. Every figure is for a chip; `devices` says how many jax sees of it.
 

@@ -2,9 +2,9 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from typing import Literal
 
+from configs import schema
 from configs.hardware import topologies
 
 Target = Literal["queued-resource", "xpk", "gke"]
@@ -25,8 +25,8 @@ _ZONE = re.compile(r"[a-z]+-[a-z]+\d+-[a-z]")
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
+@schema.config()
+class LaunchConfig:
     """One training command on one slice, or several. Fields that do not apply must be left out."""
 
     name: str  # of the job and of what is rented for it
@@ -42,14 +42,14 @@ class Launch:
     image: str = ""  # container with qwen-jax and the tpu extra in it
     # Crashes that start the run again. A preemption is no crash, and is not counted where the
     # scheduler lets us say so (all but XPK).
-    max_restarts: int = 10
+    max_restarts: schema.NonNegative[int] = 10
     # From SIGTERM until the machine kills the run: time to save. Spot TPUs give about 30 seconds
     # whatever is asked for.
-    grace_seconds: int = 120
+    grace_seconds: schema.Positive[int] = 120
 
     def __post_init__(self) -> None:
         chip = self.slice.chip
-        _check(
+        schema.check(
             chip.platform == "tpu",
             f"topology={self.topology!r} is no TPU slice; cloud launch files are for TPUs, such "
             "as v5p-128",
@@ -61,15 +61,13 @@ class Launch:
             (self.output, _BUCKET, "output", "gs://BUCKET/FOLDER, which every machine can reach"),
             (self.package, _PACKAGE, "package", "gs://... or git+https://... without spaces"),
         ):
-            _check(bool(pattern.fullmatch(value)), f"{field}={value!r}; it must be {form}")
+            schema.check(bool(pattern.fullmatch(value)), f"{field}={value!r}; it must be {form}")
         words = self.train_words
-        _check(bool(words), "train is empty; say what follows `qwen-jax train`: a recipe")
-        _check(
+        schema.check(bool(words), "train is empty; say what follows `qwen-jax train`: a recipe")
+        schema.check(
             not any(word == "--output" or word.startswith("--output=") for word in words),
             "train holds --output; it is taken from `output`",
         )
-        _check(self.max_restarts >= 0, f"max_restarts={self.max_restarts} must not be negative")
-        _check(self.grace_seconds > 0, f"grace_seconds={self.grace_seconds} must be positive")
 
     @property
     def train_words(self) -> list[str]:
@@ -103,21 +101,18 @@ class Launch:
         for field in ("package", "cluster", "image"):
             value = getattr(self, field)
             if field in needs:
-                _check(bool(value), f"{target} needs {field}; give --{field}")
+                schema.check(bool(value), f"{target} needs {field}; give --{field}")
             else:
-                _check(not value, f"{field}={value!r} means nothing to {target}; leave it out")
-        _check(
+                schema.check(
+                    not value, f"{field}={value!r} means nothing to {target}; leave it out"
+                )
+        schema.check(
             target != "queued-resource" or self.slice.chip.name != "tpu7x",
             f"topology={self.topology!r}: queued resources do not offer tpu7x; use gke or xpk",
         )
-        _check(
+        schema.check(
             target == "queued-resource"
             or self.slice.num_slices == 1
             or self.slice.hosts_per_slice > 1,
             f"topology={self.topology!r}: GKE joins only slices of several machines",
         )
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

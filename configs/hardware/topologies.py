@@ -14,14 +14,14 @@ tpu7x-N counts, and which shape is the standard one of a number of cubes: xpk's
 system_characteristics.py; rings: "How to Scale Your Model", jax-ml.github.io/scaling-book, TPUs.
 """
 
-import dataclasses
 import math
 import re
 
+from configs import schema
 from configs.hardware.chips import CHIPS, Chip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schema.config()
 class Slice:
     """`num_slices` equal slices: chips that share one fast network, each slice of `shape`."""
 

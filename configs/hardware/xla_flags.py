@@ -10,14 +10,13 @@ host (docs/experiments/training.md); between hosts they were not. An unknown fla
 name, so a libtpu that dropped one fails at once.
 """
 
-import dataclasses
-
+from configs import schema
 from configs.hardware.chips import Chip
 
 Value = bool | int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@schema.config()
 class Flag:
     """One flag: its value, the chips it is for, and why."""
 

@@ -1,13 +1,13 @@
 """What a model computes, and what comes beside its weights in a Hugging Face folder."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from configs import schema
+from configs.schema import NonNegative, Positive, Range
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="rope_scaling ")
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071, section 3; `rope_scaling` in config.json).
 
@@ -15,8 +15,8 @@ class YarnConfig:
     otherwise 0.1 ln(factor) + 1.
     """
 
-    factor: float
-    original_max_position_embeddings: int
+    factor: Annotated[float, Range(min=1)]
+    original_max_position_embeddings: Positive[int]
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
@@ -24,18 +24,14 @@ class YarnConfig:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
-    def __post_init__(self) -> None:
-        schema.check(self.factor >= 1, f"rope_scaling factor={self.factor} must be at least 1")
-        schema.check_positive(self, "original_max_position_embeddings")
 
-
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="dual_chunk_attention ")
 class DualChunkConfig:
     """Dual chunk attention (arXiv 2402.17463). Equal to plain RoPE up to `chunk_size` tokens."""
 
     chunk_size: int
     local_size: int
-    original_max_position_embeddings: int
+    original_max_position_embeddings: Positive[int]
 
     def __post_init__(self) -> None:
         schema.check(
@@ -45,7 +41,7 @@ class DualChunkConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class MoEConfig:
     """Routed experts beside a gated shared one, in place of a layer's feed-forward network.
 
@@ -54,48 +50,32 @@ class MoEConfig:
     this project's own, and no Hugging Face file holds them.
     """
 
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int  # of one expert
-    shared_expert_intermediate_size: int  # 0: no shared expert
+    num_experts: Positive[int]
+    num_experts_per_tok: Positive[int]
+    moe_intermediate_size: Positive[int]  # of one expert
+    shared_expert_intermediate_size: NonNegative[int]  # 0: no shared expert
     norm_topk_prob: bool = False  # whether the k weights are made to sum to 1
-    decoder_sparse_step: int = 1  # every n-th layer has experts, the last of each n
+    decoder_sparse_step: Positive[int] = 1  # every n-th layer has experts, the last of each n
     mlp_only_layers: tuple[int, ...] = ()  # layers without, whatever the step
-    router_aux_loss_coef: float = 0.001  # of the load-balance loss in training
-    router_z_loss: float = 0.0  # coefficient of mean(logsumexp(router logits)^2)
+    router_aux_loss_coef: NonNegative[float] = 0.001  # of the load-balance loss in training
+    router_z_loss: NonNegative[float] = 0.0  # coefficient of mean(logsumexp(router logits)^2)
     # Over which tokens the load is to be even: the batch of a step (of a micro-batch, where it is
     # split), or each sequence by itself.
     load_balance: Literal["global_batch", "sequence"] = "global_batch"
     # A number adds a bias to each expert that steers the choice alone, moved by as much a step
     # against its load error (arXiv 2408.15664).
-    bias_update_rate: float | None = None
+    bias_update_rate: Positive[float] | None = None
     # Most tokens of a sequence that an expert takes in training, as a multiple of its even share;
     # None drops nothing. Prefill and decoding never drop.
-    capacity_factor: float | None = None
-    pad_experts_to: int | None = None  # experts held, with ones that are never chosen
+    capacity_factor: Positive[float] | None = None
+    pad_experts_to: Positive[int] | None = None  # experts held, with ones that are never chosen
 
     def __post_init__(self) -> None:
-        schema.check_positive(
-            self, "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-            "decoder_sparse_step",
-        )  # fmt: skip
         schema.check(
             self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok={self.num_experts_per_tok} is more than "
             f"num_experts={self.num_experts}",
         )
-        for name in ("shared_expert_intermediate_size", "router_aux_loss_coef", "router_z_loss"):
-            value = getattr(self, name)
-            schema.check(value >= 0, f"{name}={value} must not be negative")
-        schema.check(
-            self.load_balance in ("global_batch", "sequence"),
-            f"load_balance={self.load_balance!r} must be global_batch or sequence",
-        )
-        for name in ("bias_update_rate", "capacity_factor"):
-            value = getattr(self, name)
-            schema.check(
-                value is None or value > 0, f"{name}={value} must be greater than 0, or None"
-            )
         schema.check(
             self.pad_experts_to is None or self.pad_experts_to >= self.num_experts,
             f"pad_experts_to={self.pad_experts_to} is less than num_experts={self.num_experts}",
@@ -111,16 +91,20 @@ class MoEConfig:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config(prefix="experts.")
 class ExpertTrainingConfig:
     """How a run trains a model's experts; what is None stays as the model's own config says."""
 
-    router_aux_loss_coef: float | None = None  # of the load-balance loss
-    router_z_loss: float | None = None  # coefficient of mean(logsumexp(router logits)^2)
+    router_aux_loss_coef: NonNegative[float] | None = None  # of the load-balance loss
+    # Coefficient of mean(logsumexp(router logits)^2)
+    router_z_loss: NonNegative[float] | None = None
     load_balance: Literal["global_batch", "sequence"] | None = None  # where load is to be even
-    bias_update_rate: float | None = None  # adds biases that steer the choice (arXiv 2408.15664)
-    capacity_factor: float | None = None  # drops what exceeds this multiple of an even share
-    pad_experts_to: int | None = None  # for a mesh axis `expert` that does not divide their number
+    # Adds biases that steer the choice (arXiv 2408.15664)
+    bias_update_rate: Positive[float] | None = None
+    # Drops what exceeds this multiple of an even share
+    capacity_factor: Positive[float] | None = None
+    # For a mesh axis `expert` that does not divide their number
+    pad_experts_to: Positive[int] | None = None
 
     def apply(self, model: "ModelConfig") -> "ModelConfig":
         """`model` trained this way. Raises `ValueError` for settings of a model without experts."""
@@ -133,36 +117,31 @@ class ExpertTrainingConfig:
         return dataclasses.replace(model, moe=dataclasses.replace(model.moe, **given))
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class ModelConfig:
     """A Qwen2.5 transformer, dense or with experts; field names are those of its config.json."""
 
     name: str
-    vocab_size: int  # embedding rows, padding rows included
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int  # tokens
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    vocab_size: Positive[int]  # embedding rows, padding rows included
+    hidden_size: Positive[int]
+    intermediate_size: Positive[int]
+    num_hidden_layers: Positive[int]
+    num_attention_heads: Positive[int]
+    num_key_value_heads: Positive[int]
+    head_dim: Positive[int]
+    max_position_embeddings: Positive[int]  # tokens
+    rms_norm_eps: Positive[float] = 1e-6
+    rope_theta: Positive[float] = 1e6
     rope_scaling: YarnConfig | None = None
     dual_chunk_attention: DualChunkConfig | None = None
     moe: MoEConfig | None = None
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    initializer_range: Positive[float] = 0.02
     bos_token_id: int | None = 151643
     eos_token_ids: tuple[int, ...] = (151643,)
     pad_token_id: int | None = 151643
 
     def __post_init__(self) -> None:
-        schema.check_positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-            "rms_norm_eps", "rope_theta", "initializer_range",
-        )  # fmt: skip
         schema.check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -216,7 +195,7 @@ class ModelConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class QuantisationConfig:
     """How a Hugging Face checkpoint is quantised; its kernels are whole numbers of `bits` bits.
 
@@ -249,43 +228,32 @@ def model_from_dict(values: dict) -> ModelConfig:
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(values) - known)
     schema.check(not unknown, f"unknown model config keys {unknown}; known: {sorted(known)}")
-    kinds = {"rope_scaling": YarnConfig, "dual_chunk_attention": DualChunkConfig, "moe": MoEConfig}
+    if values.get("moe") is not None:  # JSON has no tuples
+        without_experts = tuple(values["moe"].get("mlp_only_layers", ()))
+        values["moe"] = {**values["moe"], "mlp_only_layers": without_experts}
+    kinds = {
+        "rope_scaling": YarnConfig,
+        "dual_chunk_attention": DualChunkConfig,
+        "moe": MoEConfig,
+    }
     for name, kind in kinds.items():
         if values.get(name) is not None:
             values[name] = kind(**values[name])
-    if values.get("moe") is not None:  # JSON has no tuples
-        alone = tuple(values["moe"].mlp_only_layers)
-        values["moe"] = dataclasses.replace(values["moe"], mlp_only_layers=alone)
     values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
     return ModelConfig(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class GenerationConfig:
     """Sampling defaults that come with a checkpoint (generation_config.json); None: not said."""
 
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_new_tokens: int | None = None
+    temperature: NonNegative[float] | None = None
+    top_k: NonNegative[int] | None = None
+    top_p: Annotated[float, Range(above=0, max=1, remedy="use 1 to keep all tokens")] | None = None
+    min_p: Annotated[float, Range(min=0, max=1)] | None = None
+    repetition_penalty: Annotated[float, Range(above=0, remedy="use 1 for none")] | None = None
+    max_new_tokens: Positive[int] | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, None), ("top_k", 0, None), ("top_p", 0, 1), ("min_p", 0, 1),
-            ("repetition_penalty", 0, None), ("max_new_tokens", 1, None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            schema.check(
-                value is None or (value >= low and (high is None or value <= high)),
-                f"{name}={value} must be at least {low}" + (f", at most {high}" if high else ""),
-            )
-        schema.check(self.top_p != 0, "top_p=0 would leave no token; use 1 to keep all")
-        schema.check(
-            self.repetition_penalty != 0, "repetition_penalty=0 divides by zero; use 1 for none"
-        )

@@ -11,7 +11,7 @@ experts, one a token and choice. `qwen_jax/model/remat.py` turns policies into t
 `jax.checkpoint`.
 """
 
-from dataclasses import dataclass
+from configs import schema
 
 # The closed set: name -> what it is.
 TENSORS = {
@@ -46,7 +46,7 @@ LISTS = {
 POLICIES = ("none", "dots", *LISTS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@schema.config()
 class Tensors:
     """Names out of `TENSORS`: kept on the device, and kept in host memory."""
 

@@ -5,13 +5,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from configs import schema
 from configs.sampling import SamplingParams
 from infer.constraints.spec import ConstraintSpec
 
 # Fields of SamplingParams that JSON spells alike, with their types.
 SAMPLING = {
-    field.name: field.type if field.type in (bool, float) else int
+    field.name: kind if kind in (bool, float) else int
     for field in dataclasses.fields(SamplingParams)
+    for kind in [schema.plain_type(SamplingParams, field.name)]
     if field.name not in ("max_tokens", "logit_bias", "stop_token_ids", "logprobs", "seed")
 }
 _CONSTRAINTS = {  # key of `structured_outputs` -> kind

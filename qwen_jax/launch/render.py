@@ -28,11 +28,11 @@ RUNTIMES = {
 CACHE = "/var/tmp/qwen-jax-compiled"
 
 
-def render(job: launch.Launch, *, target: launch.Target) -> dict[str, str]:
+def render(job: launch.LaunchConfig, *, target: launch.Target) -> dict[str, str]:
     """The text of each launch file by name.
 
     Raises:
-        ValueError: what `job` says does not suit `target` (`Launch.check_target`).
+        ValueError: what `job` says does not suit `target` (`LaunchConfig.check_target`).
     """
     job.check_target(target)
     environment = jinja2.Environment(
@@ -48,7 +48,7 @@ def render(job: launch.Launch, *, target: launch.Target) -> dict[str, str]:
     }
 
 
-def write(texts: Mapping[str, str], job: launch.Launch, *, folder: Path) -> str:
+def write(texts: Mapping[str, str], job: launch.LaunchConfig, *, folder: Path) -> str:
     """Writes the files; the text that says what they rent and which to run first."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -64,13 +64,13 @@ def write(texts: Mapping[str, str], job: launch.Launch, *, folder: Path) -> str:
     )
 
 
-def command(job: launch.Launch) -> list[str]:
+def command(job: launch.LaunchConfig) -> list[str]:
     """The command that every machine runs, and runs again after an interruption."""
     ours = ["--output", job.output, "--cluster.launch", "auto"]
     return ["qwen-jax", "train", *job.train_words, *ours]
 
 
-def _values(job: launch.Launch) -> dict[str, object]:
+def _values(job: launch.LaunchConfig) -> dict[str, object]:
     part = job.slice
     standard = topologies.parse(part.cloud_name).shape == part.shape
     return {

@@ -47,7 +47,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 _ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}
 
 
-def check(files: Mapping[str, str], job: launch.Launch) -> None:
+def check(files: Mapping[str, str], job: launch.LaunchConfig) -> None:
     """Checks the files that `render` made for `job`.
 
     Raises:

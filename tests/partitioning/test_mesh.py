@@ -32,7 +32,7 @@ def test_parse():
         ("fsdp=0", "mesh axis fsdp=0 must be positive, or -1"),
         ("tensor=-2", "mesh axis tensor=-2 must be positive, or -1"),
         ("data=-1,fsdp=-1", "only one mesh axis may be -1"),
-        ("kv_heads=half", "mesh kv_heads='half' must be sharded or replicated"),
+        ("kv_heads=half", "mesh.kv_heads='half' is unknown; known: sharded, replicated"),
         ("dcn_data=0", "dcn_data=0 must be greater than 0"),
     ],
 )

@@ -112,7 +112,7 @@ def quickstart(*, output: str = "runs/quickstart", num_steps: int = 300) -> int:
 def launch(
     target: Positional[launch_configs.Target],
     *,
-    job: Annotated[launch_configs.Launch, Flat],
+    job: Annotated[launch_configs.LaunchConfig, Flat],
     files: str = "launch",
 ) -> int:
     """Write checked files that start a training run on Cloud TPUs; nothing is contacted.

@@ -36,7 +36,7 @@ GIVEN = {
 )
 def test_a_wrong_field_is_named(field, value, says):
     with pytest.raises(ValueError, match=says):
-        launch.Launch(**GIVEN | {field: value})
+        launch.LaunchConfig(**GIVEN | {field: value})
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_a_wrong_field_is_named(field, value, says):
 )
 def test_a_way_that_does_not_suit_is_refused(target, fields, says):
     with pytest.raises(ValueError, match=says):
-        launch.Launch(**GIVEN | fields).check_target(target)
+        launch.LaunchConfig(**GIVEN | fields).check_target(target)

@@ -239,7 +239,7 @@ def test_generation_knows_every_key_and_default_of_transformers():
         ({"stop_strings": ["x"]}, "stop_strings"),
         ({"temprature": 1.0}, "unknown keys temprature"),
         ({"top_k": 1.5}, "top_k=1.5 must be of type int"),
-        ({"top_p": 1.5}, "top_p=1.5 must be at least 0, at most 1"),
+        ({"top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
         ({"temperature": -1.0}, "temperature=-1.0"),
     ],
 )

@@ -14,10 +14,10 @@ WAYS = {
 
 
 @pytest.fixture
-def job() -> Callable[..., launch.Launch]:
+def job() -> Callable[..., launch.LaunchConfig]:
     """A job for a target, changed field by field."""
 
-    def make(target: launch.Target, **fields: object) -> launch.Launch:
+    def make(target: launch.Target, **fields: object) -> launch.LaunchConfig:
         given = {
             "name": "run-1",
             "topology": "v5p-128",
@@ -26,6 +26,6 @@ def job() -> Callable[..., launch.Launch]:
             "output": "gs://bucket/run",
             "train": "pretrain-7b --data.paths '/data/a b.jsonl'",
         }
-        return launch.Launch(**given | WAYS[target] | fields)
+        return launch.LaunchConfig(**given | WAYS[target] | fields)
 
     return make
