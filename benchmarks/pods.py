@@ -191,7 +191,6 @@ def compile_case(case: Case) -> dict:
     from partitioning import mesh as mesh_lib
     from qwen_jax.analysis import ahead_of_time
     from qwen_jax.analysis.plan import search
-    from train import executables as of_train
     from train.core import step
 
     where = topologies.parse(case.where)
@@ -204,7 +203,8 @@ def compile_case(case: Case) -> dict:
         mesh=mesh_lib.parse(case.mesh) if case.mesh else None,
     )
     best = search.recommend(found, refused)
-    program = step.make(best.job.cfg, best.job.config, of_train.placed(best.job))
+    layout = ahead_of_time.layout(where, best.job.config.mesh, kind="train")
+    program = step.make(best.job.cfg, best.job.config, layout)
     one = ahead_of_time.compile_program(
         program.step.lower(*program.inputs),
         flags={} if case.peer else ahead_of_time.flags(where),

@@ -36,8 +36,8 @@ LEVELS = (
     ("cli",),
 )
 CLI = "qwen_jax/cli/"
-# The files of the command line that may import train and infer, inside functions.
-COMPOSE = ("qwen_jax/cli/compose.py", "qwen_jax/cli/commands/")
+# The one file of the command line that imports train and infer, inside functions.
+COMPOSE = "qwen_jax/cli/compose.py"
 # What every command loads at the start; the rest of the command line is loaded by the command.
 START = ("qwen_jax/cli/__init__.py", "qwen_jax/cli/apps.py", "qwen_jax/cli/commands/")
 FLAX = {
@@ -122,7 +122,7 @@ def order_of_packages(files: Files) -> list[str]:
                     found.append(f"{where} before a command needs it")
                 loops = seen.top in ("train", "infer")
                 if loops and not (seen.lazily and name.startswith(COMPOSE)):
-                    found.append(f"{where}; only {COMPOSE} do, inside functions")
+                    found.append(f"{where}; only {COMPOSE} does, inside functions")
                 continue
             if ours and seen.top not in ALLOWED[package]:
                 found.append(f"{where}: {package} is below {seen.top}")

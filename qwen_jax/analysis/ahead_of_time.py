@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.experimental import serialize_executable, topologies
@@ -23,6 +24,9 @@ from jax.experimental import serialize_executable, topologies
 from configs import schema
 from configs.hardware import xla_flags
 from configs.hardware.topologies import Slice
+from configs.mesh import MeshConfig
+from partitioning import mesh, rules
+from partitioning.sharding import Layout
 from qwen_jax import storage
 from qwen_jax.analysis import hlo
 
@@ -78,6 +82,12 @@ def devices(where: Slice) -> list[jax.Device]:
         platform="tpu", topology_name=where.topology_name, **where.topology_options
     )
     return list(topology.devices)
+
+
+def layout(where: Slice, config: MeshConfig, *, kind: Literal["train", "engine"]) -> Layout:
+    """A mesh of the slice's devices, as `devices` gives them, with the rules of `kind`."""
+    made = mesh.make(config, devices=devices(where))
+    return Layout(made, rules.rule_set(kind, kv_heads=config.kv_heads))
 
 
 def flags(where: Slice) -> dict[str, xla_flags.Value]:

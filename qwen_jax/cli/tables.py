@@ -1,6 +1,7 @@
 """Tables for people: the presets, and where parameters go on a mesh."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -10,7 +11,9 @@ from configs.models import presets
 from partitioning import mesh as mesh_lib
 from partitioning import rules as rules_lib
 from partitioning import sharding
-from qwen_jax.analysis import flops
+from qwen_jax.analysis import ahead_of_time, flops
+from qwen_jax.analysis.plan import memory
+from qwen_jax.analysis.plan.job import Job
 from qwen_jax.model import transformer as model_lib
 
 
@@ -72,3 +75,34 @@ def show_shardings(name: str, *, mesh: str, rules: Literal["train", "engine"]) -
         f"one device holds {held / 1e9:.3f} B of {total / 1e9:.3f} B parameters: "
         f"{4 * held / 2**30:.2f} GiB in float32, {2 * held / 2**30:.2f} GiB in bfloat16"
     )
+
+
+def show_compiled(
+    output: console.Console, job: Job, compiled: Mapping[str, ahead_of_time.Compiled]
+) -> None:
+    """Prints a table a program: bytes of one device, collectives, and the first beside the plan."""
+    estimate = memory.estimate(job).total
+    for index, (name, one) in enumerate(compiled.items()):
+        shown = table.Table(title=f"{name}, compiled for {job.where.name} in {one.seconds:.0f} s")
+        shown.title_justify = "left"
+        shown.add_column("of a device")
+        shown.add_column("", justify="right")
+        for label, value in (
+            ("arguments", one.arguments),
+            ("peak, arguments included", one.peak),
+            ("heap, fragmentation included", one.temporary),
+            ("code", one.code),
+            ("in host memory", one.host),
+        ):
+            shown.add_row(label, f"{value / 2**30:.2f} GiB")
+        if index == 0:
+            shown.add_row("peak as estimated", f"{estimate / 2**30:.2f} GiB")
+            shown.add_row("estimate / compiled", f"{estimate / one.peak:.2f}")
+        for kind, moved in one.hlo.moved.items():
+            beside = f", {moved.overlapped} beside other work" if moved.overlapped else ""
+            shown.add_row(f"{kind}{beside}", f"{moved.count} x, {moved.num_bytes / 1e9:.2f} GB")
+        if one.hlo.cycles:
+            shown.add_row("cycles of fusions", f"{one.hlo.cycles:.3g}")
+        shown.add_row("FLOP, loop bodies once", f"{one.flops:.3g}")
+        shown.add_row("bytes accessed, loop bodies once", f"{one.accessed_bytes:.3g}")
+        output.print(shown)

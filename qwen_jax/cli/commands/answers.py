@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from configs.engine import EngineConfig
+from qwen_jax.cli import compose
 from qwen_jax.cli.apps import Dtype, Flat, Positional, app
-
-if TYPE_CHECKING:
-    from infer.text.service import Service
 
 _ENGINE = EngineConfig()
 _ALONE = EngineConfig(num_slots=1)
@@ -62,10 +60,7 @@ def generate(
     engine: EngineConfig = _ALONE,
 ) -> int:
     """Continue one prompt, printing text as it comes."""
-    from infer.text import generate as generate_lib
-
-    service = load_service(model_options, sampling, engine)
-    generate_lib.stream(service, prompt, settings=service.defaults, write=_write)
+    compose.generate(load_service(model_options, sampling, engine), prompt, write=_write)
     _write("\n")
     return 0
 
@@ -83,9 +78,6 @@ def chat(
     Args:
         system: The system message; by default the chat template's own.
     """
-    from infer.text import generate as generate_lib
-
-    service = load_service(model_options, sampling, engine)
 
     def read() -> str | None:
         try:
@@ -93,7 +85,8 @@ def chat(
         except EOFError:
             return None
 
-    generate_lib.chat(service, settings=service.defaults, system=system, read=read, write=_write)
+    service = load_service(model_options, sampling, engine)
+    compose.chat(service, system=system, read=read, write=_write)
     return 0
 
 
@@ -124,24 +117,15 @@ def batch(
         order: Answers as they come, or sorted like the input when all are there.
         model_name: More names that lines may call the model by; the first is written into answers.
     """
-    from infer.batch import batch_job as batch_lib
-    from infer.batch import progress
-    from qwen_jax.text.chat import tool_calls
-
-    mine = batch_lib.Share.parse(share)
-    service = load_service(model_options, sampling, engine)
-    with progress.bar() as report:
-        summary = batch_lib.run(
-            service,
-            input,
-            output,
-            models=(*model_name, Path(model_options.model).resolve().name, model_options.model),
-            share=mine,
-            order=order,
-            max_open=4 * engine.num_slots,
-            split_tool_calls=tool_calls.split,
-            report=report,
-        )
+    service, summary = compose.batch(
+        lambda: load_service(model_options, sampling, engine),
+        input,
+        output,
+        models=(*model_name, Path(model_options.model).resolve().name, model_options.model),
+        share=share,
+        order=order,
+        max_open=4 * engine.num_slots,
+    )
     print(
         f"{summary.path}: {summary.answered} answered, {summary.failed} refused, {summary.skipped} "
         f"there already, {summary.generated_tokens} tokens in {summary.seconds:.1f} s"
@@ -159,27 +143,22 @@ def merge(input: Positional[str], output: Positional[str], *, shares: int) -> in
         output: The batch's output as it was given to each share.
         shares: How many there are.
     """
-    from infer.batch import batch_job as batch_lib
-
-    print(batch_lib.merge(input, output, count=shares))
+    print(compose.merge(input, output, count=shares))
     return 0
 
 
 def load_service(
     model_options: ModelOptions, sampling: Sampling, engine: EngineConfig
-) -> "Service":
+) -> "compose.Service":
     """The model behind an engine of these settings, with its draft where one is named."""
-    from infer.text import loading
-    from partitioning import mesh as mesh_lib
-
-    loading.keep_programs(model_options.programs)
-    return loading.load(
+    return compose.load_service(
         model_options.model,
         settings=engine,
         sampling={name: value for name, value in vars(sampling).items() if value is not None},
         dtype=model_options.dtype,
-        mesh=mesh_lib.parse(model_options.mesh) if model_options.mesh else None,
+        mesh=model_options.mesh,
         draft=model_options.draft or None,
+        programs=model_options.programs,
     )
 
 

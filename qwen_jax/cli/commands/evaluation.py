@@ -3,15 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from configs.engine import EngineConfig
 from configs.sampling import SamplingParams
+from qwen_jax.cli import compose
 from qwen_jax.cli.apps import Flat, Positional, app
 from qwen_jax.cli.commands.answers import ModelOptions, Sampling, load_service
-
-if TYPE_CHECKING:
-    from infer.eval.service_backend import ServiceBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,6 @@ def evaluate(
         top_p: Keep the likeliest tokens that together reach this probability.
         seed: Same seed, same answers.
     """
-    from infer.eval import results_table, run
     from qwen_jax.tasks import registry as tasks_lib
     from qwen_jax.tasks.sandbox.sandbox import Limits
 
@@ -92,10 +89,12 @@ def evaluate(
     read = [
         tasks_lib.load(text, options=options) for text in tasks
     ]  # before the model, which is slow
-    backend, subject = _backend(model_options, engine)
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    results_table.show(
-        [run.run(backend, task, output, sampling=sampling, subject=subject) for task in read]
+    compose.evaluate(
+        load_service(model_options, Sampling(), engine),
+        read,
+        output=output,
+        sampling=SamplingParams(temperature=temperature, top_p=top_p, seed=seed),
+        subject=_subject(model_options),
     )
     return 0
 
@@ -122,12 +121,10 @@ def lm_eval(
         shots: Worked examples before each question; by default the task's.
         limit: Only so many items of each task.
     """
-    from infer.eval import harness
-
-    backend, subject = _backend(model_options, engine)
-    results = harness.evaluate(
-        backend, tasks, name=subject["model"], style=style, include_path=include_path,
-        num_shots=shots, limit=limit,
+    subject = _subject(model_options)
+    results = compose.lm_eval(
+        lambda: load_service(model_options, Sampling(), engine), tasks, name=model_options.model,
+        style=style, include_path=include_path, num_shots=shots, limit=limit,
     )  # fmt: skip
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(json.dumps({"subject": subject, **results}, indent=2) + "\n")
@@ -135,17 +132,6 @@ def lm_eval(
     return 0
 
 
-def _backend(
-    model_options: ModelOptions, engine: EngineConfig
-) -> "tuple[ServiceBackend, dict[str, Any]]":
-    """A backend for benchmarks over an engine, and the model's description in results."""
-    from infer.eval.service_backend import ServiceBackend
-
-    service = load_service(model_options, Sampling(), engine)
-    settings = service.engine.settings
-    backend = ServiceBackend(
-        service,
-        max_length=min(settings.max_length, settings.num_pages * settings.page_size),
-        num_open=2 * settings.num_slots,
-    )
-    return backend, {"model": model_options.model, "dtype": model_options.dtype}
+def _subject(model_options: ModelOptions) -> dict[str, str]:
+    """The description of the model that results are stored under."""
+    return {"model": model_options.model, "dtype": model_options.dtype}

@@ -4,6 +4,7 @@ import re
 from typing import Literal
 
 from configs.data import DataConfig
+from qwen_jax.cli import compose
 from qwen_jax.cli.apps import Dtype, Positional, app, checkpoint_app, convert_app, tokenizer_app
 
 
@@ -26,11 +27,8 @@ def tokenizer_train(
         text_field: The field of JSONL and parquet rows that holds the text.
     """
     from qwen_jax.text import tokenizer_training as training
-    from train.data import mixture
 
-    data = DataConfig(paths=tuple(paths), text_field=text_field, eval_fraction=0.0)
-    corpora = mixture.open_splits(data).train
-    texts = (corpus[number].text for corpus in corpora for number in range(len(corpus)))
+    texts = compose.texts(DataConfig(paths=tuple(paths), text_field=text_field, eval_fraction=0.0))
     train = {"bpe": training.train_bpe, "sentencepiece": training.train_sentencepiece}[kind]
     tokenizer = train(texts, vocab_size=vocab_size)
     tokenizer.save(output)

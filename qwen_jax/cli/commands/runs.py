@@ -10,6 +10,7 @@ from configs.hardware import launch as launch_configs
 from configs.hardware import topologies, xla_flags
 from configs.recipes import registry as recipes
 from configs.train import TrainConfig
+from qwen_jax.cli import compose
 from qwen_jax.cli.apps import Flat, Positional, app, registry, train_app
 
 
@@ -88,9 +89,7 @@ def plan(
         raise ValueError("--compile and --save need a --topology to compile for")
     chosen = plan_command.run(request, picture=picture)
     if compiles:
-        from train import executables
-
-        executables.check(chosen.job, save=save)
+        compose.compile_job(chosen.job, save=save)
     return 0
 
 
@@ -144,13 +143,7 @@ def _train_command(name: str) -> None:
     def command(
         config: Annotated[TrainConfig, Flat] = default,
     ) -> int:
-        from partitioning.processes import cluster
-        from train.recipes import pretrain
-
-        with cluster.joined(config.cluster):
-            result = pretrain.run(config)
-        print(f"{config.output}: {result.status} at step {result.step}")
-        return result.exit_code
+        return compose.train(config)
 
     command.__doc__ = recipes.RECIPES[name].__doc__
     train_app.command(command, name=name)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from configs.engine import EngineConfig
 from configs.server import ServerConfig
+from qwen_jax.cli import compose
 from qwen_jax.cli.apps import Flat, app
 from qwen_jax.cli.commands.answers import ModelOptions, Sampling, load_service
 
@@ -29,8 +30,6 @@ def serve(
     Args:
         sampling: What requests get that do not say it themselves.
     """
-    from infer import server as server_lib
-
     if sampling.seed is not None:
         raise ValueError(
             f"--seed {sampling.seed} would draw the same for all who ask alike; leave it out, a "
@@ -38,12 +37,10 @@ def serve(
         )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("infer").setLevel(logging.INFO)
-    service = load_service(model_options, sampling, engine)
-    return server_lib.run(
-        service,
+    return compose.serve(
+        load_service(model_options, sampling, engine),
         settings=server,
         model_name=server.model_name or Path(model_options.model).resolve().name,
         num_slots=engine.num_slots,
-        warm_up=lambda: service.engine.warm_up(show=log.info),
-        show=lambda text: print(text, flush=True),
+        on_program=log.info,
     )
