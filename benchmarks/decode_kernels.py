@@ -27,8 +27,9 @@ import jax.numpy as jnp
 
 from configs.models import qwen2_5
 from configs.models.architecture import ModelConfig
-from qwen_jax.decode import fused_layers, sampling, slot_state, weights
 from qwen_jax.decode import programs as decode_programs
+from qwen_jax.decode import sampling, slot_state, weights
+from qwen_jax.decode import small_batch_step as small_batch
 from qwen_jax.decode.small_batch import (
     attention_phases,
     kernel_types,
@@ -36,7 +37,6 @@ from qwen_jax.decode.small_batch import (
     lm_head,
     matmul_phases,
 )
-from qwen_jax.decode.small_batch import step as small_batch
 from qwen_jax.model import rope, transformer
 from qwen_jax.ops.attention.paged import api as paged
 from qwen_jax.ops.attention.paged import triton_blocks
@@ -49,7 +49,7 @@ class Setup:
     """A model with random weights, and requests of some length."""
 
     cfg: ModelConfig
-    params: dict
+    weights: weights.DecodeWeights
     programs: int
     interpret: bool
     repeats: int
@@ -75,12 +75,9 @@ def make(name: str, *, tiny: bool) -> Setup:
     init = jax.jit(lambda: jax.tree.map(
         lambda x: x.astype(jnp.bfloat16), transformer.init(cfg, jax.random.key(0))
     ))  # fmt: skip
-    params = weights.prepare(cfg, init(), dtype=jnp.bfloat16)
-    if not fused_layers.is_output_major(params["layers"][0]):
-        layers = tuple(fused_layers.output_major(one) for one in params["layers"])
-        params = {**params, "layers": layers}
+    prepared = weights.prepare(cfg, init(), dtype=jnp.bfloat16, form="output_major")
     programs = 4 if tiny else small_batch.multiprocessors()
-    return Setup(cfg, params, programs, interpret=tiny, repeats=1 if tiny else 20)
+    return Setup(cfg, prepared, programs, interpret=tiny, repeats=1 if tiny else 20)
 
 
 def seconds(run, setup: Setup) -> float:
@@ -94,7 +91,7 @@ def seconds(run, setup: Setup) -> float:
 
 
 def plain_layer(cfg, x_RD, values, kv_PSCH, rows, rotation):
-    """The layer by `fused.block`."""
+    """The layer by the model's own operations."""
 
     def attend(q_R1NH, k_R1KH, v_R1KH):
         o_RNH, kept = paged.append(
@@ -103,7 +100,7 @@ def plain_layer(cfg, x_RD, values, kv_PSCH, rows, rotation):
         )  # fmt: skip
         return o_RNH[:, None], kept
 
-    x_R1D, kept, _ = fused_layers.block(cfg, values)(
+    x_R1D, kept, _ = weights.blocks(cfg, "output_major")["layers"].bind(values)(
         x_RD[:, None], rotation=rotation, attend=attend, layout=None
     )
     return x_R1D[:, 0], kept
@@ -171,7 +168,7 @@ def check(setup: Setup, R: int, tuning: kernel_types.Tuning) -> None:
     rows, rotation = shared_of(setup, state)
     x_RD = jax.random.normal(jax.random.key(3), (R, cfg.hidden_size), jnp.bfloat16)
     kv = jax.random.normal(jax.random.key(4), state.pages.layers[0].shape, jnp.bfloat16)
-    values = setup.params["layers"][0]
+    values = setup.weights.layers[0]
     want, kept = jax.jit(functools.partial(plain_layer, cfg))(x_RD, values, kv, rows, rotation)
     run = jax.jit(
         functools.partial(layer_kernel.run, cfg, tuning=tuning, interpret=setup.interpret)
@@ -184,12 +181,12 @@ def check(setup: Setup, R: int, tuning: kernel_types.Tuning) -> None:
         error = jnp.linalg.norm((got - want).astype(jnp.float32))
         worst = max(worst, float(error / jnp.linalg.norm((want - x_RD).astype(jnp.float32))))
     pages = float(jnp.abs(kept_few.astype(jnp.float32) - kept.astype(jnp.float32)).max())
-    scale, table = setup.params["norm"]["scale"], setup.params["embed"]["weight"]
+    scale, table = setup.weights.params["norm"]["scale"], setup.weights.params["embed"]["weight"]
     options = {"eps": cfg.rms_norm_eps, "interpret": setup.interpret}
     options["tuning"] = lm_head.Tuning(programs=2 * setup.programs)
     logits = lm_head.logits(x_RD, scale, table, **options)
-    normed = transformer.parts(cfg)["norm"].bind(setup.params["norm"])(x_RD)
-    other = transformer.unembed(cfg, setup.params, normed[:, None])[:, 0]
+    normed = transformer.definitions(cfg)["norm"].bind(setup.weights.params["norm"])(x_RD)
+    other = transformer.unembed(cfg, setup.weights.params, normed[:, None])[:, 0]
     off = float(jnp.linalg.norm(logits - other) / jnp.linalg.norm(other))
     tokens = lm_head.likeliest(x_RD, scale, table, **options)
     same = bool((tokens == jnp.argmax(logits, axis=-1)).all())
@@ -204,7 +201,7 @@ def time_layers(
 ) -> None:
     cfg, state = setup.cfg, setup.state(R)
     rows, rotation = shared_of(setup, state)
-    values = setup.params["layers"]
+    values = setup.weights.layers
 
     def step(values, rows, rotation, carry):
         x_RD, pages, barriers = carry
@@ -252,16 +249,16 @@ def time_layers(
 
 
 def time_head(setup: Setup, R: int, tuning: lm_head.Tuning | None) -> None:
-    cfg, table = setup.cfg, setup.params["embed"]["weight"]
+    cfg, table = setup.cfg, setup.weights.params["embed"]["weight"]
     options = {"eps": cfg.rms_norm_eps, "tuning": tuning, "interpret": setup.interpret}
 
-    params = {name: setup.params[name] for name in ("norm", "embed")}
+    params = {name: setup.weights.params[name] for name in ("norm", "embed")}
 
     def tokens(params, x_RD):
         if tuning is not None:
             scale, table = params["norm"]["scale"], params["embed"]["weight"]
             return lm_head.likeliest(x_RD, scale, table, **options)
-        normed = transformer.parts(cfg)["norm"].bind(params["norm"])(x_RD)
+        normed = transformer.definitions(cfg)["norm"].bind(params["norm"])(x_RD)
         return sampling.argmax(transformer.unembed(cfg, params, normed[:, None])[:, 0])
 
     def several(params, x_RD):
@@ -281,14 +278,14 @@ def time_head(setup: Setup, R: int, tuning: lm_head.Tuning | None) -> None:
 def time_step(setup: Setup, R: int, ways: tuple, *, profile: bool) -> None:
     """Whole steps of the engine's program."""
     cfg, steps = setup.cfg, 16
-    size = sum(x.nbytes for x in jax.tree.leaves(setup.params))
+    size = sum(x.nbytes for x in jax.tree.leaves(setup.weights))
     mask_RW = jnp.full((R, -(-cfg.vocab_size // 32)), 2**32 - 1, jnp.uint32)
     for way in ways:
         state = [setup.state(R)]
 
         def again(way=way, state=state):
             state[0], drawn = decode_programs.advance(
-                cfg, setup.params, state[0], jnp.arange(R), mask_RW, sampler="greedy",
+                cfg, setup.weights, state[0], jnp.arange(R), mask_RW, sampler="greedy",
                 eos_E=jnp.zeros(0, jnp.int32), num_steps=steps, layers=way,
             )  # fmt: skip
             return drawn.tokens_B

@@ -122,8 +122,9 @@ def make(cfg: ModelConfig, settings: EngineConfig, *, weights: str, mesh: str) -
     params = init(jax.random.key(0))
     if weights != "bf16":
         params = quantised_params.quantise(cfg, params, FORMATS[weights])
-    form = decode_weights.best_form(layout, params=params, num_rows=settings.num_slots)
-    params = decode_weights.prepare(cfg, params, dtype=dtype, form=form, layout=layout)
+    params = decode_weights.prepare(
+        cfg, params, dtype=dtype, layout=layout, num_rows=settings.num_slots
+    )
     return engine_lib.Engine(cfg, params, settings=settings, eos_ids=(), dtype=dtype, layout=layout)
 
 

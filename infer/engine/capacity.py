@@ -9,6 +9,7 @@ from configs.engine import EngineConfig
 from configs.models.architecture import ModelConfig
 from configs.sampling import SamplingParams
 from partitioning.sharding import Layout
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 from qwen_jax.ops.attention.paged import kv_pages
 
@@ -52,7 +53,7 @@ def check_prompt(
 
 
 def num_pages(
-    models: Sequence[tuple[ModelConfig, dict, Layout | None]],
+    models: Sequence[tuple[ModelConfig, DecodeWeights, Layout | None]],
     *,
     settings: EngineConfig,
     dtype: jnp.dtype,

@@ -25,6 +25,7 @@ from infer.speculation.draft import Draft
 from infer.speculation.proposers import DraftChunk
 from partitioning.sharding import Layout
 from qwen_jax.decode import draft_programs, forward, programs, sampling, slot_state
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 from qwen_jax.ops.attention.paged import kv_pages
 
@@ -100,7 +101,7 @@ def table(
     """
     pad, shapes = Padding(cfg, settings), buckets.shapes(settings)
     common = {"cfg": cfg, "attention": attention, "layout": layout}
-    own = {"params": "params", "state": "state", "eos_E": "eos_E"}
+    own = {"weights": "params", "state": "state", "eos_E": "eos_E"}
     found: dict[str, Program] = {}
 
     def add(name: str, function: Callable, padding: dict, **static) -> None:
@@ -128,7 +129,7 @@ def table(
         padding = {
             "slots_R": pad.slots((), num_rows=rows),
             "mask_RW": pad.masks((), num_rows=rows),
-            "guesses_RT": np.full((rows, settings.guesses), forward.PAD, np.int32),
+            "draft_RT": np.full((rows, settings.guesses), forward.PAD, np.int32),
         }
         for sampler in ("greedy", "full"):
             name = _verify_name(rows, sampler=sampler)
@@ -151,7 +152,7 @@ def _draft_table(
     """The draft model's programs; `vocab_size` is the model's."""
     shapes = buckets.shapes(settings)
     common = {"cfg": draft.cfg, "attention": attention, "layout": draft.layout}
-    own = {"params": "draft_params", "pages": "draft_pages"}
+    own = {"weights": "draft_params", "pages": "draft_pages"}
     found = {}
     for rows, length in shapes.prefill:
         for prefix in ("none", "pages"):
@@ -170,7 +171,7 @@ def _draft_table(
                 static={
                     **common,
                     "sampler": sampler,
-                    "num_guesses": settings.guesses,
+                    "num_draft_tokens": settings.guesses,
                     "vocab_size": vocab_size,
                 },
                 arrays={**own, "slots": "slots", "eos_E": "eos_E"},
@@ -199,7 +200,7 @@ def _embed_table(
         _embed_name(length): Program(
             function=programs.embed,
             static={"cfg": cfg, "dtype": dtype, "layout": layout},
-            arrays={"params": "params"},
+            arrays={"weights": "params"},
             padding={
                 "tokens_RT": np.zeros((1, length), np.int32),
                 "lengths_R": np.ones(1, np.int32),
@@ -226,7 +227,7 @@ class Device:
     def __init__(
         self,
         cfg: ModelConfig,
-        params: dict,
+        params: DecodeWeights,
         *,
         settings: EngineConfig,
         eos_ids: Sequence[int],
@@ -356,7 +357,7 @@ class Device:
             _verify_name(num_rows, sampler=sampler),
             slots_R=self._pad.slots(slots, num_rows=num_rows),
             mask_RW=self._masks((), num_rows=num_rows),
-            guesses_RT=draft_RT,
+            draft_RT=draft_RT,
         )
         return drawn
 

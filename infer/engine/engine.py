@@ -24,6 +24,7 @@ from infer.speculation import draft as draft_lib
 from infer.speculation import proposers
 from partitioning.sharding import Layout
 from qwen_jax.decode import forward, sampling
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 
 
@@ -33,7 +34,7 @@ class Engine:
     def __init__(
         self,
         cfg: ModelConfig,
-        params: dict,
+        params: DecodeWeights,
         *,
         settings: EngineConfig,
         eos_ids: Sequence[int],
@@ -49,8 +50,8 @@ class Engine:
         one request fits, and a draft that is missing, not asked for, or does not read as far.
         """
         draft_lib.check_asked(settings, given="none" if draft is None else "draft")
-        if not isinstance(params["layers"], tuple):
-            raise ValueError("an engine's layers lie apart: prepare them as 'fused' or 'unstacked'")
+        if not isinstance(params, DecodeWeights):
+            raise ValueError("an engine's layers lie apart: make DecodeWeights by weights.prepare")
         if layout is not None:
             _check_mesh(layout)
         reach = transformer.max_length(cfg)

@@ -6,6 +6,7 @@ from typing import Literal
 from configs.engine import EngineConfig
 from configs.models.architecture import ModelConfig
 from partitioning.sharding import Layout
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 
 
@@ -17,7 +18,7 @@ class Draft:
     """
 
     cfg: ModelConfig
-    params: dict
+    params: DecodeWeights
     layout: Layout | None = None
 
 
@@ -38,8 +39,8 @@ def check_asked(settings: EngineConfig, *, given: Literal["draft", "none"]) -> N
 
 def check(draft: Draft, *, max_length: int, layout: Layout | None) -> None:
     """Raises `ValueError` for stacked layers, other devices, and too few positions."""
-    if not isinstance(draft.params["layers"], tuple):
-        raise ValueError("a draft's layers lie apart: prepare them as 'fused' or 'unstacked'")
+    if not isinstance(draft.params, DecodeWeights):
+        raise ValueError("a draft's layers lie apart: make DecodeWeights by weights.prepare")
     here, there = (None if one is None else one.mesh for one in (draft.layout, layout))
     if here != there:
         raise ValueError(f"the draft lies on mesh {here}, and the model on {there}; load it there")

@@ -35,7 +35,7 @@ class Loaded:
     """A model ready for an engine. `load_model` makes it."""
 
     cfg: ModelConfig
-    params: dict  # in a form that `qwen_jax.decode.weights.prepare` makes
+    params: weights.DecodeWeights
     tokenizer: Tokenizer
     defaults: SamplingParams  # what a request that says nothing gets
     eos_ids: tuple[int, ...]
@@ -97,16 +97,12 @@ def load_model(
         placed = sharding.shardings(transformer.axes(cfg), layout)
     tokenizer, said = found.tokenizer, found.generation_config  # refused before the weights load
     params = checkpoint_lib.load(found, shardings=placed, dtype=dtype, model=cfg)
-    params = weights.prepare(
-        cfg,
-        params,
-        dtype=jnp.dtype(dtype),
-        form=weights.best_form(layout, params=params, num_rows=num_rows),
-        layout=layout,
+    prepared = weights.prepare(
+        cfg, params, dtype=jnp.dtype(dtype), layout=layout, num_rows=num_rows
     )
     return Loaded(
         cfg=cfg,
-        params=params,
+        params=prepared,
         tokenizer=tokenizer,
         defaults=sampling_defaults(said),
         eos_ids=said.eos_token_ids or cfg.eos_token_ids,

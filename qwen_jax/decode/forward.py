@@ -1,12 +1,13 @@
-"""One pass of a model over pages of keys and values, and the drawing of tokens from it.
+"""One pass of a model over pages of keys and values, and the drawing of tokens after it.
 
-Of these the programs of `paged_decode.py` and `paged_draft.py` are made. Every pass writes the keys
-and values of the tokens that it reads into their rows' pages, and gives the pages back.
+`programs.py` and `draft_programs.py` are made of these functions. Every pass writes the keys and
+values of the tokens that it reads into their rows' pages, and returns the pages.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from configs.models.architecture import ModelConfig
 from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax.decode import fused_layers, sampling
+from qwen_jax.decode import sampling
 from qwen_jax.decode.slot_state import Rows
-from qwen_jax.model import rope, transformer
+from qwen_jax.decode.weights import DecodeWeights
+from qwen_jax.model import module, rope, transformer
 from qwen_jax.ops.attention.paged import api as paged
 from qwen_jax.ops.attention.paged import kv_pages
 
@@ -32,7 +34,7 @@ Attention = Literal["reference", "gpu", "tpu"]
 
 
 class Hidden(NamedTuple):
-    """The final norm's output, where it was asked for: of a chunk, and of each row's last token."""
+    """The final norm's output for all tokens and for each row's last one; None if not asked for."""
 
     all_RTD: jax.Array | None
     last_R1D: jax.Array | None
@@ -40,7 +42,7 @@ class Hidden(NamedTuple):
 
 def chunk(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     pages: kv_pages.Pages,
     tokens_RT: jax.Array,
     *,
@@ -52,12 +54,12 @@ def chunk(
     attention: Attention | None,
     layout: Layout | None,
 ) -> tuple[Hidden, kv_pages.Pages]:
-    """Reads a chunk of every row -> what was asked for, pages.
+    """Hidden states after a chunk of every row was read, and the pages.
 
     starts_R tokens of each row are in its pages; the first lengths_R of the chunk are written.
-    prefix: "none" promises that starts_R is 0 everywhere. outputs: of the last layer, only keys and
-    values of tokens that are not asked for are computed. What the last token gets is the same to
-    the bit whether "all" is asked for too or not.
+    prefix: "none" promises that starts_R is 0 everywhere. outputs: the hidden states to compute; in
+    the last layer, other tokens get keys and values alone. The last token's hidden state is the
+    same to the bit whether "all" is asked for too or not.
     """
     T = tokens_RT.shape[1]
     positions_RT = starts_R[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
@@ -65,36 +67,36 @@ def chunk(
     common = {"attention": attention, "layout": layout}
     written = (table_RM, positions_RT, lengths_R)
     rotation = rope.rotation(cfg, positions_RT)
-    x_RTD = transformer.embed(cfg, params, tokens_RT, dtype=pages.dtype, layout=layout)
-    *before, final = zip(params["layers"], pages.layers, strict=True)
+    x_RTD = transformer.embed(cfg, weights.params, tokens_RT, dtype=pages.dtype, layout=layout)
+    *earlier, final = zip(weights.blocks(cfg), weights.layers, pages.layers, strict=True)
 
-    whole = _layer(
-        cfg, rotation, lambda one: _attend_chunk(one, *written, prefix=prefix, **common), layout
+    for_all = _layer_function(
+        rotation, lambda one: _attend_chunk(one, *written, prefix=prefix, **common), layout
     )
-    x_RTD, kept = _run(whole, before, x_RTD)
+    x_RTD, new_pages = _run(for_all, earlier, x_RTD)
     all_RTD = last_R1D = None
     if "last" in outputs:
-        ends = _layer(
-            cfg, rotation, lambda one: _attend_last(one, *written, last_R, **common), layout, last_R
+        for_last = _layer_function(
+            rotation, lambda one: _attend_last(one, *written, last_R, **common), layout, last_R
         )
-        last_R1D, (pages_of_final,) = _run(ends, [final], x_RTD)
+        last_R1D, (final_pages,) = _run(for_last, [final], x_RTD)
     if "all" in outputs or not outputs:
-        all_RTD, (pages_of_final,) = _run(whole, [final], x_RTD)
-    norm = transformer.parts(cfg)["norm"].bind(params["norm"])
+        all_RTD, (final_pages,) = _run(for_all, [final], x_RTD)
+    norm = transformer.definitions(cfg)["norm"].bind(weights.params["norm"])
     hidden = Hidden(*(None if x is None else norm(x) for x in (all_RTD, last_R1D)))
-    return hidden, kv_pages.constrain(kv_pages.Pages((*kept, pages_of_final)), layout)
+    return hidden, kv_pages.constrain(kv_pages.Pages((*new_pages, final_pages)), layout)
 
 
 def step(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     pages: kv_pages.Pages,
     rows: Rows,
     *,
     attention: Attention | None,
     layout: Layout | None,
 ) -> tuple[jax.Array, kv_pages.Pages, Rows]:
-    """Reads the last token of every row that goes on -> logits [R, V], pages, longer rows."""
+    """Logits [R, V] after every active row's last token, the pages, and the longer rows."""
     active_R = rows.remaining_B > 0
 
     def attend(layer: kv_pages.Layer):
@@ -102,17 +104,17 @@ def step(
 
     tokens_R1, positions_R1 = rows.tokens_B[:, None], rows.lengths_B[:, None]
     dtype = pages.dtype
-    x_R1D, kept = layers(
-        cfg, params, pages.layers, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout
+    x_R1D, new_pages = run_layers(
+        cfg, weights, pages.layers, tokens_R1, positions_R1, attend, dtype=dtype, layout=layout
     )
     rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
-    pages = kv_pages.constrain(kv_pages.Pages(kept), layout)
-    return logits(cfg, params, x_R1D, layout=layout)[:, 0], pages, rows
+    pages = kv_pages.constrain(kv_pages.Pages(new_pages), layout)
+    return logits(cfg, weights, x_R1D, layout=layout)[:, 0], pages, rows
 
 
-def layers(
+def run_layers(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     pages: Sequence[kv_pages.Layer | None],
     tokens_RT: jax.Array,
     positions_RT: jax.Array,
@@ -121,42 +123,56 @@ def layers(
     dtype: jnp.dtype,
     layout: Layout | None,
 ) -> tuple[jax.Array, tuple]:
-    """The layers -> the final norm's output, and what `attend(a layer's pages)` kept of each."""
+    """The final norm's output [R, T, D], and the pages of each layer after it wrote into them.
+
+    `attend` makes a layer's attention from its pages.
+    """
     rotation = rope.rotation(cfg, positions_RT)
-    x_RTD = transformer.embed(cfg, params, tokens_RT, dtype=dtype, layout=layout)
-    layer = _layer(cfg, rotation, attend, layout)
-    x_RTD, kept = _run(layer, zip(params["layers"], pages, strict=True), x_RTD)
-    return transformer.parts(cfg)["norm"].bind(params["norm"])(x_RTD), kept
+    x_RTD = transformer.embed(cfg, weights.params, tokens_RT, dtype=dtype, layout=layout)
+    layer = _layer_function(rotation, attend, layout)
+    layers = zip(weights.blocks(cfg), weights.layers, pages, strict=True)
+    x_RTD, new_pages = _run(layer, layers, x_RTD)
+    return transformer.definitions(cfg)["norm"].bind(weights.params["norm"])(x_RTD), new_pages
 
 
-def _layer(cfg, rotation, attend, layout, only_R=None) -> Callable:
-    """A function of a layer's parameters, what comes in, and its pages -> what goes out, pages.
+def _layer_function(
+    rotation: rope.Rotation,
+    attend: Callable,
+    layout: Layout | None,
+    only_R: jax.Array | None = None,
+) -> Callable:
+    """A function of one layer's definition, parameters, input and pages -> output, pages.
 
-    Layers that are alike are traced once, which for 28 of them takes a third of the time.
+    Layers with the same definition are traced once, which for 28 of them takes a third of the time.
     """
 
-    @jax.jit
-    def layer(values: dict, x_RTD: jax.Array, one: kv_pages.Layer | None) -> tuple:
-        block = fused_layers.block if fused_layers.is_fused(values) else transformer.block
-        bound = block(cfg, values)
-        return bound(x_RTD, rotation=rotation, attend=attend(one), layout=layout, only_B=only_R)[:2]
+    @functools.partial(jax.jit, static_argnums=0)
+    def layer(
+        block: module.Definition, params: dict, x_RTD: jax.Array, pages: kv_pages.Layer | None
+    ) -> tuple:
+        x_RTD, pages, _ = block.bind(params)(
+            x_RTD, rotation=rotation, attend=attend(pages), layout=layout, only_B=only_R
+        )
+        return x_RTD, pages
 
     return layer
 
 
-def _run(layer: Callable, those: Iterable[tuple], x_RTD: jax.Array) -> tuple[jax.Array, tuple]:
-    """One layer after the other -> what comes out, and their pages."""
-    kept = []
-    for values, one in those:
-        x_RTD, one = layer(values, x_RTD, one)
-        kept.append(one)
-    return x_RTD, tuple(kept)
+def _run(layer: Callable, layers: Iterable[tuple], x_RTD: jax.Array) -> tuple[jax.Array, tuple]:
+    """The output of the last of `layers` (definition, parameters, pages), and the pages of all."""
+    new_pages = []
+    for block, params, pages in layers:
+        x_RTD, pages = layer(block, params, x_RTD, pages)
+        new_pages.append(pages)
+    return x_RTD, tuple(new_pages)
 
 
-def logits(cfg: ModelConfig, params: dict, x_RTD: jax.Array, *, layout: Layout | None) -> jax.Array:
-    """[R, T, V], whole on every device: drawing goes by whole rows."""
-    logits_RTV = transformer.unembed(cfg, params, x_RTD, layout=layout)
-    # In two steps: asked for whole logits at once, XLA gathers the kernel instead.
+def logits(
+    cfg: ModelConfig, weights: DecodeWeights, x_RTD: jax.Array, *, layout: Layout | None
+) -> jax.Array:
+    """Logits [R, T, V], replicated on every device, since drawing needs whole rows."""
+    logits_RTV = transformer.unembed(cfg, weights.params, x_RTD, layout=layout)
+    # Two steps, since XLA gathers the kernel where replicated logits are asked for at once.
     logits_RTV = sharding.constrain(logits_RTV, ("batch", None, "act_vocab"), layout)
     return sharding.constrain(logits_RTV, ("batch", None, None), layout)
 
@@ -169,7 +185,7 @@ def draw(
     sampler: sampling.Sampler,
     eos_E: jax.Array,
 ) -> tuple[Rows, sampling.Drawn]:
-    """Draws a token for every row that has some left -> the rows with it; PAD for the others."""
+    """The rows with one more token each, and the tokens drawn; PAD for rows that had ended."""
     drawn = sampling.draw(
         logits_RV,
         rows.settings,
@@ -187,7 +203,7 @@ def draw(
 def count(
     drawn: sampling.Drawn, rows: Rows, *, sampler: sampling.Sampler, eos_E: jax.Array
 ) -> tuple[Rows, sampling.Drawn]:
-    """The rows with what was drawn; PAD for those that had ended."""
+    """The rows with the drawn tokens in them, and the tokens; PAD for rows that had ended."""
     active_R = rows.remaining_B > 0
     ended_R = sampling.ends(drawn.tokens_B, rows.settings, eos_E=eos_E)
     rows = dataclasses.replace(
@@ -206,22 +222,22 @@ def count(
 
 
 def precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """Who asks for float32 means it: GPUs and TPUs would otherwise multiply in fewer bits."""
+    """A context in which float32 products have float32 precision, also on GPUs and TPUs."""
     if dtype == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
 
 def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, prefix, attention, layout):
-    """Writes a chunk's keys and values into one layer's pages, and attends over all up to it."""
+    """One layer's attention for a chunk, whose keys and values it writes into the pages first."""
 
     def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
-        kept = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
+        written = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
         o_RTNH = paged.extend(
             q_RTNH,
             k_RTKH,
             v_RTKH,
-            kept,
+            written,
             table_BM=table_RM,
             starts_B=positions_RT[:, 0],
             lengths_B=lengths_R,
@@ -229,26 +245,26 @@ def _attend_chunk(kv_PSCH, table_RM, positions_RT, lengths_R, *, prefix, attenti
             implementation=attention,
             layout=layout,
         )
-        return o_RTNH, kept
+        return o_RTNH, written
 
     return inner
 
 
 def _attend_last(kv_PSCH, table_RM, positions_RT, lengths_R, last_R, *, attention, layout):
-    """`_attend_chunk` for each row's last query alone."""
+    """One layer's attention, as `_attend_chunk`, for each row's last query alone."""
     ended_R = jnp.where(lengths_R > 0, positions_RT[:, 0] + lengths_R, 0)
 
     def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
-        kept = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
+        written = _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R)
         o_RNH = paged.decode(
             jnp.take_along_axis(q_RTNH, last_R[:, None, None, None], axis=1)[:, 0],
-            kept,
+            written,
             table_BM=table_RM,
             lengths_B=ended_R,
             implementation=attention,
             layout=layout,
         )
-        return o_RNH[:, None], kept
+        return o_RNH[:, None], written
 
     return inner
 
@@ -265,10 +281,10 @@ def _write(kv_PSCH, k_RTKH, v_RTKH, table_RM, positions_RT, lengths_R) -> kv_pag
 
 
 def _attend_one(kv_PSCH, rows: Rows, active_R, *, attention, layout):
-    """Writes one key and value a row into one layer's pages, and attends over all up to it."""
+    """One layer's attention for one token of each row, whose key and value it writes first."""
 
     def inner(q_R1NH: jax.Array, k_R1KH: jax.Array, v_R1KH: jax.Array):
-        o_RNH, kept = paged.append(
+        o_RNH, written = paged.append(
             q_R1NH[:, 0],
             k_R1KH[:, 0],
             v_R1KH[:, 0],
@@ -278,6 +294,6 @@ def _attend_one(kv_PSCH, rows: Rows, active_R, *, attention, layout):
             implementation=attention,
             layout=layout,
         )
-        return o_RNH[:, None], kept
+        return o_RNH[:, None], written
 
     return inner

@@ -6,8 +6,6 @@ it splits the three: [D, K, G + 2, H] holds, for each kv head, its G query heads
 value.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -129,34 +127,6 @@ class SparseBlock(transformer.SparseBlock):
         self.moe = MoE(key, cfg)
 
 
-@functools.lru_cache(maxsize=64)
-def parts(cfg: ModelConfig) -> dict[str, module.Part]:
-    """The fused layers' definitions by the name of their stack."""
-    return transformer.stacks(cfg, Block, SparseBlock)
-
-
-def block(cfg: ModelConfig, layer: dict) -> transformer.Block:
-    """The block with these values."""
-    if is_output_major(layer):
-        return _output_major(cfg).bind(layer)
-    return parts(cfg)[transformer.stack_of(cfg, layer)].bind(layer)
-
-
-@functools.lru_cache(maxsize=64)
-def _output_major(cfg: ModelConfig) -> module.Part:
-    return module.Part(lambda key: OutputMajorBlock(key, cfg))
-
-
-def is_fused(layer: dict) -> bool:
-    """Whether `fuse` made these layer parameters."""
-    return "qkv" in layer["attention"]
-
-
-def is_output_major(layer: dict) -> bool:
-    """Whether `output_major` turned their kernels."""
-    return "rows" in layer["attention"]["o"]
-
-
 def fuse(cfg: ModelConfig, layer: dict) -> dict:
     """One layer's parameters, or stacked ones, with q, k, v and gate, up joined."""
     G = cfg.num_query_groups
@@ -192,22 +162,18 @@ def output_major(layer: dict) -> dict:
     return {
         **layer,
         "attention": {
-            "qkv": {"rows": jnp.moveaxis(qkv["kernel"], 0, -1), "bias": qkv["bias"]},
-            "o": {"rows": jnp.moveaxis(o, -1, 0)},
+            "qkv": {"kernel": jnp.moveaxis(qkv["kernel"], 0, -1), "bias": qkv["bias"]},
+            "o": {"kernel": jnp.moveaxis(o, -1, 0)},
         },
         "mlp": {
-            "gate_up": {"rows": jnp.moveaxis(gate_up, 0, -1)},
-            "down": {"rows": down.T},
+            "gate_up": {"kernel": jnp.moveaxis(gate_up, 0, -1)},
+            "down": {"kernel": down.T},
         },
     }
 
 
-def can_fuse(part: dict | tuple) -> bool:
+def can_fuse(part: dict) -> bool:
     """Whether `fuse` takes these layers: their kernels are plain, or quantised alike."""
-    if isinstance(part, tuple):
-        return all(can_fuse(layer) for layer in part)
-    if is_fused(part):
-        return True
     groups = [[part["attention"][name]["kernel"] for name in "qkv"]]
     mlp = part.get("mlp") or part["moe"].get("shared")
     if mlp is not None:

@@ -1,9 +1,9 @@
-"""Device programs of a batch inference engine: read chunks of prompts, and draw tokens for slots.
+"""Device programs of a batch inference engine: prefill, decoding, and checks of draft tokens.
 
 A slot is a row of `State`: one running request. Its keys and values lie in pages that its row of
 the page table names. `prefill` reads one chunk each of some prompts and, after a prompt's last
-one, draws the first token; `advance` draws several tokens for some slots. Rows of a dispatch are
-padded to a bucket by slots that do not exist, whose results go nowhere.
+chunk, draws the first token; `advance` draws several tokens for some slots. Rows of a dispatch are
+padded to a bucket by slots that do not exist, whose results are dropped.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from configs.models.architecture import ModelConfig
 from partitioning.sharding import Layout
 from qwen_jax.decode import forward, logprobs, sampling, slot_state
+from qwen_jax.decode import small_batch_step as small_batch
 from qwen_jax.decode.slot_state import Chunks, Rows, State
-from qwen_jax.decode.small_batch import step as few_rows
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 from qwen_jax.ops.attention import api
 from qwen_jax.ops.attention.paged import kv_pages
@@ -30,7 +31,7 @@ from qwen_jax.ops.attention.paged import kv_pages
 )
 def prefill(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     state: State,
     chunks: Chunks,
     *,
@@ -41,10 +42,11 @@ def prefill(
     attention: forward.Attention | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn, logprobs.Logprobs | None]:
-    """Reads the chunks; where a prompt ends, its slot begins with the first token drawn.
+    """State after the chunks were read, first tokens [R], and log-probabilities [R, T] or None.
 
-    prefix: "none" promises that every chunk is the beginning of its prompt. score: whether to give
-    the logprobs [R, T] of `next_RT` too. The drawn tokens [R] are PAD where the prompt goes on.
+    Where a prompt ends, its slot begins with the first token drawn; where it goes on, the token is
+    PAD. prefix: "none" promises that every chunk is the beginning of its prompt. score: "prompt"
+    computes the log-probabilities of `next_RT`.
     """
     R, T = chunks.tokens_RT.shape
     forward.compilations[
@@ -53,7 +55,7 @@ def prefill(
     with forward.precision(state.pages.dtype):
         hidden, pages = forward.chunk(
             cfg,
-            params,
+            weights,
             state.pages,
             chunks.tokens_RT,
             table_RM=chunks.table_RM,
@@ -64,11 +66,13 @@ def prefill(
             attention=attention,
             layout=layout,
         )
-        logits_RV = forward.logits(cfg, params, hidden.last_R1D, layout=layout)[:, 0]
-        scored = None
+        logits_RV = forward.logits(cfg, weights, hidden.last_R1D, layout=layout)[:, 0]
+        prompt_logprobs = None
         if score == "prompt":
-            kernel_DV = transformer.output_kernel(cfg, params)
-            scored = logprobs.of_prompt(hidden.all_RTD, kernel_DV, chunks.next_RT, layout=layout)
+            kernel_DV = transformer.output_kernel(cfg, weights.params)
+            prompt_logprobs = logprobs.of_prompt(
+                hidden.all_RTD, kernel_DV, chunks.next_RT, layout=layout
+            )
     V = cfg.vocab_size
     ended, last_R = chunks.starts_R + chunks.lengths_R, jnp.maximum(chunks.lengths_R - 1, 0)
     rows = Rows(
@@ -84,9 +88,9 @@ def prefill(
     )
     rows, drawn = forward.draw(logits_RV, rows, chunks.mask_RW, sampler=sampler, eos_E=eos_E)
     slots = slot_state.scatter_rows(
-        state.slots, jnp.where(chunks.last_R, chunks.slots_R, slot_state.NOWHERE), rows
+        state.slots, jnp.where(chunks.last_R, chunks.slots_R, slot_state.NO_SLOT), rows
     )
-    return State(pages, slots), drawn, scored
+    return State(pages, slots), drawn, prompt_logprobs
 
 
 @functools.partial(
@@ -96,7 +100,7 @@ def prefill(
 )
 def advance(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     state: State,
     slots_R: jax.Array,
     mask_RW: jax.Array,
@@ -105,13 +109,14 @@ def advance(
     eos_E: jax.Array,
     num_steps: int,
     attention: forward.Attention | None = None,
-    layers: few_rows.Implementation | None = None,
+    layers: small_batch.Implementation | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn]:
-    """Draws up to `num_steps` tokens for each of the slots -> leaves [num_steps, R], PAD at ends.
+    """State, and up to `num_steps` tokens drawn for each slot: leaves [num_steps, R], then PAD.
 
-    Rows whose slot does not exist are padding. A mask serves one step only: give it with one.
-    layers: None takes the kernels for few rows where they run, unless `attention` is named.
+    Rows whose slot does not exist are padding. A mask holds for one step: num_steps is 1 where one
+    forbids anything. layers: None chooses the kernels of `small_batch/` where they are faster,
+    unless `attention` is named.
     """
     R = slots_R.shape[0]
     forward.compilations[f"advance rows={R} steps={num_steps} {sampler}"] += 1
@@ -120,12 +125,19 @@ def advance(
     if layers is None:
         layers = "xla"
         if attention is None:
-            layers = few_rows.choose(cfg, params, state.pages, rows=R, layout=layout)
-    step = {"kernels": _step_of_few, "xla": _step_of_many}[layers]
+            layers = small_batch.choose(cfg, weights, state.pages, rows=R, layout=layout)
+    step = {"kernels": _step_by_kernels, "xla": _step_by_xla}[layers]
     step = functools.partial(
-        step, cfg, params, mask_RW, sampler=sampler, eos_E=eos_E, attention=attention, layout=layout
+        step,
+        cfg,
+        weights,
+        mask_RW,
+        sampler=sampler,
+        eos_E=eos_E,
+        attention=attention,
+        layout=layout,
     )
-    carry = state.pages, rows, few_rows.barriers()
+    carry = state.pages, rows, small_batch.barriers()
     (pages, rows, _), drawn = jax.lax.scan(step, carry, length=num_steps)
     return State(pages, slot_state.scatter_back(state.slots, slots, slots_R, rows, sampler)), drawn
 
@@ -133,33 +145,33 @@ def advance(
 Carry = tuple[kv_pages.Pages, Rows, jax.Array]
 
 
-def _step_of_many(
-    cfg, params, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
+def _step_by_xla(
+    cfg, weights, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
 ) -> tuple[Carry, sampling.Drawn]:
-    """One token of every row, by the model's own layers."""
+    """The carry after one token of every row, and the tokens drawn, by the model's own layers."""
     pages, rows, barriers = carry
     with forward.precision(pages.dtype):
         logits_RV, pages, rows = forward.step(
-            cfg, params, pages, rows, attention=attention, layout=layout
+            cfg, weights, pages, rows, attention=attention, layout=layout
         )
     rows, drawn = forward.draw(logits_RV, rows, mask_RW, sampler=sampler, eos_E=eos_E)
     return (pages, rows, barriers), drawn
 
 
-def _step_of_few(
-    cfg, params, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
+def _step_by_kernels(
+    cfg, weights, mask_RW, carry: Carry, _, *, sampler, eos_E, attention, layout
 ) -> tuple[Carry, sampling.Drawn]:
-    """One token of every row, by the kernels of `qwen_jax/decode/small_batch`."""
+    """The carry after one token of every row, and the tokens, by the kernels of `small_batch/`."""
     assert attention in (None, "gpu") and layout is None, (attention, layout)
     pages, rows, barriers = carry
     active_R = rows.remaining_B > 0
-    x_RD, pages, barriers = few_rows.run(cfg, params, rows, active_R, pages, barriers)
+    x_RD, pages, barriers = small_batch.run(cfg, weights, rows, active_R, pages, barriers)
     rows = dataclasses.replace(rows, lengths_B=rows.lengths_B + active_R)
     if sampler == "greedy":
-        drawn = sampling.Drawn(few_rows.likeliest(cfg, params, x_RD), None)
+        drawn = sampling.Drawn(small_batch.likeliest(cfg, weights, x_RD), None)
         rows, drawn = forward.count(drawn, rows, sampler=sampler, eos_E=eos_E)
     else:
-        logits_RV = few_rows.logits(cfg, params, x_RD)
+        logits_RV = small_batch.logits(cfg, weights, x_RD)
         rows, drawn = forward.draw(logits_RV, rows, mask_RW, sampler=sampler, eos_E=eos_E)
     return (pages, rows, barriers), drawn
 
@@ -171,10 +183,10 @@ def _step_of_few(
 )
 def verify(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     state: State,
     slots_R: jax.Array,
-    guesses_RT: jax.Array,
+    draft_RT: jax.Array,
     mask_RW: jax.Array,
     *,
     sampler: sampling.Sampler,
@@ -182,39 +194,39 @@ def verify(
     attention: forward.Attention | None = None,
     layout: Layout | None = None,
 ) -> tuple[State, sampling.Drawn]:
-    """Draws up to T + 1 tokens of each slot in one pass -> leaves [T + 1, R], PAD after the last.
+    """State, and up to T + 1 tokens drawn for each slot in one pass: leaves [T + 1, R], then PAD.
 
-    guesses_RT are what the next T tokens may be; -1 is no guess. Each token is drawn as `advance`
-    draws it, by the same noise, after the guesses before it; so long as it is what was guessed, the
-    next counts too. Hence the tokens are those of `advance`, whatever is guessed (of a draw with
-    probability p, a guess is right with probability p, as in speculative sampling, arXiv
-    2211.17192, with a guess of probability 1).
+    draft_RT are the draft tokens at the next T positions; -1 is none. Each token is drawn as
+    `advance` draws it, by the same noise, after the draft tokens before it; while it equals the
+    draft token there, the next one counts too. Hence the tokens are those of `advance`, whatever
+    the draft is: a draft token of target probability p is accepted with probability p, as in
+    speculative sampling (arXiv 2211.17192) with a deterministic draft.
     """
-    R, T = guesses_RT.shape
-    forward.compilations[f"verify rows={R} guesses={T} {sampler}"] += 1
+    R, T = draft_RT.shape
+    forward.compilations[f"verify rows={R} draft_tokens={T} {sampler}"] += 1
     rows, slots = slot_state.gather_rows(state.slots, slots_R, sampler)
-    tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(guesses_RT, 0)], axis=1)
+    tokens_RT = jnp.concatenate([rows.tokens_B[:, None], jnp.maximum(draft_RT, 0)], axis=1)
     with forward.precision(state.pages.dtype):
         hidden, pages = forward.chunk(
             cfg,
-            params,
+            weights,
             state.pages,
             tokens_RT,
             table_RM=rows.table_BM,
             starts_R=rows.lengths_B,
-            # A row's pages end where its last token may be: no further is written, nor counted.
+            # A row's pages end at its last possible token: nothing is written or counted beyond.
             lengths_R=jnp.minimum(T + 1, rows.remaining_B),
             prefix="pages",
             outputs=("all",),
             attention=attention,
             layout=layout,
         )
-        logits_RTV = forward.logits(cfg, params, hidden.all_RTD, layout=layout)
+        logits_RTV = forward.logits(cfg, weights, hidden.all_RTD, layout=layout)
 
     def step(carry: tuple[Rows, jax.Array], inputs: tuple[jax.Array, jax.Array]):
-        rows, right_R = carry
-        logits_RV, guess_R = inputs
-        active_R = right_R & (rows.remaining_B > 0)
+        rows, accepted_R = carry
+        logits_RV, draft_R = inputs
+        active_R = accepted_R & (rows.remaining_B > 0)
         trial = dataclasses.replace(
             rows,
             lengths_B=rows.lengths_B + active_R,
@@ -226,19 +238,19 @@ def verify(
             tokens_B=jnp.where(active_R, trial.tokens_B, rows.tokens_B),
             remaining_B=jnp.where(active_R, trial.remaining_B, rows.remaining_B),
         )
-        return (trial, active_R & (drawn.tokens_B == guess_R)), drawn
+        return (trial, active_R & (drawn.tokens_B == draft_R)), drawn
 
-    last_R1 = jnp.full((R, 1), -1, guesses_RT.dtype)
-    guesses_TR = jnp.concatenate([guesses_RT, last_R1], axis=1).T
+    last_R1 = jnp.full((R, 1), -1, draft_RT.dtype)
+    draft_TR = jnp.concatenate([draft_RT, last_R1], axis=1).T
     carry = rows, jnp.ones(R, bool)
-    (rows, _), drawn = jax.lax.scan(step, carry, (logits_RTV.swapaxes(0, 1), guesses_TR))
+    (rows, _), drawn = jax.lax.scan(step, carry, (logits_RTV.swapaxes(0, 1), draft_TR))
     return State(pages, slot_state.scatter_back(state.slots, slots, slots_R, rows, sampler)), drawn
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "attention", "layout"))
 def embed(
     cfg: ModelConfig,
-    params: dict,
+    weights: DecodeWeights,
     tokens_RT: jax.Array,
     lengths_R: jax.Array,
     *,
@@ -246,12 +258,12 @@ def embed(
     attention: str | None = None,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """The final hidden state of each row's last token, of length 1: [R, D] in float32."""
+    """The final hidden state of each row's last token, scaled to length 1: [R, D] in float32."""
     R, T = tokens_RT.shape
     forward.compilations[f"embed rows={R} tokens={T}"] += 1
     positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T))
 
-    def attend(nothing: None):
+    def attend(no_pages: None):
         def inner(q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array):
             mask = api.Mask(causal=True)
             return api.attention(
@@ -262,8 +274,8 @@ def embed(
 
     with forward.precision(dtype):
         no_pages = [None] * cfg.num_hidden_layers
-        x_RTD, _ = forward.layers(
-            cfg, params, no_pages, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
+        x_RTD, _ = forward.run_layers(
+            cfg, weights, no_pages, tokens_RT, positions_RT, attend, dtype=dtype, layout=layout
         )
     last_RD = jnp.take_along_axis(x_RTD, (lengths_R - 1)[:, None, None], axis=1)[:, 0]
     last_RD = last_RD.astype(jnp.float32)

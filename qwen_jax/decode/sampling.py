@@ -1,11 +1,11 @@
 """Sampling: logits to tokens, with per-request settings as arrays.
 
-`draw` does all that a `SamplingParams` can ask, in one program for any batch: what no row needs is
-skipped at run time, and a batch that needs nothing costs one look at its settings.
+`draw` honours every field of `SamplingParams`, in one program for any batch. A step that no row
+needs is skipped at run time; a batch that needs none pays for one test of its settings.
 
-A token is drawn from the scores above a cutoff (`cutoffs.py`) by the Gumbel trick. A row's noise
-depends on its seed and the token's position alone: neighbours, slots and padding do not change a
-result.
+A token is drawn from the scores above a cutoff (`qwen_jax/ops/top_k_top_p`) by the Gumbel-max
+trick. A row's noise depends on its seed and the token's position alone, so other rows, slots and
+padding never change a result.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from qwen_jax.ops.top_k_top_p import api as top_k_top_p
 
 @dataclass(frozen=True)
 class Settings:
-    """The requests' `SamplingParams`, one row each."""
+    """Sampling parameters of B requests, one row each."""
 
     temperature_B: jax.Array  # float32; 0 is greedy
     top_k_B: jax.Array  # int32; 0 keeps all
@@ -39,7 +39,7 @@ class Settings:
     ignore_eos_B: jax.Array  # bool
     bias_ids_BJ: jax.Array  # int32; -1 is none
     bias_BJ: jax.Array  # float32
-    logprobs_B: jax.Array  # bool: whether they are wanted
+    logprobs_B: jax.Array  # bool: whether the request asks for log-probabilities
     seed_B: jax.Array  # uint32
 
 
@@ -48,7 +48,7 @@ jax.tree_util.register_dataclass(Settings, [f.name for f in dataclasses.fields(S
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token a row, and its logprobs where `draw` was asked for them in full."""
+    """The token drawn for each row, with its log-probabilities from the sampler "full"."""
 
     tokens_B: jax.Array  # int32
     logprobs: logprobs.Logprobs | None
@@ -56,13 +56,13 @@ class Drawn:
 
 jax.tree_util.register_dataclass(Drawn, ["tokens_B", "logprobs"], [])
 
-Sampler = Literal["greedy", "full"]  # of `draw`: the likeliest token and no more, or everything
+Sampler = Literal["greedy", "full"]  # the likeliest token alone, or all of `SamplingParams`
 
-_ALL = np.uint32(2**32 - 1)  # a word of a mask that allows 32 tokens
+_ALL_ALLOWED = np.uint32(2**32 - 1)  # 32 bits of a token mask
 
 
 def settings(requests: Sequence[SamplingParams], *, num_rows: int) -> Settings:
-    """Arrays of `num_rows` rows; rows beyond the requests are greedy and ask for nothing."""
+    """The requests' settings as arrays of `num_rows` rows; padding rows are plainly greedy."""
     rows = [*requests, *[SamplingParams(temperature=0.0)] * (num_rows - len(requests))]
 
     def column(name: str, dtype: type) -> np.ndarray:
@@ -94,7 +94,7 @@ def settings(requests: Sequence[SamplingParams], *, num_rows: int) -> Settings:
 
 
 def sampler(request: SamplingParams) -> Sampler:
-    """The least that `draw` must do for it."""
+    """The least general sampler that serves the request."""
     plain = (
         request.temperature == 0
         and request.min_tokens == 0
@@ -119,20 +119,20 @@ def draw(
     counts_BV: jax.Array | None = None,
     mask_BW: jax.Array | None = None,
 ) -> Drawn:
-    """The next token of each row, by everything that its settings say.
+    """The next token of each row, drawn by its settings.
 
-    positions_B is the index that the new token will have in its sequence. generated_B tokens of the
-    answer were drawn before, each counts_BV times; seen_BV marks the prompt's. mask_BW holds the
-    bits of the tokens that a grammar allows; None allows all. "greedy" looks at the logits alone,
-    "full" needs seen_BV and counts_BV. A row without any token that it may draw gets token 0, with
-    logprob -inf.
+    positions_B is the index that the new token will have in its sequence. generated_B is the number
+    of answer tokens before it, and counts_BV the number of each of them; seen_BV marks the prompt's
+    tokens. mask_BW holds one bit for each token that a grammar allows; None allows all. The sampler
+    "greedy" reads the logits alone, "full" needs seen_BV and counts_BV. A row in which no token is
+    allowed gets token 0, with log-probability -inf.
     """
     if sampler == "greedy":
         return Drawn(argmax(logits_BV.astype(jnp.float32)), None)
     assert seen_BV is not None and counts_BV is not None
-    draws = jnp.any(settings.temperature_B > 0)
-    told = jnp.any(settings.logprobs_B)
-    few, many = _asked(settings, generated_B, mask_BW)
+    any_random = jnp.any(settings.temperature_B > 0)
+    any_logprobs = jnp.any(settings.logprobs_B)
+    edits_some, edits_all = _edits(settings, generated_B, mask_BW)
 
     def everything(logits_BV: jax.Array) -> Drawn:
         # float32 island: probabilities are summed.
@@ -146,26 +146,27 @@ def draw(
             mask_BW=mask_BW,
         )
         tokens_B, scores_BV = jax.lax.cond(
-            draws,
+            any_random,
             lambda x_BV: _pick(narrowed(x_BV, settings), settings, positions_B),
             lambda x_BV: (argmax(x_BV), x_BV),
             scores_BV,
         )
         greedy_B = settings.temperature_B == 0
-        given = jax.lax.cond(
-            told,
+        token_logprobs = jax.lax.cond(
+            any_logprobs,
             lambda: logprobs.of_tokens(logits_BV, scores_BV, tokens_B, greedy_B=greedy_B),
             lambda: logprobs.none(tokens_B.shape[0]),
         )
-        return Drawn(tokens_B, given)
+        return Drawn(tokens_B, token_logprobs)
 
     def likeliest(logits_BV: jax.Array) -> Drawn:
         tokens_B = argmax(logits_BV.astype(jnp.float32))
         return Drawn(tokens_B, logprobs.none(tokens_B.shape[0]))
 
-    # One question first: a GPU's host waits for the answer to each, so most batches should meet
-    # no other.
-    return jax.lax.cond(few | many | draws | told, everything, likeliest, logits_BV)
+    # One condition around all others: a GPU's host waits for the value of each, so that most
+    # batches should evaluate this one alone.
+    needs_more = edits_some | edits_all | any_random | any_logprobs
+    return jax.lax.cond(needs_more, everything, likeliest, logits_BV)
 
 
 def ends(tokens_B: jax.Array, settings: Settings, *, eos_E: jax.Array) -> jax.Array:
@@ -186,10 +187,9 @@ def edited(
 ) -> jax.Array:
     """Scores after logit bias, min_tokens, the grammar's mask and the penalties, in this order.
 
-    So a bias cannot bring back what min_tokens or a grammar forbids, and penalties weigh what is
-    left, as in vLLM.
+    A bias therefore cannot allow what min_tokens or a grammar forbids, as in vLLM.
     """
-    few, many = _asked(settings, generated_B, mask_BW)
+    edits_some, edits_all = _edits(settings, generated_B, mask_BW)
 
     def some_tokens(scores_BV: jax.Array) -> jax.Array:
         scores_BV = _biased(scores_BV, settings)
@@ -201,15 +201,15 @@ def edited(
             scores_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
         return _penalised(scores_BV, settings, seen_BV, counts_BV)
 
-    scores_BV = jax.lax.cond(few, some_tokens, lambda x_BV: x_BV, scores_BV)
-    return jax.lax.cond(many, all_tokens, lambda x_BV: x_BV, scores_BV)
+    scores_BV = jax.lax.cond(edits_some, some_tokens, lambda x_BV: x_BV, scores_BV)
+    return jax.lax.cond(edits_all, all_tokens, lambda x_BV: x_BV, scores_BV)
 
 
 def narrowed(scores_BV: jax.Array, settings: Settings) -> jax.Array:
     """Scores after temperature, top-k, top-p and min-p, in this order; -inf below the cutoff.
 
-    Greedy rows stay as they are. The order is transformers': each works on what the one before
-    left, and probabilities are those at the temperature asked for.
+    Greedy rows are unchanged. The order is that of transformers: each filter sees the scores that
+    the one before it kept, and probabilities are those at the request's temperature.
     """
     greedy_B = settings.temperature_B == 0
     scores_BV = scores_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
@@ -232,14 +232,14 @@ def noise(seed_B: jax.Array, positions_B: jax.Array, *, vocab_size: int) -> jax.
 
 
 def key(seed: jax.Array, position: jax.Array) -> jax.Array:
-    """The key of all that is random about the token at `position`."""
+    """The random key of the token at `position` of a request with this seed."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
 
 
 def argmax(scores_BV: jax.Array) -> jax.Array:
-    """The first of the largest in each row, [B] int32.
+    """The index of each row's largest score, the first of equal ones, [B] int32.
 
-    In two stages, because a GPU gives one row of a vocabulary's length to a single block.
+    Two stages, because a GPU gives one row of a vocabulary's length to a single block.
     """
     B, V = scores_BV.shape
     width = int(np.gcd(V, 1024))
@@ -249,42 +249,35 @@ def argmax(scores_BV: jax.Array) -> jax.Array:
     return (row_B * width + jnp.argmax(best_BW, axis=-1)).astype(jnp.int32)
 
 
-def mark_seen(tokens_BT: jax.Array, lengths_B: jax.Array, *, vocab_size: int) -> jax.Array:
-    """[B, V] booleans: which tokens occur among the first `lengths_B` of each row."""
-    B, T = tokens_BT.shape
-    real_BT = jnp.arange(T)[None, :] < lengths_B[:, None]
-    seen_BV = jnp.zeros((B, vocab_size), bool)
-    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(real_BT)
-
-
 def unpack(words_BW: jax.Array, *, vocab_size: int) -> jax.Array:
-    """The bits of uint32 words, [B, V] bool: token i is bit i % 32 of word i // 32."""
+    """Booleans [B, V] from the bits of uint32 words: token i is bit i % 32 of word i // 32."""
     bits_BW32 = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     return bits_BW32.reshape(words_BW.shape[0], -1)[:, :vocab_size].astype(bool)
 
 
-def _asked(
+def _edits(
     settings: Settings, generated_B: jax.Array, mask_BW: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether a few tokens' scores change anywhere (bias, min_tokens), and whether many do."""
-    few = jnp.any(settings.bias_ids_BJ >= 0) | jnp.any(generated_B < settings.min_tokens_B)
+    """Whether any row edits single tokens' scores (bias, min_tokens), and whether any edits all."""
+    some = jnp.any(settings.bias_ids_BJ >= 0) | jnp.any(generated_B < settings.min_tokens_B)
     penalties_B = (
         (settings.repetition_B != 1) | (settings.presence_B != 0) | (settings.frequency_B != 0)
     )
-    many = jnp.any(penalties_B)
-    return few, many if mask_BW is None else many | jnp.any(mask_BW != _ALL)
+    every = jnp.any(penalties_B)
+    return some, every if mask_BW is None else every | jnp.any(mask_BW != _ALL_ALLOWED)
 
 
 def _pick(
     scores_BV: jax.Array, settings: Settings, positions_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A token of each row's distribution, its likeliest where greedy; and the scores."""
+    """A token drawn from each row's distribution, the likeliest where greedy; and the scores."""
     noise_BV = noise(settings.seed_B, positions_B, vocab_size=scores_BV.shape[1])
     greedy_B1 = (settings.temperature_B == 0)[:, None]
     return argmax(scores_BV + jnp.where(greedy_B1, 0.0, noise_BV)), scores_BV
 
 
 def _biased(scores_BV: jax.Array, settings: Settings) -> jax.Array:
+    """Scores with each row's logit biases added."""
     ids_BJ = jnp.where(settings.bias_ids_BJ < 0, scores_BV.shape[1], settings.bias_ids_BJ)
     rows_B1 = jnp.arange(scores_BV.shape[0])[:, None]
     return scores_BV.at[rows_B1, ids_BJ].add(settings.bias_BJ, mode="drop")
@@ -293,7 +286,7 @@ def _biased(scores_BV: jax.Array, settings: Settings) -> jax.Array:
 def _unended(
     scores_BV: jax.Array, settings: Settings, eos_E: jax.Array, early_B: jax.Array
 ) -> jax.Array:
-    """Without what would end the answer, in the rows that are too early for it."""
+    """Scores with -inf for the tokens that would end a row's answer before its min_tokens."""
     B, V = scores_BV.shape
     eos_BE = jnp.where(settings.ignore_eos_B[:, None], -1, eos_E[None])
     ids_BJ = jnp.concatenate([eos_BE, settings.stop_BJ], axis=1)
@@ -304,11 +297,15 @@ def _unended(
 def _penalised(
     scores_BV: jax.Array, settings: Settings, seen_BV: jax.Array, counts_BV: jax.Array
 ) -> jax.Array:
-    """Repetition over prompt and answer, by division; presence and frequency over the answer."""
+    """Scores after the penalties.
+
+    Repetition divides, for tokens of prompt and answer; presence and frequency are subtracted, for
+    tokens of the answer.
+    """
     answered_BV = counts_BV > 0
     penalty_B1 = settings.repetition_B[:, None]
     divided_BV = jnp.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
     scores_BV = jnp.where(seen_BV | answered_BV, divided_BV, scores_BV)
-    taken_BV = settings.frequency_B[:, None] * counts_BV
-    taken_BV += jnp.where(answered_BV, settings.presence_B[:, None], 0.0)
-    return scores_BV - taken_BV
+    penalty_BV = settings.frequency_B[:, None] * counts_BV
+    penalty_BV += jnp.where(answered_BV, settings.presence_B[:, None], 0.0)
+    return scores_BV - penalty_BV

@@ -1,4 +1,4 @@
-"""What a batch inference engine's device keeps between dispatches: pages, and a row a slot."""
+"""The state of a batch inference engine on its device: pages, and one row for each slot."""
 
 import dataclasses
 import functools
@@ -13,16 +13,17 @@ from partitioning.sharding import Layout
 from qwen_jax.decode import sampling
 from qwen_jax.ops.attention.paged import kv_pages
 
-NOWHERE = jnp.iinfo(jnp.int32).max  # a slot that does not exist
+NO_SLOT = jnp.iinfo(jnp.int32).max  # a slot that does not exist
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the device knows of requests, one a row.
+    """The device's data of B requests, one row each.
 
-    lengths_B tokens are in the cache, before_B being the last of them; tokens_B was drawn and is
-    not there yet. remaining_B tokens may still be drawn: 0 where the row has ended. seen_BV marks
-    the prompt's tokens, counts_BV counts the answer's.
+    lengths_B counts the tokens in the cache, before_B is the last of them, and tokens_B the drawn
+    token that is not there yet. generated_B counts the tokens drawn, remaining_B those that may
+    still be drawn: 0 where the answer has ended. seen_BV marks the prompt's tokens, counts_BV
+    counts the answer's.
     """
 
     table_BM: jax.Array  # int32: pages in order of position
@@ -41,7 +42,7 @@ jax.tree_util.register_dataclass(Rows, [field.name for field in dataclasses.fiel
 
 @dataclass(frozen=True)
 class State:
-    """Between two dispatches: all pages, and all slots."""
+    """All pages and all slots, between two dispatches."""
 
     pages: kv_pages.Pages
     slots: Rows
@@ -52,11 +53,12 @@ jax.tree_util.register_dataclass(State, ["pages", "slots"], [])
 
 @dataclass(frozen=True)
 class Chunks:
-    """A part of each of R prompts, right-padded to T tokens; rows beyond them have length 0.
+    """One chunk of each of R prompts, right-padded to T tokens; padding rows have length 0.
 
-    starts_R tokens of each are in the cache already. last_R: whether the prompt ends here; only
-    then do slots_R (one that does not exist for a row of padding), max_tokens_R, settings, seen_RW
-    (bits of the whole prompt's tokens) and mask_RW matter. next_RT is the token after each.
+    starts_R tokens of each prompt are in the cache already. last_R: whether the chunk ends the
+    prompt. Only then are read: slots_R (a slot that does not exist, for padding), max_tokens_R,
+    settings, seen_RW (one bit for each token of the whole prompt) and mask_RW (`sampling.draw`).
+    next_RT is the token after each position.
     """
 
     slots_R: jax.Array
@@ -89,7 +91,7 @@ def empty(
     storage: kv_pages.Storage = "plain",
     layout: Layout | None = None,
 ) -> State:
-    """`num_slots` slots without a request, of at most `width` pages each, and `num_pages` pages."""
+    """A state of `num_pages` pages and `num_slots` free slots, of at most `width` pages each."""
     pages = kv_pages.create(
         cfg,
         num_pages=num_pages,
@@ -119,7 +121,7 @@ def empty(
 
 
 def shapes(cfg: ModelConfig, *, layout: Layout, **sizes) -> State:
-    """What `empty` makes, as shapes with their shardings: for devices that are not here."""
+    """The shapes and shardings of `empty`'s state, for devices that need not be here."""
     made = jax.eval_shape(functools.partial(empty, cfg, layout=layout, **sizes))
 
     def placed(x: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
@@ -133,9 +135,9 @@ def shapes(cfg: ModelConfig, *, layout: Layout, **sizes) -> State:
 
 
 def gather_rows(slots: Rows, slots_R: jax.Array, sampler: sampling.Sampler) -> tuple[Rows, Rows]:
-    """The rows of these slots, and what of all slots they were taken from.
+    """The rows of these slots, and the arrays of all slots that they were gathered from.
 
-    Greedy ones leave what is large, and what they do not read, where it is.
+    The greedy sampler reads neither seen_BV nor counts_BV, both large: they are left out.
     """
     exists_R = slots_R < slots.lengths_B.shape[0]
     if sampler == "greedy":
@@ -145,7 +147,7 @@ def gather_rows(slots: Rows, slots_R: jax.Array, sampler: sampling.Sampler) -> t
 
 
 def scatter_back(whole: Rows, slots: Rows, slots_R: jax.Array, rows: Rows, sampler) -> Rows:
-    """All slots, with these rows in their places: the rows of `gather_rows`, changed."""
+    """All slots, with the changed rows of `gather_rows` in their places."""
     slots = scatter_rows(slots, slots_R, rows)
     if sampler == "greedy":
         slots = dataclasses.replace(slots, seen_BV=whole.seen_BV, counts_BV=whole.counts_BV)
@@ -153,5 +155,5 @@ def scatter_back(whole: Rows, slots: Rows, slots_R: jax.Array, rows: Rows, sampl
 
 
 def scatter_rows(slots: Rows, slots_R: jax.Array, rows: Rows) -> Rows:
-    """All slots with these rows; rows of slots that do not exist go nowhere."""
-    return jax.tree.map(lambda all_, some: all_.at[slots_R].set(some, mode="drop"), slots, rows)
+    """All slots with these rows in their places; rows of slots that do not exist are dropped."""
+    return jax.tree.map(lambda all_, new: all_.at[slots_R].set(new, mode="drop"), slots, rows)

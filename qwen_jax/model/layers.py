@@ -81,7 +81,7 @@ class Linear(nnx.Module):
 
 
 class OutputMajorLinear(nnx.Module):
-    """`Linear` with the kernel's outputs before its inputs, named `rows`."""
+    """`Linear` with the kernel's outputs before its inputs."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class OutputMajorLinear(nnx.Module):
         bias_dims: int = 0,
     ):
         """`bias_dims` leading dimensions carry a bias; 0 is a layer without one."""
-        self.rows = module.param(key, shape, axes=axes, init=init)
+        self.kernel = module.param(key, shape, axes=axes, init=init)
         if bias_dims:
             self.bias = module.param(key, shape[:bias_dims], axes=axes[:bias_dims], init=_zeros)
         self.has_bias = bias_dims > 0
@@ -102,8 +102,8 @@ class OutputMajorLinear(nnx.Module):
         """`einsum` is that of `Linear`, for example `btd,dnh->btnh`."""
         assert layout is None, "output-major kernels lie on one device"
         of_x, result = einsum.split(",")[0], einsum.split("->")[1]
-        turned = f"{of_x},{result[2:]}{of_x[2:]}->{result}"
-        y = jnp.einsum(turned, x, self.rows[...].astype(x.dtype))
+        reordered = f"{of_x},{result[2:]}{of_x[2:]}->{result}"
+        y = jnp.einsum(reordered, x, self.kernel[...].astype(x.dtype))
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

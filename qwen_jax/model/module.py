@@ -39,7 +39,7 @@ def param(
 
 
 @dataclass(frozen=True)
-class Part:
+class Definition:
     """A module's definition, apart from its values. `count` layers of it are stacked, if given."""
 
     make: Callable[[jax.Array], nnx.Module]

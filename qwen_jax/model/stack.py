@@ -5,7 +5,7 @@ not, they are two stacks, and their order is cut into runs of a repeated pattern
 model with experts in every second layer is one scan over pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ Body = Callable[[Any, dict, jax.Array | int], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """`pattern` of stacks, by name, `repeats` times, from layer `first` on."""
+    """A `pattern` of stacks, by name, that repeats `repeats` times from layer `first` on."""
 
     first: int
     pattern: tuple[str, ...]
@@ -29,7 +29,7 @@ class Run:
 
 
 def order(cfg: ModelConfig) -> tuple[str, ...]:
-    """The stack that each layer is of."""
+    """The name of the stack that holds each layer, first to last."""
     dense = cfg.dense_layers if cfg.sparse_layers else ()
     return tuple(
         "dense_layers" if index in dense else "layers" for index in range(cfg.num_hidden_layers)
@@ -37,7 +37,7 @@ def order(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def runs(names: tuple[str, ...]) -> list[Run]:
-    """`names` as few repeated patterns: at each place the one that covers most, or the shorter."""
+    """`names` as a few repeated patterns: at each place the one that covers most layers."""
     found, first = [], 0
     while first < len(names):
         rest = names[first:]
@@ -54,17 +54,23 @@ def runs(names: tuple[str, ...]) -> list[Run]:
 
 
 def in_order(cfg: ModelConfig, params: dict, unstack: Callable[[dict], list]) -> list[dict]:
-    """Every layer's parameters, first to last, by taking each stack of `params` apart."""
+    """Every layer's parameters, first to last; `unstack` gives the layers of one stack."""
     apart = {name: iter(unstack(params[name])) for name in dict.fromkeys(order(cfg))}
     return [next(apart[name]) for name in order(cfg)]
 
 
 def run(
-    cfg: ModelConfig, params: dict, body: Body, carry: Any, *, layer_loop: str = "scan"
+    cfg: ModelConfig,
+    params: dict,
+    bodies: Mapping[str, Body],
+    carry: Any,
+    *,
+    layer_loop: str = "scan",
 ) -> tuple[Any, Any]:
-    """`carry, output = body(carry, layer, index)` for every layer of `params` -> carry, outputs.
+    """The last carry and the outputs of `carry, output = body(carry, layer, index)` over layers.
 
-    Outputs of the layers that give one are stacked; None where none does.
+    bodies: by the name of the layer's stack. Outputs that are not None are stacked over layers; the
+    result is None where all are.
 
     scan: compiles as fast for 80 layers as for 8; the index is traced. unrolled: one copy of the
     code a layer, minutes to compile for large models, but nothing is copied into and out of stacked
@@ -76,24 +82,27 @@ def run(
     outputs = []
     if layer_loop == "scan":
         used = dict.fromkeys(order(cfg), 0)  # layers taken of each stack so far
-        for part in runs(order(cfg)):
-            carry, given = _scan(params, part, used, body, carry)
-            outputs.append(given)
-            for name in part.pattern:
-                used[name] += part.repeats
+        for one in runs(order(cfg)):
+            carry, stacked = _scan(params, one, used, bodies, carry)
+            outputs.append(stacked)
+            for name in one.pattern:
+                used[name] += one.repeats
     else:
-        for index, layer in enumerate(in_order(cfg, params, module.unstack)):
-            carry, output = body(carry, layer, index)
+        layers = in_order(cfg, params, module.unstack)
+        for index, (name, layer) in enumerate(zip(order(cfg), layers, strict=True)):
+            carry, output = bodies[name](carry, layer, index)
             outputs.append(jax.tree.map(lambda x: x[None], output))
     outputs = [output for output in outputs if output is not None]
     if not outputs:
         return carry, None
-    return carry, jax.tree.map(lambda *parts: _joined(parts), *outputs)
+    return carry, jax.tree.map(lambda *runs: _joined(runs), *outputs)
 
 
-def _scan(params: dict, part: Run, used: dict[str, int], body: Body, carry: Any):
-    """One run of a pattern -> carry, outputs stacked over its layers that give one."""
-    pattern, repeats = part.pattern, part.repeats
+def _scan(
+    params: dict, run: Run, used: dict[str, int], bodies: Mapping[str, Body], carry: Any
+) -> tuple[Any, Any]:
+    """The carry after one run of a pattern, and its outputs that are not None, stacked."""
+    pattern, repeats = run.pattern, run.repeats
     stacks = {}
     for name in dict.fromkeys(pattern):
         count = pattern.count(name)
@@ -109,13 +118,14 @@ def _scan(params: dict, part: Run, used: dict[str, int], body: Body, carry: Any)
         for offset, name in enumerate(pattern):
             nth, several = taken[name], pattern.count(name) > 1
             layer = jax.tree.map(lambda x, nth=nth: x[nth], layers[name]) if several else None
-            carry, output = body(carry, layers[name] if layer is None else layer, index + offset)
+            layer = layers[name] if layer is None else layer
+            carry, output = bodies[name](carry, layer, index + offset)
             taken[name] += 1
             if output is not None:
                 outputs.append(jax.tree.map(lambda x: x[None], output))
         return carry, jax.tree.map(lambda *x: _joined(x), *outputs) if outputs else None
 
-    indices = part.first + len(pattern) * jnp.arange(repeats)
+    indices = run.first + len(pattern) * jnp.arange(repeats)
     carry, outputs = jax.lax.scan(step, carry, (indices, stacks))
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
@@ -125,5 +135,5 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
     return x if count == 1 else x.reshape(-1, count, *x.shape[1:])
 
 
-def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+def _joined(pieces: tuple[jax.Array, ...]) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)

@@ -166,23 +166,25 @@ jax.tree_util.register_dataclass(Output, ["hidden_BTD", "router"], [])
 
 
 @functools.lru_cache(maxsize=64)
-def parts(cfg: ModelConfig) -> dict[str, module.Part]:
+def definitions(cfg: ModelConfig) -> dict[str, module.Definition]:
     """The model's modules by the name of their subtree."""
     init = layers.normal(cfg.initializer_range)
     V, D = cfg.vocab_size, cfg.hidden_size
     table = {
-        "embed": module.Part(lambda key: layers.Embed(key, num_rows=V, size=D, init=init)),
+        "embed": module.Definition(lambda key: layers.Embed(key, num_rows=V, size=D, init=init)),
         **stacks(cfg, Block, SparseBlock),
-        "norm": module.Part(lambda key: layers.RMSNorm(key, size=D, eps=cfg.rms_norm_eps)),
+        "norm": module.Definition(lambda key: layers.RMSNorm(key, size=D, eps=cfg.rms_norm_eps)),
     }
     if not cfg.tie_word_embeddings:
-        table["lm_head"] = module.Part(
+        table["lm_head"] = module.Definition(
             lambda key: layers.Linear(key, shape=(D, V), axes=("embed", "vocab"), init=init)
         )
     return table
 
 
-def stacks(cfg: ModelConfig, dense: type[Block], sparse: type[Block]) -> dict[str, module.Part]:
+def stacks(
+    cfg: ModelConfig, dense: type[Block], sparse: type[Block]
+) -> dict[str, module.Definition]:
     """The model's stacks of layers, made of these blocks, by the name of their subtree."""
     counts = {"layers": (sparse, len(cfg.sparse_layers)), "dense_layers": (dense, 0)}
     if not cfg.sparse_layers:
@@ -190,32 +192,22 @@ def stacks(cfg: ModelConfig, dense: type[Block], sparse: type[Block]) -> dict[st
     elif cfg.dense_layers:
         counts["dense_layers"] = (dense, len(cfg.dense_layers))
     return {
-        name: module.Part(lambda key, block=block: block(key, cfg), count=count)
+        name: module.Definition(lambda key, block=block: block(key, cfg), count=count)
         for name, (block, count) in counts.items()
         if count
     }
 
 
-def stack_of(cfg: ModelConfig, layer: dict) -> str:
-    """The stack that a layer with these values is of."""
-    return "dense_layers" if cfg.sparse_layers and "mlp" in layer else "layers"
-
-
-def block(cfg: ModelConfig, layer: dict) -> Block:
-    """The block with these values."""
-    return parts(cfg)[stack_of(cfg, layer)].bind(layer)
-
-
 def init(cfg: ModelConfig, key: jax.Array) -> dict:
     """Random float32 parameters."""
-    table = parts(cfg)
+    table = definitions(cfg)
     keys = jax.random.split(key, max(4, len(table)))
-    return {name: part.init(k) for (name, part), k in zip(table.items(), keys, strict=False)}
+    return {name: one.init(k) for (name, one), k in zip(table.items(), keys, strict=False)}
 
 
 def axes(cfg: ModelConfig) -> dict:
     """The logical axes of every parameter, as a tree of tuples."""
-    return {name: part.axes() for name, part in parts(cfg).items()}
+    return {name: one.axes() for name, one in definitions(cfg).items()}
 
 
 def shapes(cfg: ModelConfig, *, dtype: jnp.dtype = jnp.float32) -> dict:
@@ -267,9 +259,9 @@ def apply(
         )
         return o_BTNH, None
 
-    def body(x_BTD: jax.Array, layer: dict, index: jax.Array | int):
+    def body(block: module.Definition, x_BTD: jax.Array, layer: dict, index: jax.Array | int):
         del index
-        x_BTD, _, stats = block(cfg, layer)(
+        x_BTD, _, stats = block.bind(layer)(
             x_BTD, rotation=rotation, attend=attend, layout=layout, routing=routing
         )
         return x_BTD, stats
@@ -280,9 +272,14 @@ def apply(
     )
     rotation = rope.rotation(cfg, positions_BT)
     x_BTD = embed(cfg, params, tokens_BT, dtype=dtype, layout=layout)
-    body = remat.wrap(body, remat_policy, layer_loop=layer_loop)
-    x_BTD, stats = stack.run(cfg, params, body, x_BTD, layer_loop=layer_loop)
-    return Output(parts(cfg)["norm"].bind(params["norm"])(x_BTD), stats)
+    bodies = {
+        name: remat.wrap(
+            functools.partial(body, definitions(cfg)[name]), remat_policy, layer_loop=layer_loop
+        )
+        for name in set(stack.order(cfg))
+    }
+    x_BTD, stats = stack.run(cfg, params, bodies, x_BTD, layer_loop=layer_loop)
+    return Output(definitions(cfg)["norm"].bind(params["norm"])(x_BTD), stats)
 
 
 def embed(
@@ -294,7 +291,7 @@ def embed(
     layout: Layout | None = None,
 ) -> jax.Array:
     """[B, T] ids -> [B, T, D]."""
-    return parts(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
+    return definitions(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
 
 
 def output_kernel(cfg: ModelConfig, params: dict) -> jax.Array:

@@ -11,13 +11,16 @@ from configs.models.architecture import ModelConfig
 from configs.sampling import SamplingParams
 from infer.text.loading import Loaded
 from qwen_jax.decode import sampling
+from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 
 
-def logits(cfg: ModelConfig, params: dict, tokens: Sequence[int]) -> np.ndarray:
-    """[T, V] in float32, of stacked or unstacked parameters. Few lengths are compiled."""
-    if isinstance(params["layers"], tuple):
-        params = {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *params["layers"])}
+def logits(cfg: ModelConfig, params: dict | DecodeWeights, tokens: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] in float32, by stacked parameters or unstacked ones. Few lengths compile."""
+    if isinstance(params, DecodeWeights):
+        assert params.form == "unstacked", params.form
+        layers = jax.tree.map(lambda *x: jnp.stack(x), *params.layers)
+        params = {**params.params, "layers": layers}
     padded = np.zeros((1, max(32, 1 << (len(tokens) - 1).bit_length())), np.int32)
     padded[0, : len(tokens)] = tokens
     return np.asarray(_logits(cfg, params, padded))[0, : len(tokens)]

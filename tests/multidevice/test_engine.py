@@ -75,8 +75,7 @@ def answers(cfg: ModelConfig, text: str, **changes) -> dict[str, list[int]]:
             mesh.make(config, devices=devices), rules.rule_set("engine", kv_heads=config.kv_heads)
         )
         params = jax.device_put(params, sharding.shardings(transformer.axes(cfg), layout))
-    form = weights.best_form(layout)
-    params = weights.prepare(cfg, params, dtype=jnp.float32, form=form, layout=layout)
+    params = weights.prepare(cfg, params, dtype=jnp.float32, layout=layout)
     settings = dataclasses.replace(SETTINGS, **changes)
     guesser = small(layout) if settings.speculation == "draft" else None
     engine = engine_lib.Engine(

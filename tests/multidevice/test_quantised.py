@@ -76,11 +76,11 @@ def test_a_checkpoint_decodes_sharded(tmp_path, cfg, mesh, settings):
     over = "tensor" if o.num_groups > 1 else None
     assert o.scales.sharding.spec == PartitionSpec(None, over, None)
     whole = load.load_params(tmp_path / "c")
-    form = weights.best_form(layout, params=sharded)
+    form = weights.best_form(cfg, dtype=jnp.float32, layout=layout, params=sharded)
     assert form == "fused"
     assert tokens(cfg, sharded, layout) == tokens(cfg, whole, None)
     fused = weights.prepare(cfg, sharded, dtype=jnp.float32, form=form, layout=layout)
-    qkv = fused["layers"][0]["attention"]["qkv"]["kernel"]
+    qkv = fused.layers[0]["attention"]["qkv"]["kernel"]
     assert qkv.values.sharding.spec == PartitionSpec(None, "tensor", None, None)
 
 

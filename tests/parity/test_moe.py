@@ -174,13 +174,13 @@ def _residual_stream(cfg, params, tokens_BT):
     def attend(q_BTNH, k_BTKH, v_BTKH):
         return api.attention(q_BTNH, k_BTKH, v_BTKH, mask=api.Mask(causal=True)), None
 
-    @jax.jit
-    def run(layer, x_BTD):
-        return transformer.block(cfg, layer)(x_BTD, rotation=rotation, attend=attend, layout=None)[
-            0
-        ]
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(name, layer, x_BTD):
+        block = transformer.definitions(cfg)[name].bind(layer)
+        return block(x_BTD, rotation=rotation, attend=attend, layout=None)[0]
 
     stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]
-    for layer in stack.in_order(cfg, params, module.unstack)[:-1]:
-        stream.append(run(layer, stream[-1]))
+    layers = stack.in_order(cfg, params, module.unstack)
+    for name, layer in zip(stack.order(cfg)[:-1], layers[:-1], strict=True):
+        stream.append(run(name, layer, stream[-1]))
     return stream

@@ -182,7 +182,7 @@ def _residual_stream(cfg, params, tokens_BT):
 
     @jax.jit
     def run(layer, x_BTD):
-        block = transformer.parts(cfg)["layers"].bind(layer)
+        block = transformer.definitions(cfg)["layers"].bind(layer)
         return block(x_BTD, rotation=rotation, attend=attend, layout=None)[0]
 
     stream = [transformer.embed(cfg, params, jnp.asarray(tokens_BT), dtype=jnp.float32)]

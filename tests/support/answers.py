@@ -30,7 +30,6 @@ def engine(
     **changes,
 ) -> engine_lib.Engine:
     """In float32, of a copy of stacked parameters in the form given or the best."""
-    form = form or weights.best_form(layout, params=params)
     copied = jax.tree.map(jnp.copy, params)
     return engine_lib.Engine(
         cfg,

@@ -1,4 +1,4 @@
-"""The phases of a layer for few rows that attend: over pages, and the merge of their splits."""
+"""The attention phases of the layer kernel: attention over pages, and the merge of its splits."""
 
 import functools
 
@@ -14,7 +14,7 @@ from qwen_jax.ops.attention.paged import triton_blocks
 def attend(
     old_kv, qkv_RW, rows: Rows, o_RXNH, lse_RXN, kv_PSCH, *, sizes: Sizes, tuning: Tuning
 ) -> Phase:
-    """A unit is one key-value head over one split of one row's positions."""
+    """The attention phase: a unit of work is one key-value head over one split of a row."""
     del old_kv  # the same memory as kv_PSCH
     R, X = o_RXNH.shape[:2]
     K = kv_PSCH.shape[2] // 2
@@ -31,18 +31,18 @@ def attend(
             kv_PSCH, rows.table_RM, unit_of(i), new=True, tuning=tuning.attention
         )
 
-    def work(held):
-        def one(i, held):
+    def work(first):
+        def one(i, loaded):
             unit = unit_of(i)
 
             @pl.when(unit.first < unit.last)
             def _():
                 _unit(
-                    qkv_RW, rows, o_RXNH, lse_RXN, kv_PSCH, unit, held,
+                    qkv_RW, rows, o_RXNH, lse_RXN, kv_PSCH, unit, loaded,
                     sizes=sizes, tuning=tuning.attention,
                 )  # fmt: skip
 
-        one(0, held)
+        one(0, first)
         rounds = pl.cdiv(units, tuning.programs)
         if rounds > 1:
             jax.lax.fori_loop(1, rounds, lambda i, _: one(i, read(i)), None)
@@ -51,35 +51,44 @@ def attend(
 
 
 def _unit(
-    qkv_RW, rows: Rows, o_RXNH, lse_RXN, kv_PSCH, unit: triton_blocks.Split, held, *, sizes, tuning
+    qkv_RW,
+    rows: Rows,
+    o_RXNH,
+    lse_RXN,
+    kv_PSCH,
+    unit: triton_blocks.Split,
+    loaded,
+    *,
+    sizes,
+    tuning,
 ) -> None:
-    """As `paged_blocks` does a split, of queries and a key that are still to be rotated."""
+    """Writes one unit's output and log-sum-exp, as `triton_blocks` does; applies RoPE first."""
     G, H, r, k, x = sizes.group, sizes.head_dim, unit.row, unit.head, unit.index
-    tall = max(triton_blocks.ROWS, pl.next_power_of_2(G))
-    g = jnp.arange(tall)
+    height = max(triton_blocks.ROWS, pl.next_power_of_2(G))
+    g = jnp.arange(height)
     head_R = k * (G + 2) + jnp.where(g < G, g, 0)
     q_RH = _rotated(qkv_RW, rows, r, head_R, H=H)
     k_H = _rotated(qkv_RW, rows, r, (k * (G + 2) + G)[None], H=H)[0]
     v_H = triton.load(qkv_RW.at[r, (k * (G + 2) + G + 1) * H + jnp.arange(H)])
     o_RH, lse_R = triton_blocks.over_blocks(
-        q_RH, (k_H, v_H), kv_PSCH, kv_PSCH, rows.table_RM, unit, held,
-        ends_R=jnp.full(tall, unit.length - 1), tuning=tuning,
+        q_RH, (k_H, v_H), kv_PSCH, kv_PSCH, rows.table_RM, unit, loaded,
+        ends_R=jnp.full(height, unit.length - 1), tuning=tuning,
     )  # fmt: skip
     n_R, real_R = k * G + g, g < G
     triton.store(
         o_RXNH.at[
             r, x,
-            jnp.broadcast_to(n_R[:, None], (tall, H)),
-            jnp.broadcast_to(jnp.arange(H)[None, :], (tall, H)),
+            jnp.broadcast_to(n_R[:, None], (height, H)),
+            jnp.broadcast_to(jnp.arange(H)[None, :], (height, H)),
         ],
         o_RH,
-        mask=jnp.broadcast_to(real_R[:, None], (tall, H)),
+        mask=jnp.broadcast_to(real_R[:, None], (height, H)),
     )  # fmt: skip
     triton.store(lse_RXN.at[r, x, n_R], lse_R, mask=real_R)
 
 
 def _rotated(qkv_RW, rows: Rows, r, head_R, *, H: int) -> jax.Array:
-    """Heads of one row, turned as `rope.rotate` turns them: [number of heads, H]."""
+    """Heads of one row after RoPE, as `rope.rotate` computes it: [number of heads, H]."""
     h, half = jnp.arange(H), H // 2
     shape = (head_R.shape[0], H)
     at_RH = jnp.broadcast_to(head_R[:, None] * H, shape)
@@ -89,45 +98,47 @@ def _rotated(qkv_RW, rows: Rows, r, head_R, *, H: int) -> jax.Array:
     )
     cos, sin = (triton.load(side.at[r, h % half]) for side in (rows.cos_Rh, rows.sin_Rh))
     other = jnp.where(h < half, -1.0, 1.0)[None, :] * other.astype(jnp.float32)
-    turned = own.astype(jnp.float32) * cos[None, :] + other * sin[None, :]
-    return turned.astype(own.dtype)
+    rotated = own.astype(jnp.float32) * cos[None, :] + other * sin[None, :]
+    return rotated.astype(own.dtype)
 
 
 def merged(o_RXNH, lse_RXN, length, r: int, *, sizes: Sizes, tuning: triton_blocks.Tuning):
-    """Attention of one row, [N up to a power of two, H]: its splits weighted by log-sum-exp."""
+    """Attention output of one row, the sum of its splits weighted by log-sum-exp.
+
+    [N rounded up to a power of two, H], zeros for heads beyond N and for a row that is not active.
+    """
     X, N, H = o_RXNH.shape[1:]
-    high = pl.next_power_of_2(N)
-    some = max(1, min(16384 // (high * H), pl.next_power_of_2(X)))
+    padded = pl.next_power_of_2(N)
+    at_once = max(1, min(16384 // (padded * H), pl.next_power_of_2(X)))
     blocks, per_split = triton_blocks.blocks_of_split(length, splits=sizes.splits, tuning=tuning)
     used = pl.cdiv(blocks, per_split)
-    n, h = jnp.arange(high), jnp.arange(H)
+    n, h = jnp.arange(padded), jnp.arange(H)
 
     def several(i, carry):
         max_N, sum_N, total_NH = carry
-        x = i * some + jnp.arange(some)
-        real_XN = jnp.broadcast_to(x[:, None] < used, (some, high)) & (n[None, :] < N)
-        x_XN, n_XN = (jnp.broadcast_to(a, (some, high)) for a in (x[:, None], n[None, :]))
+        x = i * at_once + jnp.arange(at_once)
+        real_XN = jnp.broadcast_to(x[:, None] < used, (at_once, padded)) & (n[None, :] < N)
+        x_XN, n_XN = (jnp.broadcast_to(a, (at_once, padded)) for a in (x[:, None], n[None, :]))
         lse_XN = triton.load(lse_RXN.at[r, x_XN, n_XN], mask=real_XN, other=-1e30)
-        deep = (some, high, H)
+        shape = (at_once, padded, H)
         o_XNH = triton.load(
             o_RXNH.at[
                 r,
-                jnp.broadcast_to(x[:, None, None], deep),
-                jnp.broadcast_to(n[None, :, None], deep),
-                jnp.broadcast_to(h[None, None, :], deep),
+                jnp.broadcast_to(x[:, None, None], shape),
+                jnp.broadcast_to(n[None, :, None], shape),
+                jnp.broadcast_to(h[None, None, :], shape),
             ],
-            mask=jnp.broadcast_to(real_XN[:, :, None], deep),
+            mask=jnp.broadcast_to(real_XN[:, :, None], shape),
             other=0,
         )
         new_N = jnp.maximum(max_N, jnp.max(lse_XN, axis=0))
         weights_XN = jnp.where(real_XN, jnp.exp2(lse_XN - new_N[None, :]), 0.0)
         old_N = jnp.exp2(max_N - new_N)
-        part_NH = jnp.sum(o_XNH * weights_XN[:, :, None], axis=0)
+        added_NH = jnp.sum(o_XNH * weights_XN[:, :, None], axis=0)
         sum_N = sum_N * old_N + jnp.sum(weights_XN, axis=0)
-        return new_N, sum_N, total_NH * old_N[:, None] + part_NH
+        return new_N, sum_N, total_NH * old_N[:, None] + added_NH
 
-    start = (jnp.full(high, -1e30), jnp.zeros(high), jnp.zeros((high, H)))
+    start = (jnp.full(padded, -1e30), jnp.zeros(padded), jnp.zeros((padded, H)))
     start = tuple(x.astype(jnp.float32) for x in start)
-    _, sum_N, total_NH = jax.lax.fori_loop(0, pl.cdiv(used, some), several, start)
-    # Zeros for heads beyond the last, and for a row that is not active.
+    _, sum_N, total_NH = jax.lax.fori_loop(0, pl.cdiv(used, at_once), several, start)
     return total_NH / jnp.where(sum_N > 0, sum_N, 1.0)[:, None]

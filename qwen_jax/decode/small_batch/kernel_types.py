@@ -1,6 +1,6 @@
-"""What the phases of a layer for few rows share: how work is cut, weights, and what lies between.
+"""Types that the phases of the layer kernel share: tuning, weights, rows and intermediate arrays.
 
-Letters: R rows, W = K (G + 2) H, X splits of a row's positions; see also `products.py`.
+Letters: R rows, W = K (G + 2) H, X splits of a row's positions; see also `row_products.py`.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from qwen_jax.ops.attention.paged import triton_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How the work is cut; `benchmarks/decode_kernels.py` compares.
+    """Sizes of the kernel's pieces of work; `benchmarks/decode_kernels.py` compares them.
 
-    programs: at most one a multiprocessor. qkv, o, gate_up, down: outputs of a tile (of gate_up:
-    of each of its two). attention: see `paged_blocks`, of which warps, stages and programs are not
-    used here.
+    programs: at most one for each multiprocessor. launch: all phases as one kernel, or each as its
+    own (for the interpreter). qkv, o, gate_up, down: outputs of a tile (gate_up: of either matrix).
+    attention: see `triton_blocks`; warps, stages and programs of it are not used here.
     """
 
     programs: int
@@ -33,7 +33,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer's, output-major; gate_up holds both."""
+    """One layer's weights, outputs before inputs; gate_up holds two matrices."""
 
     norm_D: jax.Array
     qkv_WD: jax.Array
@@ -51,7 +51,7 @@ jax.tree_util.register_dataclass(Weights, _WEIGHTS, [])
 
 @dataclass(frozen=True)
 class Rows:
-    """What all layers share: rotation of each row's position, its pages and its length with it."""
+    """Data of R rows that all layers share: RoPE, page table, and lengths with the new token."""
 
     cos_Rh: jax.Array
     sin_Rh: jax.Array
@@ -63,8 +63,8 @@ jax.tree_util.register_dataclass(Rows, ["cos_Rh", "sin_Rh", "table_RM", "lengths
 
 
 @dataclass(frozen=True)
-class Between:
-    """What one phase leaves for the next."""
+class Intermediates:
+    """Arrays that one phase writes and the next reads."""
 
     qkv_RW: jax.Array
     o_RXNH: jax.Array
@@ -73,14 +73,14 @@ class Between:
     h_RF: jax.Array
 
 
-_BETWEEN = ["qkv_RW", "o_RXNH", "lse_RXN", "x_RD", "h_RF"]
+_INTERMEDIATES = ["qkv_RW", "o_RXNH", "lse_RXN", "x_RD", "h_RF"]
 
-jax.tree_util.register_dataclass(Between, _BETWEEN, [])
+jax.tree_util.register_dataclass(Intermediates, _INTERMEDIATES, [])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the kernel's code depends on, besides shapes."""
+    """Constants of the kernel's code, besides shapes."""
 
     group: int  # query heads of a key-value head
     head_dim: int
@@ -88,6 +88,6 @@ class Sizes:
     splits: int
 
 
-# A phase is two functions: one reads the first weights, or keys, which depend on no other phase;
-# the other works with them.
+# Two functions: the first loads the first weights or keys, which depend on no other phase; the
+# second does the phase's work, given what was loaded.
 Phase = tuple[Callable[[], Any], Callable[[Any], None]]

@@ -1,7 +1,7 @@
-"""The last norm and the output projection of a few rows on a GPU, lowered by Triton.
+"""The last norm and the LM head for a few rows on a GPU, lowered by Triton.
 
-The largest matrix of a small model, and of its scores greedy decoding wants the largest only: then
-every program keeps the best of its outputs, and a second kernel of one program the best of those.
+The LM head is the largest matrix of a small model, and greedy decoding needs only the largest of
+its logits: every program keeps the best of its outputs, and a second kernel the best of those.
 """
 
 import functools
@@ -19,7 +19,7 @@ _NONE = jnp.iinfo(jnp.int32).max
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """programs of so many warps, and outputs of a tile; `benchmarks/decode_kernels.py` compares."""
+    """Number of programs, their warps, and a tile's outputs; see `benchmarks/decode_kernels.py`."""
 
     programs: int
     outputs: int = 16
@@ -35,12 +35,12 @@ def logits(
     tuning: Tuning,
     interpret: bool = False,
 ) -> jax.Array:
-    """norm(x) W^T, [R, V] in float32."""
+    """Logits norm(x) W^T, [R, V] in float32."""
     return pl.pallas_call(
         functools.partial(_logits, eps=eps, tuning=tuning),
         grid=(tuning.programs,),
         out_shape=jax.ShapeDtypeStruct((x_RD.shape[0], table_VD.shape[0]), jnp.float32),
-        name="logits_of_few_rows",
+        name="small_batch_logits",
         **_options(interpret, warps=tuning.warps),
     )(x_RD, scale_D, table_VD)
 
@@ -54,21 +54,21 @@ def likeliest(
     tuning: Tuning,
     interpret: bool = False,
 ) -> jax.Array:
-    """The first of the largest logits of every row, [R] int32."""
+    """The token of every row's largest logit, the first of equal ones, [R] int32."""
     R, P = x_RD.shape[0], tuning.programs
     best = [jax.ShapeDtypeStruct((R, P), dtype) for dtype in (jnp.float32, jnp.int32)]
     best = pl.pallas_call(
         functools.partial(_best_of_program, eps=eps, tuning=tuning),
         grid=(P,),
         out_shape=best,
-        name="best_of_few_rows",
+        name="small_batch_best",
         **_options(interpret, warps=tuning.warps),
     )(x_RD, scale_D, table_VD)
     return pl.pallas_call(
         _best_of_all,
         grid=(R,),
         out_shape=jax.ShapeDtypeStruct((R,), jnp.int32),
-        name="best_of_all",
+        name="small_batch_best_of_all",
         **_options(interpret, warps=4),
     )(*best)
 

@@ -1,7 +1,4 @@
-"""The phases of a layer for few rows that multiply.
-
-See `parts.Phase`: what is read ahead here is weights.
-"""
+"""The matrix products of the layer kernel, each a `kernel_types.Phase` that loads weights first."""
 
 import functools
 
@@ -15,6 +12,7 @@ from qwen_jax.decode.small_batch.kernel_types import Phase, Rows, Sizes, Tuning,
 
 
 def qkv(x_RD, weights: Weights, qkv_RW, *, sizes: Sizes, tuning: Tuning) -> Phase:
+    """Queries, keys and values of the normalised input, before RoPE."""
     tile, W = row_products.Tile(tuning.qkv, tuning.warps), weights.qkv_WD.shape[0]
     begin = pl.program_id(0)
 
@@ -39,7 +37,7 @@ def qkv(x_RD, weights: Weights, qkv_RW, *, sizes: Sizes, tuning: Tuning) -> Phas
 def o(
     o_RXNH, lse_RXN, rows: Rows, x_RD, weights: Weights, y_RD, *, sizes: Sizes, tuning: Tuning
 ) -> Phase:
-    """The splits of attention into one, in every program; then the product, added to x."""
+    """x plus the output projection of attention, whose splits every program merges for itself."""
     outputs, D = tuning.o, x_RD.shape[1]
     N, H = o_RXNH.shape[2:]
     width = pl.next_power_of_2(N) * H
@@ -71,12 +69,13 @@ def o(
 
 
 def _add(y_RD, x_RD, first, sums: list[jax.Array]) -> None:
-    """y = x + what was summed, rounded before and after."""
+    """Writes y = x + sums, both rounded to the dtype of x first."""
     x = row_products.read_outputs(x_RD, first, outputs=sums[0].shape[0])
     row_products.write(y_RD, first, [a + b.astype(a.dtype) for a, b in zip(x, sums, strict=True)])
 
 
 def gate_up(x_RD, weights: Weights, h_RF, *, sizes: Sizes, tuning: Tuning) -> Phase:
+    """The hidden activations of SwiGLU for the normalised input."""
     tile, F = row_products.Tile(tuning.gate_up, tuning.warps), weights.gate_up_2FD.shape[1]
     begin = pl.program_id(0)
 
@@ -101,7 +100,7 @@ def gate_up(x_RD, weights: Weights, h_RF, *, sizes: Sizes, tuning: Tuning) -> Ph
 
 
 def _gated(gate_T, up_T, dtype) -> jax.Array:
-    """silu(gate) * up, of values that are rounded first."""
+    """silu(gate) * up, each operand rounded to `dtype` first."""
     gate_T, up_T = gate_T.astype(dtype), up_T.astype(dtype)
     wide_T = gate_T.astype(jnp.float32)
     gate_T = (wide_T / (1.0 + jnp.exp(-wide_T))).astype(dtype)
@@ -109,6 +108,7 @@ def _gated(gate_T, up_T, dtype) -> jax.Array:
 
 
 def down(h_RF, x_RD, weights: Weights, y_RD, *, sizes: Sizes, tuning: Tuning) -> Phase:
+    """x plus the down projection of the hidden activations."""
     del sizes
     tile, D = row_products.Tile(tuning.down, tuning.warps), weights.down_DF.shape[0]
     begin = pl.program_id(0)

@@ -1,8 +1,8 @@
-"""Parts of Triton kernels: a few rows times a matrix whose rows are its outputs.
+"""Building blocks of Triton kernels: a few rows times a matrix whose rows are its outputs.
 
-Each weight is read once and multiplied on the ordinary units: with so few rows, reading is what
-takes time. Tiles [T, C] are held in chunks of so many inputs that each thread has 8 of them, 16
-bytes, and the rows lie in the same threads.
+Each weight is read once and multiplied outside the tensor cores: with so few rows, time goes into
+reading. Tiles [T, C] are held in chunks of inputs such that each thread has 8 of them, 16 bytes,
+and the same threads hold the same inputs of the rows.
 
 Letters beyond `qwen_jax/model/module.py`: R rows, C inputs, O outputs, T outputs of a tile.
 """
@@ -22,27 +22,27 @@ Chunks = tuple[jax.Array, ...]
 
 @dataclass(frozen=True)
 class Tile:
-    """So many outputs, and threads."""
+    """Outputs of a tile, and the warps that hold it."""
 
     outputs: int
     warps: int
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of one chunk: outputs, inputs."""
+        """Outputs and inputs of one chunk."""
         return self.outputs, max(1, 32 * self.warps // self.outputs) * PER_THREAD
 
     def inputs(self, C: int) -> list[tuple[jax.Array, jax.Array]]:
-        """(indices, which of them exist) of each chunk of C inputs."""
-        width, some = self.shape[1], []
+        """Indices of each chunk of C inputs, and whether each index exists."""
+        width, chunks = self.shape[1], []
         for i in range(pl.cdiv(C, width)):
             c = i * width + jnp.arange(width)
-            some.append(tuple(jnp.broadcast_to(x[None, :], self.shape) for x in (c, c < C)))
-        return some
+            chunks.append(tuple(jnp.broadcast_to(x[None, :], self.shape) for x in (c, c < C)))
+        return chunks
 
 
 def read_row(x_RC, r: int, *, tile: Tile) -> Chunks:
-    """One row, as often as a tile has outputs; zeros beyond its last input."""
+    """One row, repeated for every output of a tile; zeros beyond its last input."""
     return tuple(
         triton.load(x_RC.at[r, c], mask=real, other=0) for c, real in tile.inputs(x_RC.shape[1])
     )
@@ -87,14 +87,14 @@ def times(weights: Chunks, rows: list[Chunks]) -> list[jax.Array]:
 
 
 def write(y_RO, first, values: list[jax.Array]) -> None:
-    """Outputs from `first` of every row."""
+    """Writes every row's outputs from index `first` on."""
     o = first + jnp.arange(values[0].shape[0])
     for r, y in enumerate(values):
         triton.store(y_RO.at[r, o], y.astype(y_RO.dtype), mask=o < y_RO.shape[1])
 
 
 def read_outputs(y_RO, first, *, outputs: int) -> list[jax.Array]:
-    """What `write` wrote, of every row."""
+    """Every row's outputs from index `first` on, as `write` wrote them."""
     o = first + jnp.arange(outputs)
     return [
         triton.load(y_RO.at[r, o], mask=o < y_RO.shape[1], other=0) for r in range(y_RO.shape[0])
@@ -102,19 +102,19 @@ def read_outputs(y_RO, first, *, outputs: int) -> list[jax.Array]:
 
 
 def over_tiles(count: int, read: Callable, use: Callable, *, first, begin, stride: int) -> None:
-    """`use(tile, read(tile))` for tiles begin, begin + stride, ... below `count`.
+    """Runs `use(tile, read(tile))` for tiles begin, begin + stride, ... below `count`.
 
-    first: `read(begin)`, made before. Each read is made one tile ahead of its use.
+    first: the result of `read(begin)`. Each read is issued one tile before its use.
     """
     rounds = pl.cdiv(count, stride)
     if rounds == 1:
         use(begin, first)
         return
 
-    def body(i, held):
+    def body(i, loaded):
         tile = begin + i * stride
-        ahead = read(tile + stride)
-        use(tile, held)
-        return ahead
+        following = read(tile + stride)
+        use(tile, loaded)
+        return following
 
     jax.lax.fori_loop(0, rounds, body, first)

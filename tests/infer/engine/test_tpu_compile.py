@@ -36,7 +36,8 @@ def test_a_program_compiles(name, options, monkeypatch):
     def whole(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    params = weights.shapes(CFG, dtype=BF16, form=weights.best_form(layout), layout=layout)
+    form = weights.best_form(CFG, dtype=BF16, layout=layout)
+    params = weights.shapes(CFG, dtype=BF16, form=form, layout=layout)
     state = slot_state.shapes(
         CFG, num_slots=SLOTS, width=WIDTH, num_pages=SLOTS * WIDTH, page_size=64, dtype=BF16,
         layout=layout,

@@ -325,11 +325,6 @@ def test_argmax_is_the_first_of_the_largest(size):
     np.testing.assert_array_equal(sampling.argmax(scores), np.argmax(scores, axis=-1))
 
 
-def test_seen_tokens_are_those_before_the_length():
-    seen_BV = sampling.mark_seen(np.array([[3, 3, 1], [0, 2, 4]]), np.array([2, 1]), vocab_size=5)
-    assert [set(np.flatnonzero(row).tolist()) for row in seen_BV] == [{3}, {0}]
-
-
 @pytest.mark.parametrize(
     ("values", "sampler"),
     [

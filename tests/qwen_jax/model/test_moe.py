@@ -32,14 +32,16 @@ def changed(**fields) -> ModelConfig:
 
 @functools.cache
 def layer_params(cfg: ModelConfig) -> dict:
-    part = transformer.parts(cfg)["layers"]
+    part = transformer.definitions(cfg)["layers"]
     stacked = part.init(jax.random.key(0))
     return jax.tree.map(lambda x: 5 * x[0] + 0.1, stacked["moe"])
 
 
 def apply(cfg, params, x_BTD, routing=moe.DROPLESS):
-    whole = jax.tree.map(lambda x: x[0], transformer.parts(cfg)["layers"].init(jax.random.key(0)))
-    block = transformer.block(cfg, {**whole, "moe": params})
+    whole = jax.tree.map(
+        lambda x: x[0], transformer.definitions(cfg)["layers"].init(jax.random.key(0))
+    )
+    block = transformer.definitions(cfg)["layers"].bind({**whole, "moe": params})
     return block.feed_forward(x_BTD, layout=None, routing=routing)
 
 

@@ -200,4 +200,4 @@ def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown remat policy 'some'; known: none, dots, full"):
         remat.wrap(lambda x: x, "some")
     with pytest.raises(ValueError, match="unknown layer_loop 'rolled'; known: scan, unrolled"):
-        stack.run(CFG, {}, lambda x, layer, i: (x, None), 0, layer_loop="rolled")
+        stack.run(CFG, {}, {}, 0, layer_loop="rolled")

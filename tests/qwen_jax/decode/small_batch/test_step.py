@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs.models import qwen2_5
-from qwen_jax.decode import forward, fused_layers, slot_state, weights
+from qwen_jax.decode import forward, slot_state, weights
 from qwen_jax.decode import programs as decode_programs
-from qwen_jax.decode.small_batch import kernel_types, layer_kernel, lm_head
-from qwen_jax.decode.small_batch import step as small_batch
+from qwen_jax.decode import small_batch_step as small_batch
+from qwen_jax.decode.small_batch import kernel_types, layer_kernel, lm_head, support
 from qwen_jax.model import transformer
 from qwen_jax.ops.attention.paged import triton_blocks
 
@@ -20,10 +20,9 @@ BF16 = jnp.dtype(jnp.bfloat16)
 
 
 @functools.cache
-def _params(cfg) -> dict:
+def _weights(cfg) -> weights.DecodeWeights:
     params = jax.tree.map(lambda x: x.astype(BF16), transformer.init(cfg, jax.random.key(0)))
-    params = weights.prepare(cfg, params, dtype=BF16)
-    return {**params, "layers": tuple(fused_layers.output_major(one) for one in params["layers"])}
+    return weights.prepare(cfg, params, dtype=BF16, form="output_major")
 
 
 def _state(cfg, *, storage: str = "plain") -> slot_state.State:
@@ -43,11 +42,11 @@ def _state(cfg, *, storage: str = "plain") -> slot_state.State:
 def test_one_row_of_a_small_bfloat16_model_on_a_gpu():
     small = qwen2_5.base("0.5b")
     alone = {"layout": None, "platform": "gpu"}
-    assert small_batch.why_not_model(small, dtype=BF16, **alone) is None
+    assert support.why_not(small, dtype=BF16, **alone) is None
     reasons = [
-        small_batch.why_not_model(small, dtype=jnp.dtype(jnp.float32), **alone),
-        small_batch.why_not_model(small, dtype=BF16, layout=None, platform="cpu"),
-        small_batch.why_not_model(qwen2_5.base("7b"), dtype=BF16, **alone),
+        support.why_not(small, dtype=jnp.dtype(jnp.float32), **alone),
+        support.why_not(small, dtype=BF16, layout=None, platform="cpu"),
+        support.why_not(qwen2_5.base("7b"), dtype=BF16, **alone),
     ]
     assert reasons == [
         "arithmetic is float32, not bfloat16",
@@ -55,20 +54,20 @@ def test_one_row_of_a_small_bfloat16_model_on_a_gpu():
         "hidden_size 3584 is above 1024",
     ]
     cfg = qwen2_5.tiny()
-    params, state = _params(cfg), _state(cfg)
+    made, state = _weights(cfg), _state(cfg)
     why_not = functools.partial(small_batch.why_not, cfg, **alone)
-    assert why_not(params, state.pages, rows=8) is None
-    assert why_not(params, state.pages, rows=9) == "there are 9 rows, and they take at most 8"
-    assert why_not(params, _state(cfg, storage="int8").pages, rows=1) == "pages are int8"
-    plain = {**params, "layers": tuple({"attention": {"o": {}}} for _ in params["layers"])}
-    assert "not output-major" in why_not(plain, state.pages, rows=1)
-    assert small_batch.choose(cfg, params, state.pages, rows=1, layout=None) == "xla"  # no GPU here
+    assert why_not(made, state.pages, rows=8) is None
+    assert why_not(made, state.pages, rows=9) == "there are 9 rows, and they take at most 8"
+    assert why_not(made, _state(cfg, storage="int8").pages, rows=1) == "pages are int8"
+    fused = weights.DecodeWeights("fused", made.params)
+    assert "not output_major" in why_not(fused, state.pages, rows=1)
+    assert small_batch.choose(cfg, made, state.pages, rows=1, layout=None) == "xla"  # no GPU here
 
 
 @pytest.mark.parametrize("sampler", ["greedy", pytest.param("full", marks=pytest.mark.slow)])
 def test_steps_of_the_kernels_draw_what_the_models_layers_draw(sampler, monkeypatch):
     cfg = qwen2_5.tiny()
-    params = _params(cfg)
+    made = _weights(cfg)
     attention = triton_blocks.Tuning(block=16, min_keys=16)
     tuning = kernel_types.Tuning(programs=3, launch="phase", attention=attention)
     monkeypatch.setattr(small_batch, "multiprocessors", lambda: 3)
@@ -82,7 +81,7 @@ def test_steps_of_the_kernels_draw_what_the_models_layers_draw(sampler, monkeypa
     results = {}
     for layers in ("xla", "kernels"):
         state, drawn = decode_programs.advance(
-            cfg, params, _state(cfg), jnp.arange(2), mask_RW,
+            cfg, made, _state(cfg), jnp.arange(2), mask_RW,
             sampler=sampler, eos_E=jnp.zeros(0, jnp.int32), num_steps=4, layers=layers,
         )  # fmt: skip
         results[layers] = np.asarray(drawn.tokens_B), state
