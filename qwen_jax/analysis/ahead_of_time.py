@@ -1,9 +1,9 @@
-"""Compiles for a slice that is not there, and keeps what was compiled in bundles.
+"""Compilation for a slice that need not be here, and bundles that store compiled programs.
 
-A bundle is a folder: `bundle.json` with its key, and one file a program. The key is what the
-programs were compiled from: versions, slice, flags, the config in words, and a digest of each
-lowered program, which differs whenever code or config would have made another one. A bundle whose
-key is not the reader's is refused. Its files are pickles: load only what you made.
+A bundle is a folder: `bundle.json` with its key, and one file for each program. The key describes
+what the programs were compiled from: versions, slice, flags, the config in readable form, and a
+digest of each lowered program, which differs whenever code or config would make another program. A
+bundle whose key differs from the reader's is refused. Its files are pickles: load only your own.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "qwen-jax")
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled program, what it needs of one device, in bytes, and what it does.
+    """A compiled program, the bytes that it needs on one device, and the work that it does.
 
-    peak: arguments and everything live beside them at the worst moment. temporary: the heap, which
-    also counts what fragmentation wastes. moved, cycles: see `hlo`, loops multiplied out; flops,
-    accessed_bytes: XLA's own, each loop's body counted once.
+    peak: arguments and everything live beside them at the worst moment. temporary: the heap,
+    fragmentation included. hlo: collectives and cycles, loop bodies multiplied by their trip
+    counts. flops, accessed_bytes: XLA's own counts, each loop body once.
     """
 
     program: jax.stages.Compiled
@@ -58,11 +58,11 @@ class Compiled:
 
 
 def devices(where: Slice) -> list[jax.Device]:
-    """Devices to compile for; those of a TPU slice exist in the compiler alone.
+    """Devices of the slice to compile for; those of a TPU slice exist in the compiler alone.
 
     On a machine without TPUs, `xla_flags.WITHOUT_TPU` has to be in the environment.
 
-    Raises `ValueError` where the slice's compiler is not here.
+    Raises `ValueError` where the slice's compiler is not installed or needs the devices.
     """
     if where.topology_name is None:
         here = [device for device in jax.devices() if device.platform == where.chip.platform]
@@ -91,12 +91,12 @@ def layout(where: Slice, config: MeshConfig, *, kind: Literal["train", "engine"]
 
 
 def flags(where: Slice) -> dict[str, xla_flags.Value]:
-    """The compiler's options for the slice's chip; a GPU's are for its own command line."""
+    """Compiler options for the slice's chip; empty for a GPU, whose flags go into XLA_FLAGS."""
     return xla_flags.options(where.chip) if where.chip.platform == "tpu" else {}
 
 
 def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object]) -> Compiled:
-    """Compiles under the compiler options `flags`."""
+    """The program, compiled with the compiler options `flags`, and its measures."""
     begin = time.perf_counter()
     program = lowered.compile(compiler_options=dict(flags) or None)
     seconds = time.perf_counter() - begin
@@ -116,7 +116,7 @@ def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object])
 
 
 def key(lowered: Lowered, where: Slice, config: dict) -> dict:
-    """What a bundle is known by. `config` is for people: it says what differs, in words."""
+    """The key of a bundle of these programs; `config` names differences in readable form."""
     return {
         "format": FORMAT,
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -138,7 +138,7 @@ def _version(package: str) -> str | None:
 
 
 def save(folder: Path | str, compiled: Mapping[str, Compiled], key: dict) -> int:
-    """Writes a bundle, whole or not at all, and returns its bytes.
+    """The size in bytes of the bundle that this call writes, whole or not at all.
 
     Raises `ValueError` where something is there already.
     """

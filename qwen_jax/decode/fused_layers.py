@@ -1,9 +1,9 @@
-"""The block with q, k, v in one kernel and gate, up in another: fewer, longer reads a token.
+"""Layers with q, k, v in one kernel and gate, up in another: fewer, longer reads for each token.
 
-Same arithmetic as `qwen_jax.model.transformer.Block`, for parameters that `fuse` rearranged. Heads
-are grouped by the key-value head they share, so that tensor parallelism splits the fused kernel as
-it splits the three: [D, K, G + 2, H] holds, for each kv head, its G query heads, its key and its
-value.
+The arithmetic is that of `qwen_jax.model.transformer.Block`, for parameters that `fuse` rearranged.
+Query heads are grouped by the key-value head they share, so that tensor parallelism splits the
+fused kernel as it splits the three: [D, K, G + 2, H] holds, for each of K key-value heads, its G
+query heads, its key and its value.
 """
 
 import jax
@@ -17,7 +17,7 @@ from qwen_jax.quant import array
 
 
 class Attention(transformer.Attention):
-    """`model.Attention` with one inward projection."""
+    """Attention with one fused projection for queries, keys and values."""
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         init = layers.normal(cfg.initializer_range)
@@ -43,7 +43,7 @@ class Attention(transformer.Attention):
 
 
 class SwiGLU(layers.SwiGLU):
-    """`layers.SwiGLU` with one inward projection [D, 2, F]: gate, then up."""
+    """SwiGLU with one fused projection [D, 2, F]: gate, then up."""
 
     def __init__(self, key: jax.Array, *, size: int, hidden: int, init: module.Initializer):
         self.gate_up = layers.Linear(
@@ -59,7 +59,7 @@ class SwiGLU(layers.SwiGLU):
 
 
 class MoE(moe.MoE):
-    """`moe.MoE` with a fused shared expert."""
+    """A mixture of experts whose shared expert is fused."""
 
     def make_shared(self, key: jax.Array, cfg: ModelConfig) -> None:
         self.shared = SwiGLU(
@@ -71,7 +71,7 @@ class MoE(moe.MoE):
 
 
 class Block(transformer.Block):
-    """`model.Block` of fused parts."""
+    """A layer with fused attention and a fused feed-forward network."""
 
     make_attention = Attention
 
@@ -81,7 +81,7 @@ class Block(transformer.Block):
 
 
 class OutputMajorAttention(Attention):
-    """`Attention` of such kernels: [K, G + 2, H, D] and [D, N, H]."""
+    """Fused attention with output-major kernels [K, G + 2, H, D] and [D, N, H]."""
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         init = layers.normal(cfg.initializer_range)
@@ -96,7 +96,7 @@ class OutputMajorAttention(Attention):
 
 
 class OutputMajorSwiGLU(SwiGLU):
-    """`SwiGLU` of such kernels: [2, F, D] and [D, F]."""
+    """Fused SwiGLU with output-major kernels [2, F, D] and [D, F]."""
 
     def __init__(self, key: jax.Array, *, size: int, hidden: int, init: module.Initializer):
         axes = (None, "ffn", "embed")
@@ -107,7 +107,7 @@ class OutputMajorSwiGLU(SwiGLU):
 
 
 class OutputMajorBlock(transformer.Block):
-    """`Block` of such parts: what few rows read fastest (`small_batch/`), on one device."""
+    """A fused dense layer with output-major kernels, for `small_batch/`; on one device."""
 
     make_attention = OutputMajorAttention
 
@@ -119,7 +119,7 @@ class OutputMajorBlock(transformer.Block):
 
 
 class SparseBlock(transformer.SparseBlock):
-    """`model.SparseBlock` of fused parts."""
+    """A layer of experts with fused attention and a fused shared expert."""
 
     make_attention = Attention
 
@@ -128,7 +128,7 @@ class SparseBlock(transformer.SparseBlock):
 
 
 def fuse(cfg: ModelConfig, layer: dict) -> dict:
-    """One layer's parameters, or stacked ones, with q, k, v and gate, up joined."""
+    """Parameters of one layer, or of stacked ones, with q, k, v joined and gate, up joined."""
     G = cfg.num_query_groups
     attention = layer["attention"]
 
@@ -140,10 +140,10 @@ def fuse(cfg: ModelConfig, layer: dict) -> dict:
         return x.reshape(*x.shape[:-2], *heads)
 
     def joined_leaf(leaf: str) -> jax.Array | array.QuantArray:
-        parts = [grouped(name, leaf) for name in "qkv"]
-        if array.is_quantised(parts[0]):
-            return array.concatenate(parts)
-        return jnp.concatenate(parts, axis=-2)
+        three = [grouped(name, leaf) for name in "qkv"]
+        if array.is_quantised(three[0]):
+            return array.concatenate(three)
+        return jnp.concatenate(three, axis=-2)
 
     qkv = {leaf: joined_leaf(leaf) for leaf in ("kernel", "bias")}
     joined = {**layer, "attention": {"qkv": qkv, "o": attention["o"]}}
@@ -155,7 +155,7 @@ def fuse(cfg: ModelConfig, layer: dict) -> dict:
 
 
 def output_major(layer: dict) -> dict:
-    """A fused dense layer's parameters with every kernel's outputs before its inputs."""
+    """The parameters of a fused dense layer with every kernel's outputs before its inputs."""
     attention, mlp = layer["attention"], layer["mlp"]
     qkv, o = attention["qkv"], attention["o"]["kernel"]
     gate_up, down = mlp["gate_up"]["kernel"], mlp["down"]["kernel"]
@@ -172,10 +172,10 @@ def output_major(layer: dict) -> dict:
     }
 
 
-def can_fuse(part: dict) -> bool:
-    """Whether `fuse` takes these layers: their kernels are plain, or quantised alike."""
-    groups = [[part["attention"][name]["kernel"] for name in "qkv"]]
-    mlp = part.get("mlp") or part["moe"].get("shared")
+def can_fuse(layers: dict) -> bool:
+    """Whether `fuse` takes these layers, one or stacked: kernels are plain, or quantised alike."""
+    groups = [[layers["attention"][name]["kernel"] for name in "qkv"]]
+    mlp = layers.get("mlp") or layers["moe"].get("shared")
     if mlp is not None:
         groups.append([mlp[name]["kernel"] for name in ("gate", "up")])
     return all(array.alike(kernels) for kernels in groups)

@@ -1,4 +1,4 @@
-"""RMSNorm, Linear, Embed and SwiGLU: parameters in float32, arithmetic in the input's dtype."""
+"""RMSNorm, Linear, Embed, SwiGLU: float32 parameters, arithmetic in the input's dtype."""
 
 import functools
 
@@ -57,14 +57,14 @@ class Linear(nnx.Module):
         init: module.Initializer,
         bias_dims: int = 0,
     ):
-        """`bias_dims` trailing dimensions carry a bias; 0 is a layer without one."""
+        """The bias has the last `bias_dims` dimensions of the kernel; 0 means none."""
         self.kernel = module.param(key, shape, axes=axes, init=init)
         if bias_dims:
             self.bias = module.param(key, shape[-bias_dims:], axes=axes[-bias_dims:], init=_zeros)
         self.axes, self.has_bias = axes, bias_dims > 0
 
     def __call__(self, x: jax.Array, einsum: str, *, layout: Layout | None) -> jax.Array:
-        """`einsum` contracts x [B, T, ...] with the kernel, for example `btd,dnh->btnh`.
+        """The product of x [B, T, ...] with the kernel by `einsum`, for example `btd,dnh->btnh`.
 
         The kernel may be quantised (`qwen_jax/quant`).
         """
@@ -92,14 +92,14 @@ class OutputMajorLinear(nnx.Module):
         init: module.Initializer,
         bias_dims: int = 0,
     ):
-        """`bias_dims` leading dimensions carry a bias; 0 is a layer without one."""
+        """The bias has the first `bias_dims` dimensions of the kernel; 0 means none."""
         self.kernel = module.param(key, shape, axes=axes, init=init)
         if bias_dims:
             self.bias = module.param(key, shape[:bias_dims], axes=axes[:bias_dims], init=_zeros)
         self.has_bias = bias_dims > 0
 
     def __call__(self, x: jax.Array, einsum: str, *, layout: Layout | None) -> jax.Array:
-        """`einsum` is that of `Linear`, for example `btd,dnh->btnh`."""
+        """The product of x with the kernel; `einsum` is `Linear`'s, for example `btd,dnh->btnh`."""
         assert layout is None, "output-major kernels lie on one device"
         of_x, result = einsum.split(",")[0], einsum.split("->")[1]
         reordered = f"{of_x},{result[2:]}{of_x[2:]}->{result}"
@@ -119,7 +119,7 @@ class Embed(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None
     ) -> jax.Array:
-        """[B, T] ids -> [B, T, D]. An id outside the table gives NaN, never another token's row.
+        """Embeddings [B, T, D] of ids [B, T]; NaN for an id outside the table.
 
         With the table's columns over X = fsdp and Y = context, each device reads its columns for
         every token of its group: [B, T, D_XY] -> all-to-all -> [B, T_Y, D_X] -> all-to-all ->
@@ -128,18 +128,18 @@ class Embed(nnx.Module):
         outer = ("outer_batch", "outer_length")
         tokens_BT = sharding.constrain(tokens_BT, outer, layout)
         rows = _rows(self.weight.get_value(), tokens_BT, dtype=dtype, layout=layout)
-        # Held in place while they are cast: otherwise XLA moves them first, twice the bytes.
+        # Constrained before the cast: XLA would move the rows uncast, which is twice the bytes.
         rows = sharding.constrain(rows, (*outer, "embed"), layout)
-        # One axis at a time: at once, XLA would gather every token's row on every device.
+        # One axis at a time: for both at once, XLA would gather every token's row on every device.
         rows = sharding.constrain(rows, ("outer_batch", "length", "outer_embed"), layout)
         return sharding.constrain(rows, ("batch", "length", "act_embed"), layout)
 
 
 def _rows(table_VD, tokens_BT: jax.Array, *, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
-    """`array.take`, of a table that may be spread over devices.
+    """Rows of the table, which may be sharded over devices, by `array.take`.
 
-    On a GPU XLA makes a lookup of one row a slice, for which it would gather such a table, 1 GB of
-    a 7B's. So one row is looked up twice.
+    On a GPU, XLA turns the lookup of one row into a slice, for which it gathers a sharded table (1
+    GB for a 7B). Looking the row up twice prevents that.
     """
     if tokens_BT.size > 1 or layout is None or layout.size("vocab") == 1:
         return array.take(table_VD, tokens_BT, dtype=dtype)

@@ -1,7 +1,7 @@
-"""The one place that knows Flax: declares parameters, and turns NNX modules into pure functions.
+"""Declarations of parameters, and pure functions from NNX modules: the one user of Flax's API.
 
-NNX is used as definition syntax. A module class declares its parameters in `__init__` and says how
-to apply them in `__call__`; everything outside sees plain nested dicts of arrays.
+NNX is used as definition syntax. A module class declares its parameters in `__init__` and applies
+them in `__call__`; everything outside sees plain nested dicts of arrays.
 
 Shape suffixes used throughout the project: B batch, T query length, S key length, D embed, N query
 heads, K kv heads, G = N / K, H head dim, F ffn, E experts, V vocabulary, L layers.
@@ -40,7 +40,7 @@ def param(
 
 @dataclass(frozen=True)
 class Definition:
-    """A module's definition, apart from its values. `count` layers of it are stacked, if given."""
+    """A module's definition without its values; with a `count`, that many layers of it, stacked."""
 
     make: Callable[[jax.Array], nnx.Module]
     count: int | None = None
@@ -52,7 +52,7 @@ class Definition:
         return jax.vmap(self._values)(jax.random.split(key, self.count))
 
     def axes(self) -> dict:
-        """The tree of logical axes, one tuple a parameter."""
+        """The tree of logical axes, one tuple for each parameter."""
         prefix = () if self.count is None else ("layers",)
         _, state = _split_abstract(self.make)
         named = jax.tree.map(
@@ -63,7 +63,7 @@ class Definition:
         return nnx.to_pure_dict(named)
 
     def bind(self, params: dict) -> nnx.Module:
-        """The module with these values (one layer's, where it is stacked)."""
+        """The module with these values; of a stack, with one layer's values."""
         graph, _ = _split_abstract(self.make)
         return nnx.merge(graph, params)
 
@@ -73,7 +73,7 @@ class Definition:
 
 @jax.custom_vjp
 def unstack(stacked: dict) -> list[dict]:
-    """One tree a layer from a tree of [L, ...] arrays.
+    """One tree for each layer, from a tree of [L, ...] arrays.
 
     The gradient is one concatenation; differentiating the slices would add up L padded arrays.
     """
@@ -89,7 +89,7 @@ unstack.defvjp(
 
 @functools.lru_cache(maxsize=256)
 def _split_abstract(make: Callable[[jax.Array], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph definition and the state as shapes: traced, nothing allocated."""
+    """The graph definition, and the state as shapes; it is traced, and nothing is allocated."""
     graphs = []
 
     def trace(key: jax.Array) -> nnx.State:

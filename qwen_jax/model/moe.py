@@ -3,7 +3,7 @@
 y = sum_i w_i E_i(x) + sigmoid(x . w_gate) Shared(x), where w are the J largest of a softmax over
 all experts, divided by their sum only where the model's `norm_topk_prob` says so.
 
-J: choices a token (`num_experts_per_tok`). P: parts of a length that is split over devices.
+J: experts chosen for each token (`num_experts_per_tok`). P: shards of a sequence's length.
 """
 
 import functools
@@ -24,9 +24,9 @@ from qwen_jax.quant import array
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens are sent: all of them, or at most `capacity_factor` even shares an expert.
+    """The dispatch of tokens: all of them, or at most `capacity_factor` even shares to an expert.
 
-    real_BT: False for padding, which no expert sees and no statistic counts.
+    real_BT: False for padding, which no expert gets and no statistic counts.
     """
 
     capacity_factor: float | None = None
@@ -35,16 +35,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the router did with each part of each sequence, as float32 sums over real tokens.
+    """Router statistics of each shard of each sequence, as float32 sums over real tokens.
 
     Stacked over layers [L, ...] by the layer loop.
     """
 
-    load_BPE: jax.Array  # choices of each expert, dropped ones included
+    load_BPE: jax.Array  # tokens that chose each expert, dropped ones included
     probability_BPE: jax.Array
     squared_log_z_BP: jax.Array  # logsumexp(logits)^2
     entropy_BP: jax.Array  # of the softmax, nats
-    dropped_BP: jax.Array  # choices that found no place
+    dropped_BP: jax.Array  # choices dropped for lack of capacity
     tokens_BP: jax.Array
 
 
@@ -60,7 +60,7 @@ DROPLESS = Routing()
 
 
 class Router(nnx.Module):
-    """Scores [E] of a token; float32, since a near tie decided otherwise is another network."""
+    """Router logits [E] of each token; float32, since rounding would decide near ties."""
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         D, E = cfg.hidden_size, cfg.moe.num_experts
@@ -72,7 +72,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, *, layout: Layout | None) -> jax.Array:
         kernel_DE = self.kernel[...].astype(jnp.float32)
-        # Whole on every device: left alone, XLA's partitioner splits the small product anew.
+        # Replicated: left to itself, XLA's partitioner would split the small product again.
         kernel_DE = sharding.constrain(kernel_DE, ("act_embed", None), layout)
         logits_BTE = jnp.einsum(
             "btd,de->bte",
@@ -84,7 +84,7 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """E SwiGLU networks; experts that only pad their number are held and never chosen."""
+    """E SwiGLU networks; experts that only pad their number are stored and never chosen."""
 
     def __init__(self, key: jax.Array, cfg: ModelConfig):
         moe, init = cfg.moe, layers.normal(cfg.initializer_range)
@@ -149,7 +149,7 @@ class MoE(nnx.Module):
         if routing.real_BT is not None:
             experts_BTJ = jnp.where(routing.real_BT[..., None], experts_BTJ, moe.num_held)
         kernels, num_experts = self.experts.kernels(), moe.num_held
-        if _reads_chosen_alone(kernels, experts_BTJ, routing=routing, layout=layout):
+        if _gathers_chosen(kernels, experts_BTJ, routing=routing, layout=layout):
             kernels, experts_BTJ = _chosen(kernels, experts_BTJ)
             num_experts = experts_BTJ.size
         y_BTD, dropped_BP = expert_parallel.run(
@@ -177,9 +177,9 @@ def route(
     real_BT: jax.Array | None = None,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array, Stats]:
-    """Weights and experts [B, T, J], and statistics in which nothing is dropped yet; float32.
+    """Weights and experts [B, T, J], and statistics before anything is dropped; float32.
 
-    A bias is added for the choice alone: neither weights nor gradients see it.
+    A bias affects the choice alone, neither weights nor gradients.
     """
     E, J = moe.num_experts, moe.num_experts_per_tok
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -197,10 +197,9 @@ def route(
 
 
 def top(scores: jax.Array, count: int) -> jax.Array:
-    """Indices of the `count` largest along the last dimension, largest first; of equals the first.
+    """Indices of the `count` largest along the last dimension, largest first; ties: the first.
 
-    As `count` maxima, which every partitioner splits over the other dimensions, as it may not a
-    sort.
+    Computed as `count` maxima, since a partitioner may not split a sort over the other dimensions.
     """
     found = []
     for _ in range(count):
@@ -218,7 +217,7 @@ def _statistics(
     real_BT: jax.Array | None,
     layout: Layout | None,
 ) -> Stats:
-    """Summed over each device's part of a sequence, so that no layer waits for another device."""
+    """Statistics summed over each device's shard of a sequence, so without a collective."""
     B, T, _ = logits_BTE.shape
     P = 1 if layout is None else layout.size("length")
     real_BT1 = jnp.ones((1, 1, 1)) if real_BT is None else real_BT[..., None].astype(jnp.float32)
@@ -239,12 +238,12 @@ def _statistics(
     )
 
 
-def _reads_chosen_alone(
+def _gathers_chosen(
     kernels: dict, experts_BTJ: jax.Array, *, routing: Routing, layout: Layout | None
 ) -> bool:
-    """Whether the experts are quantised, and fewer of them are chosen than there are.
+    """Whether only the chosen experts' kernels are dequantised: fewer choices than experts.
 
-    Grouped products take plain kernels; of a few tokens, those of the chosen experts are made.
+    Grouped products take plain kernels, so quantised ones are dequantised first.
     """
     alone = layout is None or layout.mesh.size == 1
     few = experts_BTJ.size < kernels["gate"].shape[0] and routing.real_BT is None
@@ -252,7 +251,7 @@ def _reads_chosen_alone(
 
 
 def _chosen(kernels: dict, experts_BTJ: jax.Array) -> tuple[dict, jax.Array]:
-    """One expert a choice, in the choices' order, and each choice's number among them."""
+    """Kernels of the chosen experts, one for each choice in order, and each choice's index."""
     chosen = experts_BTJ.reshape(-1)
     kernels = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), kernels)
     return kernels, jnp.arange(chosen.size, dtype=jnp.int32).reshape(experts_BTJ.shape)
@@ -281,7 +280,7 @@ def _batched(kernels: dict, rows_BECD: jax.Array, weights_BEC: jax.Array):
 
 
 def compute(layout: Layout | None) -> expert_parallel.Compute:
-    """The arithmetic of experts on the devices of `layout`."""
+    """The experts' arithmetic for the devices of `layout`."""
     platform = sharding.platform(layout)
     grouped = functools.partial(_grouped, platform=platform)
     return expert_parallel.Compute(grouped=grouped, batched=_batched, axes=EXPERT_AXES)
@@ -289,7 +288,7 @@ def compute(layout: Layout | None) -> expert_parallel.Compute:
 
 @dataclass(frozen=True)
 class Losses:
-    """balance, z: without their coefficients. load_LE: choices. metrics: means, for reading."""
+    """Router losses without coefficients, tokens per expert, and means to log."""
 
     balance: jax.Array
     z: jax.Array
@@ -297,7 +296,7 @@ class Losses:
     metrics: dict[str, jax.Array]
 
     def weighted(self, moe: MoEConfig) -> jax.Array:
-        """What the model's coefficients add to the loss of a token."""
+        """The weighted sum of both losses, which is added to the loss of a token."""
         return moe.router_aux_loss_coef * self.balance + moe.router_z_loss * self.z
 
 
@@ -339,9 +338,10 @@ def losses(moe: MoEConfig, stats: Stats) -> Losses:
 
 
 def with_updated_bias(params: dict, load_LE: jax.Array, *, rate: float) -> dict:
-    """b + rate sign(mean load - load): less is chosen of what had too much (arXiv 2408.15664).
+    """Parameters with router biases b + rate sign(mean load - load) (arXiv 2408.15664).
 
-    `params` is a model's tree, `load_LE` what the batch chose before the update.
+    `params` is a model's tree, `load_LE` the batch's tokens per expert before the update. Experts
+    with more than the mean load are chosen less often afterwards.
     """
     error_LE = jnp.mean(load_LE, axis=1, keepdims=True) - load_LE
     layers = params["layers"]
@@ -351,5 +351,5 @@ def with_updated_bias(params: dict, load_LE: jax.Array, *, rate: float) -> dict:
 
 
 def stays_float32(path: tuple) -> bool:
-    """Whether a parameter of a layer, by its path of keys, is kept in float32: the router's are."""
+    """Whether a parameter, by its path of keys, stays in float32: the router's parameters do."""
     return any(getattr(key, "key", None) == "router" for key in path)

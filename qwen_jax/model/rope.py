@@ -12,7 +12,7 @@ from configs.models.architecture import ModelConfig, YarnConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin [B, T, H/2] in float32, YaRN's attention factor included."""
+    """Cosines and sines [B, T, H/2] in float32, YaRN's attention factor included."""
 
     cos_BTh: jax.Array
     sin_BTh: jax.Array
@@ -25,8 +25,8 @@ def frequencies(cfg: ModelConfig) -> tuple[np.ndarray, float]:
     """Inverse frequencies [H/2] in float32, and the factor on cos and sin (1 without YaRN).
 
     f_i = theta^(-2i/d). YaRN (arXiv 2309.00071, section 3.2) divides by `factor` the frequencies
-    that turn less than beta_slow times within the original length, keeps those that turn more than
-    beta_fast times, and blends in between. Rounding follows transformers' `modeling_rope_utils.py`
+    of fewer than beta_slow rotations within the original length, keeps those of more than beta_fast
+    rotations, and blends in between. Rounding follows transformers' `modeling_rope_utils.py`
     step by step: beyond 100,000 tokens one unit in the last place of f is a visible angle.
     """
     d = cfg.head_dim
@@ -71,7 +71,7 @@ def attention_factor(yarn: YarnConfig) -> float:
 
 
 def rotation(cfg: ModelConfig, positions_BT: jax.Array) -> Rotation:
-    """cos and sin at these positions; one computation serves every layer."""
+    """Cosines and sines at these positions, the same for every layer."""
     inverse, factor = frequencies(cfg)
     # float32 island: bfloat16 cannot tell position 257 from 256.
     angles = positions_BT.astype(jnp.float32)[:, :, None] * jnp.asarray(inverse)[None, None, :]
@@ -79,8 +79,8 @@ def rotation(cfg: ModelConfig, positions_BT: jax.Array) -> Rotation:
 
 
 def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """RoPE in Hugging Face's half-split convention: pairs are (i, i + H/2)."""
+    """Heads after RoPE, in Hugging Face's half-split convention: pairs are (i, i + H/2)."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation.cos_BTh[:, :, None, :], rotation.sin_BTh[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)

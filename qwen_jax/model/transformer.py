@@ -36,7 +36,7 @@ from qwen_jax.ops.attention import api, context_parallelism
 from qwen_jax.ops.quantized_matmul import api as quantized_matmul
 from qwen_jax.quant import array
 
-# Given q, k, v of one layer: attention's output, and whatever the caller keeps (its cache).
+# From q, k, v of one layer: attention's output, and what the caller stores (its cache).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -69,14 +69,14 @@ class Attention(nnx.Module):
         q_BTNH = checkpoint_name(sharding.constrain(q_BTNH, heads, layout), "q")
         k_BTKH = checkpoint_name(sharding.constrain(k_BTKH, kv_heads, layout), "k")
         v_BTKH = checkpoint_name(sharding.constrain(v_BTKH, kv_heads, layout), "v")
-        o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
+        o_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
         o_BTNH = sharding.constrain(o_BTNH, heads, layout)
-        return self.o(o_BTNH, "btnh,nhd->btd", layout=layout), kept
+        return self.o(o_BTNH, "btnh,nhd->btd", layout=layout), cache
 
     def project(
         self, x_BTD: jax.Array, *, layout: Layout | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
+        """Queries [B, T, N, H], keys and values [B, T, K, H], before RoPE."""
         q_BTNH = self.q(x_BTD, "btd,dnh->btnh", layout=layout)
         k_BTKH = self.k(x_BTD, "btd,dkh->btkh", layout=layout)
         return q_BTNH, k_BTKH, self.v(x_BTD, "btd,dkh->btkh", layout=layout)
@@ -96,7 +96,7 @@ class Block(nnx.Module):
         self.make_feed_forward(keys[3], cfg)
 
     def make_feed_forward(self, key: jax.Array, cfg: ModelConfig) -> None:
-        """Declares what `feed_forward` applies."""
+        """Declares the modules that `feed_forward` applies."""
         self.mlp = layers.SwiGLU(
             key,
             size=cfg.hidden_size,
@@ -107,7 +107,7 @@ class Block(nnx.Module):
     def feed_forward(
         self, x_BTD: jax.Array, *, layout: Layout | None, routing: moe.Routing
     ) -> tuple[jax.Array, moe.Stats | None]:
-        """What is added to the residual stream, and the router's statistics, if there is one."""
+        """The term added to the residual stream, and the router's statistics, if there is one."""
         del routing
         return self.mlp(x_BTD, layout=layout), None
 
@@ -121,12 +121,13 @@ class Block(nnx.Module):
         routing: moe.Routing = moe.DROPLESS,
         only_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, moe.Stats | None]:
-        """The residual stream, what `attend` keeps, and the router's statistics.
+        """The residual stream, the second result of `attend`, and the router's statistics.
 
-        only_B: the one place of each row that goes on (T = 1), whose attention `attend` gives.
+        only_B: the one position of each row that is computed further, [B, 1, D]; `attend` returns
+        attention at that position alone.
         """
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        y_BTD, kept = self.attention(
+        y_BTD, cache = self.attention(
             self.input_norm(x_BTD), rotation=rotation, attend=attend, layout=layout
         )
         if only_B is not None:
@@ -136,7 +137,7 @@ class Block(nnx.Module):
             self.post_attention_norm(x_BTD), layout=layout, routing=routing
         )
         x_BTD = sharding.constrain(x_BTD + y_BTD, ("batch", "length", "act_embed"), layout)
-        return x_BTD, kept, stats
+        return x_BTD, cache, stats
 
 
 class SparseBlock(Block):
@@ -153,9 +154,10 @@ class SparseBlock(Block):
 
 @dataclass(frozen=True)
 class Output:
-    """`hidden_BTD`: the final norm's output; `unembed` turns (some of) it into logits.
+    """Results of a forward pass.
 
-    router: statistics of the layers with experts, stacked; None where there are none.
+    hidden_BTD: the final norm's output, of which `unembed` makes logits. router: statistics of the
+    layers with experts, stacked; None where there are none.
     """
 
     hidden_BTD: jax.Array
@@ -167,7 +169,7 @@ jax.tree_util.register_dataclass(Output, ["hidden_BTD", "router"], [])
 
 @functools.lru_cache(maxsize=64)
 def definitions(cfg: ModelConfig) -> dict[str, module.Definition]:
-    """The model's modules by the name of their subtree."""
+    """The definitions of the model's modules, by the name of their subtree of parameters."""
     init = layers.normal(cfg.initializer_range)
     V, D = cfg.vocab_size, cfg.hidden_size
     table = {
@@ -185,7 +187,7 @@ def definitions(cfg: ModelConfig) -> dict[str, module.Definition]:
 def stacks(
     cfg: ModelConfig, dense: type[Block], sparse: type[Block]
 ) -> dict[str, module.Definition]:
-    """The model's stacks of layers, made of these blocks, by the name of their subtree."""
+    """Definitions of the model's stacks of these blocks, by the name of their subtree."""
     counts = {"layers": (sparse, len(cfg.sparse_layers)), "dense_layers": (dense, 0)}
     if not cfg.sparse_layers:
         counts = {"layers": (dense, cfg.num_hidden_layers)}
@@ -233,12 +235,11 @@ def apply(
     """The transformer over whole sequences, causally masked.
 
     positions_BT defaults to 0..T-1; packed rows restart them, and give equal `segment_ids_BT` to
-    tokens of one document. `dtype` is that of the arithmetic. `attention` names an implementation,
-    `context_parallel` how rows spread over devices meet: all arrays [B, T] are then in the order
-    that `qwen_jax/ops/attention/context_parallelism.py` says, and `context.arrange` puts them
-    there. `remat_policy` what the backward pass recomputes (`qwen_jax/model/remat.py`),
-    `layer_loop` how layers are run (`qwen_jax/model/stack.py`). Raises `ValueError` for lengths
-    beyond a dual-chunk model's chunk.
+    tokens of one document. `dtype` is that of the arithmetic. `attention` names an implementation.
+    `context_parallel` names the attention over sequences that are sharded over devices; all arrays
+    [B, T] are then in the order of `context_parallelism.arrange`. `remat_policy` names what the
+    backward pass recomputes (`qwen_jax/model/remat.py`), `layer_loop` the loop over layers
+    (`qwen_jax/model/stack.py`). Raises `ValueError` for lengths beyond a dual-chunk model's chunk.
     """
     B, T = tokens_BT.shape
     check_length(cfg, T)
@@ -290,7 +291,7 @@ def embed(
     dtype: jnp.dtype,
     layout: Layout | None = None,
 ) -> jax.Array:
-    """[B, T] ids -> [B, T, D]."""
+    """Embeddings [B, T, D] of ids [B, T]."""
     return definitions(cfg)["embed"].bind(params["embed"])(tokens_BT, dtype=dtype, layout=layout)
 
 
@@ -302,7 +303,7 @@ def output_kernel(cfg: ModelConfig, params: dict) -> jax.Array:
 def unembed(
     cfg: ModelConfig, params: dict, hidden_BTD: jax.Array, *, layout: Layout | None = None
 ) -> jax.Array:
-    """Logits [B, T, V] in float32. For a few positions: training never holds this array."""
+    """Logits [B, T, V] in float32, for a few positions: training never holds this array."""
     tied = cfg.tie_word_embeddings
     stored = params["embed"]["weight"] if tied else params["lm_head"]["kernel"]
     if array.is_quantised(stored):
@@ -315,12 +316,12 @@ def unembed(
 
 
 def check_length(cfg: ModelConfig, length: int) -> None:
-    """Raises `ValueError` where plain RoPE would no longer be what the model computes."""
+    """Raises `ValueError` for lengths at which plain RoPE is not what the model computes."""
     dual = cfg.dual_chunk_attention
     if dual is not None and length > dual.chunk_size:
         raise ValueError(
             f"length {length} exceeds the dual chunk attention's chunk_size={dual.chunk_size} of "
-            f"{cfg.name}: up to there it equals plain RoPE, beyond it is not implemented; use "
+            f"{cfg.name}: shorter lengths equal plain RoPE, longer ones are not implemented; use "
             f"sequences of at most {dual.chunk_size} tokens"
         )
     if length > max_length(cfg):
