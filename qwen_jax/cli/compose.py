@@ -1,6 +1,6 @@
-"""The commands' only way to `train` and `infer`: it imports both, when a command runs.
+"""The one file of the command line that imports `train` and `infer`, both when a command runs.
 
-Whatever one of the two needs of the other is handed over here.
+An object of one package that the other needs is handed over here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +74,7 @@ def lower(job: "Job") -> "dict[str, jax.stages.Lowered]":
 
 
 def compile_job(job: "Job", *, save: str | None) -> "dict[str, Compiled]":
-    """The job's programs, compiled, printed beside the estimate, and kept in the folder `save`.
+    """The job's programs, compiled, printed beside the estimate, and saved in the folder `save`.
 
     Raises `ValueError` where the slice cannot be compiled for, or `save` is there already.
     """
@@ -114,7 +114,7 @@ def load_service(
 ) -> "Service":
     """The model behind an engine of these settings, with its draft model where one is named.
 
-    mesh: axis sizes, "" for one device. programs: the folder that keeps compiled programs.
+    mesh: axis sizes, "" for one device. programs: the folder that compiled programs are stored in.
     """
     from infer.text import loading
     from partitioning import mesh as mesh_lib

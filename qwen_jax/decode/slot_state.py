@@ -122,15 +122,15 @@ def empty(
 
 def shapes(cfg: ModelConfig, *, layout: Layout, **sizes) -> State:
     """The shapes and shardings of `empty`'s state, for devices that need not be here."""
-    made = jax.eval_shape(functools.partial(empty, cfg, layout=layout, **sizes))
+    state = jax.eval_shape(functools.partial(empty, cfg, layout=layout, **sizes))
 
     def placed(x: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
         where = sharding.sharding(axes, layout)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return State(
-        jax.tree.map(lambda x: placed(x, kv_pages.AXES[: x.ndim]), made.pages),
-        jax.tree.map(lambda x: placed(x, ()), made.slots),
+        jax.tree.map(lambda x: placed(x, kv_pages.AXES[: x.ndim]), state.pages),
+        jax.tree.map(lambda x: placed(x, ()), state.slots),
     )
 
 

@@ -101,7 +101,7 @@ def run(
     return x_RD, kv_pages.Pages(tuple(new_pages)), barriers
 
 
-# One function, so that the kernel is made once for all layers.
+# One jitted function, so that the kernel is lowered once for all layers.
 _layer = jax.jit(layer_kernel.run, static_argnames=("cfg", "tuning", "interpret"))
 
 

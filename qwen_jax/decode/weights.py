@@ -1,7 +1,7 @@
 """Parameters as decoding reads them: layers apart, and kernels that share an input in one.
 
-Decoding reads every weight at every token. A scan over stacked layers copies each layer's weights
-before it uses them; and fewer, longer reads come nearer to what memory can give.
+Decoding reads every weight at every token. A scan over stacked layers would copy each layer's
+weights before it uses them, and fewer, longer reads use more of the memory's bandwidth.
 """
 
 import functools
@@ -118,26 +118,29 @@ def prepare(
 ) -> DecodeWeights:
     """Stacked parameters cast to `dtype`, in the form asked for; None is `best_form`'s.
 
-    Routers stay in float32. source: whether the arrays of `params` are deleted, each as soon as it
-    was read, or stay valid and share no memory with the result. Peak memory is the result and a
-    copy of the largest leaf, and where they are kept the parameters too.
+    Routers stay in float32. source: "consumed" deletes the arrays of `params`, each as soon as it
+    was read; "kept" leaves them valid, and the result shares no memory with them. Peak memory is
+    the result and a copy of the largest leaf, plus `params` where they are kept.
     Raises `ValueError` for an unknown form, and for one that this model or mesh cannot have.
     """
     if form is None:
         form = best_form(cfg, dtype=dtype, layout=layout, params=params, num_rows=num_rows)
     _check(cfg, form, layout)
-    kept = frozenset(map(id, jax.tree.leaves(params))) if source == "kept" else frozenset()
+    source_ids = frozenset(map(id, jax.tree.leaves(params) if source == "kept" else ()))
     cast = jax.tree_util.tree_map_with_path(
-        lambda path, x: x if _stays(path, x) else _cast(x, dtype=jnp.dtype(dtype), kept=kept),
+        lambda path, x: (
+            x if _keeps_dtype(path, x) else _cast(x, dtype=jnp.dtype(dtype), source_ids=source_ids)
+        ),
         params,
         is_leaf=array.is_quantised,
     )
-    made = _unstack(cfg, cast, kept=kept)
+    prepared = _unstack(cfg, cast, source_ids=source_ids)
     if form != "unstacked":
-        made["layers"] = _fuse(cfg, form, made["layers"], layout=layout)
+        prepared["layers"] = _fuse(cfg, form, prepared["layers"], layout=layout)
     if form == "packed":
-        made = _pack(made, dtype=jnp.dtype(dtype), kept=kept)
-    return DecodeWeights(form, jax.tree.map(lambda x: jnp.copy(x) if id(x) in kept else x, made))
+        prepared = _pack(prepared, dtype=jnp.dtype(dtype), source_ids=source_ids)
+    prepared = jax.tree.map(lambda x: jnp.copy(x) if id(x) in source_ids else x, prepared)
+    return DecodeWeights(form, prepared)
 
 
 def _check(cfg: ModelConfig, form: Form, layout: Layout | None) -> None:
@@ -182,7 +185,7 @@ def _layer_axes(cfg: ModelConfig, form: Form, name: str) -> dict:
     return jax.tree.map(lambda axes: axes[1:], axes, is_leaf=sharding.is_axes)
 
 
-def _unstack(cfg: ModelConfig, params: dict, *, kept: Collection[int]) -> dict:
+def _unstack(cfg: ModelConfig, params: dict, *, source_ids: Collection[int]) -> dict:
     """`params` with a tuple of one tree a layer, taken apart leaf by leaf."""
 
     def apart(stacked: dict) -> list[dict]:
@@ -190,7 +193,7 @@ def _unstack(cfg: ModelConfig, params: dict, *, kept: Collection[int]) -> dict:
         columns = []
         for leaf in leaves:
             columns.append(jax.block_until_ready(_split(leaf)))
-            _delete(leaf, kept=kept)
+            _delete(leaf, source_ids=source_ids)
         return [tree.unflatten(column) for column in zip(*columns, strict=True)]
 
     layers = tuple(stack.in_order(cfg, params, apart))
@@ -240,39 +243,39 @@ def _jit_fuse(cfg: ModelConfig, form: Form, tree: Any, shardings: tuple | None) 
     return jax.jit(fuse, out_shardings=tree.unflatten(shardings))
 
 
-def _pack(params: dict, *, dtype: jnp.dtype, kept: Collection[int]) -> dict:
+def _pack(params: dict, *, dtype: jnp.dtype, source_ids: Collection[int]) -> dict:
     """`params` with quantised matrices in words where their kernel runs, packed one by one."""
 
-    def packed(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
+    def pack(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
         if (
             not array.is_quantised(x)
             or packed_words_kernel.why_not(x, rows=1, dtype=dtype) is not None
         ):
             return x
-        made = jax.block_until_ready(_in_words(x))
-        _delete(x, kept=kept)
-        return made
+        packed = jax.block_until_ready(_in_words(x))
+        _delete(x, source_ids=source_ids)
+        return packed
 
-    return jax.tree.map(packed, params, is_leaf=array.is_quantised)
+    return jax.tree.map(pack, params, is_leaf=array.is_quantised)
 
 
 _in_words = jax.jit(array.in_words)
 
 
-def _stays(path: tuple, x: jax.Array | array.QuantArray) -> bool:
+def _keeps_dtype(path: tuple, x: jax.Array | array.QuantArray) -> bool:
     return array.is_quantised(x) or moe.stays_float32(path)
 
 
-def _cast(x: jax.Array, *, dtype: jnp.dtype, kept: Collection[int]) -> jax.Array:
+def _cast(x: jax.Array, *, dtype: jnp.dtype, source_ids: Collection[int]) -> jax.Array:
     if x.dtype == dtype:
         return x
     result = jax.block_until_ready(x.astype(dtype))
-    _delete(x, kept=kept)
+    _delete(x, source_ids=source_ids)
     return result
 
 
-def _delete(tree: dict | jax.Array, *, kept: Collection[int] = frozenset()) -> None:
-    """Frees the arrays of `tree` but those whose id is in `kept`."""
+def _delete(tree: dict | jax.Array, *, source_ids: Collection[int] = frozenset()) -> None:
+    """Frees the arrays of `tree`, except those whose id is in `source_ids`."""
     for leaf in jax.tree.leaves(tree):
-        if id(leaf) not in kept:
+        if id(leaf) not in source_ids:
             leaf.delete()

@@ -246,8 +246,8 @@ def _gathers_chosen(
     Grouped products take plain kernels, so quantised ones are dequantised first.
     """
     alone = layout is None or layout.mesh.size == 1
-    few = experts_BTJ.size < kernels["gate"].shape[0] and routing.real_BT is None
-    return alone and few and any(map(array.is_quantised, kernels.values()))
+    fewer = experts_BTJ.size < kernels["gate"].shape[0] and routing.real_BT is None
+    return alone and fewer and any(map(array.is_quantised, kernels.values()))
 
 
 def _chosen(kernels: dict, experts_BTJ: jax.Array) -> tuple[dict, jax.Array]:
