@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.models.architecture import ModelConfig
+from partitioning import sharding
 from partitioning.sharding import Layout
 from qwen_jax.decode import sampling, slot_state
 from qwen_jax.decode.small_batch import layer_kernel, lm_head, support
@@ -33,12 +34,12 @@ def choose(
     """The implementation that decodes so many rows fastest here."""
     if rows > FASTER_ROWS:
         return "xla"
-    platform = jax.default_backend() if layout is None else layout.platform
-    reason = why_not(cfg, weights, pages, rows=rows, layout=layout, platform=platform)
+    platform = sharding.platform(layout)
+    reason = unsupported(cfg, weights, pages, rows=rows, layout=layout, platform=platform)
     return "kernels" if reason is None else "xla"
 
 
-def why_not(
+def unsupported(
     cfg: ModelConfig,
     weights: DecodeWeights,
     pages: kv_pages.Pages,
@@ -54,11 +55,11 @@ def why_not(
         return f"there are {rows} rows, and they take at most {MOST_ROWS}"
     if any(isinstance(one, kv_pages.Quantised) for one in pages.layers):
         return "pages are int8"
-    reason = support.why_not(cfg, dtype=pages.dtype, layout=layout, platform=platform)
+    reason = support.unsupported(cfg, dtype=pages.dtype, layout=layout, platform=platform)
     if reason is not None:
         return reason
     q_RNH = jax.ShapeDtypeStruct((rows, cfg.num_attention_heads, cfg.head_dim), pages.dtype)
-    return paged_gpu.why_not_decode(q_RNH, pages.layers[0], platform=platform)
+    return paged_gpu.unsupported_decode(q_RNH, pages.layers[0])
 
 
 @functools.lru_cache(maxsize=8)

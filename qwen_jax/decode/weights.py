@@ -90,7 +90,7 @@ def best_form(
     not, a fused kernel would have to be on every device too. Quantised kernels can be fused if they
     are quantised alike, and their inputs are in order.
     """
-    platform = jax.default_backend() if layout is None else layout.platform
+    platform = sharding.platform(layout)
     if platform == "tpu":
         return "unstacked"
     if layout is not None and layout.size("kv_heads") != layout.size("heads"):
@@ -102,7 +102,7 @@ def best_form(
     if any(map(array.is_quantised, jax.tree.leaves(params, is_leaf=array.is_quantised))):
         small = num_rows is not None and num_rows <= packed_words_kernel.MOST_ROWS
         return "packed" if small and layout is None and platform == "gpu" else "fused"
-    reason = support.why_not(cfg, dtype=dtype, layout=layout, platform=platform)
+    reason = support.unsupported(cfg, dtype=dtype, layout=layout, platform=platform)
     return "output_major" if reason is None else "fused"
 
 
@@ -249,7 +249,7 @@ def _pack(params: dict, *, dtype: jnp.dtype, source_ids: Collection[int]) -> dic
     def pack(x: jax.Array | array.QuantArray) -> jax.Array | array.QuantArray:
         if (
             not array.is_quantised(x)
-            or packed_words_kernel.why_not(x, rows=1, dtype=dtype) is not None
+            or packed_words_kernel.unsupported(x, rows=1, dtype=dtype) is not None
         ):
             return x
         packed = jax.block_until_ready(_in_words(x))

@@ -7,6 +7,6 @@ input-major ones (H100; docs/experiments/decoding.md, "0.5B at batch 1").
 
 Everything else is XLA's: at four rows it takes half the time of these kernels; larger models,
 float32, meshes, experts, dual-chunk attention and int8 pages were not measured or are not served.
-`support.why_not` and `qwen_jax/decode/small_batch_step.py` say so to the programs. The kernels
+`support.unsupported` and `qwen_jax/decode/small_batch_step.py` say so to the programs. The kernels
 themselves take up to eight rows.
 """

@@ -8,7 +8,7 @@ from partitioning.sharding import Layout
 MOST_INPUTS = 1024  # hidden size: larger models were not measured
 
 
-def why_not(
+def unsupported(
     cfg: ModelConfig, *, dtype: jnp.dtype, layout: Layout | None, platform: str
 ) -> str | None:
     """The reason why the kernels can never run for this model; None where they can."""

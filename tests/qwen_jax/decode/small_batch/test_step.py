@@ -42,11 +42,11 @@ def _state(cfg, *, storage: str = "plain") -> slot_state.State:
 def test_one_row_of_a_small_bfloat16_model_on_a_gpu():
     small = qwen2_5.base("0.5b")
     alone = {"layout": None, "platform": "gpu"}
-    assert support.why_not(small, dtype=BF16, **alone) is None
+    assert support.unsupported(small, dtype=BF16, **alone) is None
     reasons = [
-        support.why_not(small, dtype=jnp.dtype(jnp.float32), **alone),
-        support.why_not(small, dtype=BF16, layout=None, platform="cpu"),
-        support.why_not(qwen2_5.base("7b"), dtype=BF16, **alone),
+        support.unsupported(small, dtype=jnp.dtype(jnp.float32), **alone),
+        support.unsupported(small, dtype=BF16, layout=None, platform="cpu"),
+        support.unsupported(qwen2_5.base("7b"), dtype=BF16, **alone),
     ]
     assert reasons == [
         "arithmetic is float32, not bfloat16",
@@ -55,12 +55,12 @@ def test_one_row_of_a_small_bfloat16_model_on_a_gpu():
     ]
     cfg = qwen2_5.tiny()
     made, state = _weights(cfg), _state(cfg)
-    why_not = functools.partial(small_batch.why_not, cfg, **alone)
-    assert why_not(made, state.pages, rows=8) is None
-    assert why_not(made, state.pages, rows=9) == "there are 9 rows, and they take at most 8"
-    assert why_not(made, _state(cfg, storage="int8").pages, rows=1) == "pages are int8"
+    unsupported = functools.partial(small_batch.unsupported, cfg, **alone)
+    assert unsupported(made, state.pages, rows=8) is None
+    assert unsupported(made, state.pages, rows=9) == "there are 9 rows, and they take at most 8"
+    assert unsupported(made, _state(cfg, storage="int8").pages, rows=1) == "pages are int8"
     fused = weights.DecodeWeights("fused", made.params)
-    assert "not output_major" in why_not(fused, state.pages, rows=1)
+    assert "not output_major" in unsupported(fused, state.pages, rows=1)
     assert small_batch.choose(cfg, made, state.pages, rows=1, layout=None) == "xla"  # no GPU here
 
 
