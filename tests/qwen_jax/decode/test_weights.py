@@ -92,14 +92,14 @@ def _fused_matrices(cfg, layer: dict) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("cfg", "settings"),
     [
-        quantised_params.Settings(),
-        quantised_params.Settings(weights="int4", group_size=64),
+        (SMALL, quantised_params.Settings()),
+        (SMALL, quantised_params.Settings(weights="int4", group_size=64)),
+        (MIXED, quantised_params.Settings()),
     ],
-    ids=["int8", "int4"],
+    ids=["dense int8", "dense int4", "experts int8"],
 )
-@pytest.mark.parametrize("cfg", [SMALL, MIXED], ids=["dense", "experts"])
 def test_packed_words_are_the_fused_matrices(cfg, settings):
     def quantised() -> dict:
         params = transformer.init(cfg, jax.random.key(0))
