@@ -1,4 +1,4 @@
-"""Every implementation of a quantised product = the product with the dequantised matrix."""
+"""Every registered implementation computes the product with the dequantised matrix."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def test_implementations_agree(format, group, rows, words):
             name: quantized_matmul.contract(
                 "btd,dnh->btnh", x, stored, implementation=name, **options
             )
-            for name in ("xla", "gpu", "dequantise")
+            for name in quantized_matmul.QUANTIZED_MATMUL.names
         }
         want, size = (
             jnp.einsum("btd,dnh->btnh", x, w, precision="highest")
@@ -107,7 +107,7 @@ def test_an_embedding_projects_back(rows):
     x, table = draw(1, rows, 128).astype(jnp.bfloat16), draw(192, 128)
     q = array.quantise(table, format="int8", axis=-1)
     want = np.einsum("btd,vd->btv", np.asarray(x, np.float32), array.dequantise(q, dtype=x.dtype))
-    for implementation in ("xla", "gpu", "dequantise"):
+    for implementation in quantized_matmul.QUANTIZED_MATMUL.names:
         got = quantized_matmul.contract(
             "btd,vd->btv", x, q, layout=None, implementation=implementation, preferred=jnp.float32
         )

@@ -1,10 +1,15 @@
 """Keys and values on pages, for the tests of every implementation."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 
 from qwen_jax.ops.attention.paged import kv_pages
+from qwen_jax.ops.attention.paged import tpu as paged_tpu
 
 write = jax.jit(kv_pages.write)
 
@@ -39,3 +44,37 @@ def paged(k_BSKH, v_BSKH, *, page_size: int, storage="plain"):
 def assert_close(got, want, tolerance):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
+
+
+class _Flat:
+    """A reference that is reshaped where its value is: the interpreter cannot reshape it itself."""
+
+    def __init__(self, ref, shape=None):
+        self.ref, self.shape = ref, shape
+
+    @property
+    def dtype(self):
+        return self.ref.dtype
+
+    def reshape(self, *shape):
+        return _Flat(self.ref, shape)
+
+    def __getitem__(self, at):
+        return self.ref[...].reshape(self.shape)[at]
+
+
+class _Copy(ragged.MultiPageAsyncCopyDescriptor):
+    def wait(self):
+        return _Flat(super().wait())
+
+
+@contextlib.contextmanager
+def interpreted_tpu(monkeypatch):
+    """Runs the TPU's kernel in Pallas's interpreter."""
+    monkeypatch.setattr(ragged, "MultiPageAsyncCopyDescriptor", _Copy)
+    # Its masked stores go wrong where there are more queries at a time than the 8 heads of a group.
+    monkeypatch.setattr(paged_tpu, "EXTEND_QUERIES", 8)
+    # More than one block of pages for a row.
+    monkeypatch.setattr(paged_tpu, "BUFFER_BYTES", 2**17)
+    with pltpu.force_tpu_interpret_mode():
+        yield

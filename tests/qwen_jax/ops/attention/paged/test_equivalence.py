@@ -1,5 +1,8 @@
 """Attention over pages equals attention over the same keys in one piece, and is each row's own."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from qwen_jax.ops.attention import api, reference
 from qwen_jax.ops.attention.paged import api as paged
+from qwen_jax.ops.attention.paged import kv_pages
 from tests.qwen_jax.ops.attention.paged import paged_cases as cases
 
 # (query heads, key-value heads, head size)
@@ -70,6 +74,26 @@ def _extend_at(q, k, v, kv, table, starts_B, lengths_B, *, T: int, prefix="pages
         prefix=prefix,
         implementation="reference",
     )
+
+
+@pytest.mark.parametrize("name", [name for name in paged.DECODE.names if name != "reference"])
+def test_every_registered_decode_equals_the_reference(name, monkeypatch):
+    """Kernels run in Pallas's interpreter, over pages as their platform has them."""
+    lengths_B = jnp.array([70, 0, 5], jnp.int32)
+    q, k, v = cases.draw(3, 16, 64), *(cases.draw(3, 70, 2, 64, seed=seed) for seed in (1, 2))
+    kv, table = cases.paged(k, v, page_size=16)
+    rows = {"table_BM": table, "lengths_B": lengths_B}
+    want = decode(q, kv, **rows, implementation="reference")
+    compute, interpreter = paged.DECODE[name].compute, contextlib.nullcontext()
+    if "tpu" in paged.DECODE[name].platforms:
+        kv = jnp.pad(jnp.nan_to_num(kv), ((0, 0), (0, 0), (0, 0), (0, kv_pages.LANES - 64)))
+        interpreter = cases.interpreted_tpu(monkeypatch)
+    else:
+        compute = functools.partial(compute, interpret=True)
+    with interpreter:
+        got = jax.jit(compute)(q, kv, **rows)
+    cases.assert_close(got, want, 1e-6)
+    np.testing.assert_array_equal(got[1], 0)
 
 
 def test_int8_is_within_a_hundredth():
