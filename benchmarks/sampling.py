@@ -88,7 +88,7 @@ def searches(scores_BV, top_k_B, top_p_B, *, steps: int, implementation: str, tu
     """The cutoffs of `steps` searches, each in scores that the one before has changed."""
 
     def one(scores_BV, _):
-        cutoff_B = top_k_top_p.find(
+        cutoff_B = top_k_top_p.threshold(
             scores_BV,
             top_k_B=top_k_B,
             top_p_B=top_p_B,

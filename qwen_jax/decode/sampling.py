@@ -213,7 +213,7 @@ def narrowed(scores_BV: jax.Array, settings: Settings) -> jax.Array:
     """
     greedy_B = settings.temperature_B == 0
     scores_BV = scores_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
-    cutoff_B = top_k_top_p.find(
+    cutoff_B = top_k_top_p.threshold(
         scores_BV,
         top_k_B=jnp.where(greedy_B, 0, settings.top_k_B),
         top_p_B=jnp.where(greedy_B, 1.0, settings.top_p_B),

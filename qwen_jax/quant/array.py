@@ -1,15 +1,15 @@
 """Arrays of int8, int4 or fp8 (e4m3) values with scales, for matrices that are only multiplied.
 
-w = (v - z) s, where a scale s, and a zero point z if there is one, holds for one output and a group
-of inputs: all of them (per channel) or 32, 64, 128... of them. The dimensions that a product sums
-over are merged into one, C; the others stay as they are. Shape suffixes: C inputs, S groups of
-them, O outputs (one letter for all their dimensions).
+w = (v - z) s. A scale s, and a zero point z if there is one, belongs to one output and a group of
+inputs: all of them (per channel) or 32, 64, 128... of them. The dimensions that a product sums over
+are merged into one, C; the others stay as they are. Shape suffixes: C inputs, S groups of inputs, O
+outputs (one letter for all their dimensions).
 
-int8: v in -127..127 (imported: -128..127). int4: v in -7..7 (imported: -8..7), kept as v + 8 in
-half a byte; of each 32 inputs the first 16 are the low halves of 16 bytes and the last the high
-ones, so that neither unpacking nor a device's share of C cuts a byte. fp8: float8_e4m3fn, largest
-value 448. A matrix that few read at a time may be kept otherwise, outputs first and in words of 32
-bits (`in_words`, `words.py`).
+int8: v in -127..127 (imported: -128..127). int4: v in -7..7 (imported: -8..7), stored as v + 8 in
+half a byte; of each 32 inputs the first 16 are the low halves of 16 bytes and the last 16 the high
+halves, so that neither unpacking nor a device's share of C splits a byte. fp8: float8_e4m3fn,
+largest value 448. For decoding a small batch, a matrix may be stored in packed words instead,
+outputs first (`in_words`, `packed_words.py`).
 """
 
 import dataclasses
@@ -26,21 +26,22 @@ from qwen_jax.quant import packed_words
 
 Format = Literal["int8", "int4", "fp8"]
 FORMATS: tuple[str, ...] = get_args(Format)
-PACKED = 32  # inputs that are packed together
+PACKED = 32  # int4 inputs that are packed together
 INT4_OFFSET = 8
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
 
 @dataclass(frozen=True)
 class QuantArray:
-    """A quantised matrix, or a stack of them; a pytree, so that it is scanned, cut and sharded.
+    """A quantised matrix, or a stack of them; a pytree, so that it can be scanned and sharded.
 
-    values [..., C, O...]: int8, float8_e4m3fn, or uint8 [..., C / 2, O...] of int4 pairs; in words
-        uint32 [O..., C / 4], of int4 C / 8.
-    scales [..., S, O...]: floating point. zeros: int8 of the same shape, None where all are 0.
-    order [..., C]: int32, the input that each row of the values is for; None where row by row.
-    axis: where C is, counted from the end: -2 in [C, O], -1 in an embedding [O, C] and in words.
-    merged: of how many dimensions of the plain matrix C is the product.
+    values [..., C, O...]: int8, float8_e4m3fn, or uint8 [..., C / 2, O...] of int4 pairs; packed
+        words are uint32 [O..., C / 4], for int4 [O..., C / 8].
+    scales [..., S, O...]: floating point. zeros: int8 of the same shape; None: all are 0.
+    order [..., C]: int32, the input that each row of the values belongs to; None: the same order.
+    axis: dimension of C, counted from the end: -2 in [C, O], -1 in an embedding [O, C] and in
+        packed words.
+    merged: number of dimensions of the plain matrix that C merges.
     """
 
     values: jax.Array
@@ -53,11 +54,12 @@ class QuantArray:
 
     @property
     def is_words(self) -> bool:
-        """Whether `in_words` made it."""
+        """Whether the values are packed words, as from `in_words`."""
         return self.values.dtype == jnp.uint32
 
     @property
     def num_inputs(self) -> int:
+        """Number of inputs, C."""
         per_stored = 2 if self.format == "int4" else 1
         if self.is_words:
             per_stored = 32 // packed_words.bits(self.format)
@@ -65,28 +67,29 @@ class QuantArray:
 
     @property
     def num_groups(self) -> int:
+        """Number of groups of inputs, S."""
         return self.scales.shape[self.axis]
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.num_inputs // self.num_groups
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix that it stands for, its inputs merged."""
+        """Shape of the plain matrix, its inputs merged."""
         shape = list(self.values.shape)
         shape[self.axis] = self.num_inputs
         return tuple(shape)
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """The sizes of the dimensions after C, or of those before it where it is the last."""
+        """Sizes of the outputs' dimensions: those after C, or before C if C is the last."""
         place = self.values.ndim + self.axis
         return self.values.shape[:place] if self.axis == -1 else self.values.shape[place + 1 :]
 
     def children(self) -> dict[str, jax.Array]:
-        """The arrays that are there, by name."""
+        """The arrays that are not None, by name."""
         named = {name: getattr(self, name) for name in CHILDREN}
         return {name: child for name, child in named.items() if child is not None}
 
@@ -96,12 +99,12 @@ jax.tree_util.register_dataclass(QuantArray, list(CHILDREN), ["format", "axis", 
 
 
 def is_quantised(value: object) -> bool:
-    """Whether `value` is a quantised array; the `is_leaf` of trees that hold some."""
+    """Whether `value` is a quantised array; used as `is_leaf` of trees that hold some."""
     return isinstance(value, QuantArray)
 
 
 def check(format: str, *, num_inputs: int, group_size: int | None, what: str) -> None:
-    """Raises `ValueError` for a format or a group that inputs of this number cannot have."""
+    """Raises `ValueError` for an unknown format, or a group size that does not fit the inputs."""
     if format not in FORMATS:
         raise ValueError(f"{what}: unknown format {format!r}; known: {', '.join(FORMATS)}")
     if format == "fp8" and group_size is not None:
@@ -128,11 +131,11 @@ def quantise(
     merged: int = 1,
     what: str = "array",
 ) -> QuantArray:
-    """`w` rounded to the nearest value, the largest of each group exactly.
+    """The quantised array of `w`: values are rounded to nearest, each group's largest is exact.
 
-    axis: the last of the `merged` dimensions of inputs, from the end. group_size: inputs that share
-    a scale; None is all of them. Scales are float32 a channel, bfloat16 a group: a group's is as
-    much as 1/16 of its bytes.
+    axis: the last of the `merged` dimensions of inputs, counted from the end. group_size: inputs
+    that share a scale; None: all of them. Scales are float32 per channel and bfloat16 per group,
+    where a scale takes as much as 1/16 of the bytes.
     Raises `ValueError` as `check` does.
     """
     first, last = w.ndim + axis - merged + 1, w.ndim + axis
@@ -143,7 +146,7 @@ def quantise(
     scales = largest / _LARGEST[format]
     if group_size is not None:
         scales = scales.astype(jnp.bfloat16)
-    # A group of zeros has scale 0; any other keeps 0 / 0 from being asked.
+    # A group of zeros has scale 0; the divisor 1 avoids 0 / 0.
     divisor = jnp.where(scales == 0, 1.0, scales.astype(jnp.float32))
     values = _join(grouped / divisor, axis)
     return QuantArray(
@@ -156,6 +159,7 @@ def quantise(
 
 
 def _encoded(values: jax.Array, format: Format, axis: int) -> jax.Array:
+    """Scaled values as the format stores them."""
     limit = _LARGEST[format]
     values = jnp.clip(values, -limit, limit)
     if format == "fp8":
@@ -165,7 +169,7 @@ def _encoded(values: jax.Array, format: Format, axis: int) -> jax.Array:
 
 
 def pack(values: jax.Array, *, axis: int) -> jax.Array:
-    """Whole numbers -8..7 [..., C, ...] -> bytes [..., C / 2, ...]."""
+    """Bytes [..., C / 2, ...] of whole numbers -8..7 [..., C, ...]."""
     halves = (values + INT4_OFFSET).astype(jnp.uint8)
     halves = _split(_split(halves, axis, PACKED), axis, PACKED // 2)
     low, high = (jax.lax.index_in_dim(halves, i, halves.ndim + axis - 1, False) for i in (0, 1))
@@ -173,14 +177,14 @@ def pack(values: jax.Array, *, axis: int) -> jax.Array:
 
 
 def unpack(packed: jax.Array, *, axis: int, dtype: jnp.dtype) -> jax.Array:
-    """The inverse of `pack`, as `dtype`."""
+    """Whole numbers [..., C, ...] as `dtype`: the inverse of `pack`."""
     grouped = _split(packed, axis, PACKED // 2)
     halves = jnp.concatenate([grouped & 0xF, grouped >> 4], axis=axis)
     return _join(halves, axis).astype(dtype) - jnp.asarray(INT4_OFFSET, dtype)
 
 
 def whole(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
-    """The values v alone, [..., C, O...] as `dtype`, which holds each of them exactly."""
+    """The values v without scales, [..., C, O...] as `dtype`, which represents them exactly."""
     if q.is_words:
         return packed_words.unpack(q.values, q.format).astype(dtype)
     if q.format == "int4":
@@ -189,7 +193,7 @@ def whole(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def in_words(q: QuantArray) -> QuantArray:
-    """One matrix [C, O...], or [O, C], as words [O..., C / 4 or 8]; scales follow their outputs."""
+    """One matrix [C, O...] or [O, C] in packed words [O..., C / 4 or C / 8]; scales [O..., S]."""
     values = whole(q, jnp.int8) if q.format == "int4" else q.values
     last = lambda x: None if x is None else jnp.moveaxis(x, q.axis, -1)  # noqa: E731
     return dataclasses.replace(
@@ -202,9 +206,9 @@ def in_words(q: QuantArray) -> QuantArray:
 
 
 def stored(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
-    """(v - z) s in float32, then `dtype`; its rows in the order in which they are stored."""
+    """The matrix (v - z) s, computed in float32, as `dtype`; rows in the order of the values."""
     grouped = _split(whole(q, jnp.float32), q.axis, q.group_size)
-    # In float32 v - z is exact, and the product is rounded once to the scale's precision or better.
+    # In float32 v - z is exact; the product is rounded once, to the scale's precision or better.
     if q.zeros is not None:
         grouped = grouped - jnp.expand_dims(q.zeros, q.axis).astype(jnp.float32)
     scaled = grouped * jnp.expand_dims(q.scales, q.axis).astype(jnp.float32)
@@ -212,7 +216,7 @@ def stored(q: QuantArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def dequantise(q: QuantArray, *, dtype: jnp.dtype) -> jax.Array:
-    """The matrix [..., C, O...] that `q` stands for."""
+    """The plain matrix [..., C, O...], rows in the order of the inputs."""
     w = stored(q, dtype)
     if q.order is None:
         return w
@@ -224,19 +228,19 @@ def dequantise(q: QuantArray, *, dtype: jnp.dtype) -> jax.Array:
 
 
 def dequantised(kernel: QuantArray | jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """A kernel, quantised or not, as a plain one; those of experts, which grouped products take."""
+    """The plain matrix of a kernel, quantised or not; grouped products of experts take no other."""
     if is_quantised(kernel):
         return dequantise(kernel, dtype=dtype)
     return kernel.astype(dtype)
 
 
 def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
-    """Rows of an embedding [O, C], quantised or not; NaN for an index outside it."""
+    """Rows of an embedding [O, C], quantised or not; NaN for an index out of range."""
     fill = {"mode": "fill", "wrap_negative_indices": False}
     if not is_quantised(table):
         return jnp.asarray(table).at[index].get(fill_value=jnp.nan, **fill).astype(dtype)
     values, at = table.values, index
-    if table.is_words:  # of a whole tile, whose rows lie together
+    if table.is_words:  # words are stored by tiles: the whole tile of a row is taken
         tile = packed_words.tile(table.format)
         values, at = values.reshape(-1, tile, values.shape[-1]), index // tile
     rows = dataclasses.replace(table, values=values.at[at].get(fill_value=0, **fill))
@@ -248,26 +252,26 @@ def take(table: QuantArray | jax.Array, index: jax.Array, *, dtype: jnp.dtype) -
 
 
 def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """[..., C, O...] -> [..., C / size, size, O...]; `axis` counts from the end and now is size."""
+    """[..., C / size, size, O...] of [..., C, O...]; `axis`, from the end, is then that of size."""
     place = x.ndim + axis
     return x.reshape(*x.shape[:place], -1, size, *x.shape[place + 1 :])
 
 
 def _join(x: jax.Array, axis: int) -> jax.Array:
-    """The inverse of `_split`."""
+    """[..., C, O...] of [..., C / size, size, O...]: the inverse of `_split`."""
     place = x.ndim + axis
     return x.reshape(*x.shape[: place - 1], -1, *x.shape[place + 1 :])
 
 
 def with_outputs(q: QuantArray, outputs: tuple[int, ...]) -> QuantArray:
-    """`q` with the dimensions of its outputs in another shape."""
+    """The same matrix with the outputs' dimensions reshaped."""
     last = q.axis == -1
 
     def reshaped(x: jax.Array | None) -> jax.Array | None:
         if x is None:
             return None
-        kept = x.shape[-1:] if last else x.shape[: x.ndim + q.axis + 1]
-        return x.reshape((*outputs, *kept) if last else (*kept, *outputs))
+        others = x.shape[-1:] if last else x.shape[: x.ndim + q.axis + 1]
+        return x.reshape((*outputs, *others) if last else (*others, *outputs))
 
     return dataclasses.replace(
         q,
@@ -279,7 +283,7 @@ def with_outputs(q: QuantArray, outputs: tuple[int, ...]) -> QuantArray:
 
 
 def alike(kernels: Sequence[QuantArray | jax.Array]) -> bool:
-    """Whether kernels of the same inputs are all plain, or can be joined by `concatenate`."""
+    """Whether kernels of the same inputs are all plain, or can be given to `concatenate`."""
     if not any(map(is_quantised, kernels)):
         return True
     if not all(map(is_quantised, kernels)):
@@ -289,9 +293,9 @@ def alike(kernels: Sequence[QuantArray | jax.Array]) -> bool:
 
 
 def concatenate(kernels: Sequence[QuantArray]) -> QuantArray:
-    """Kernels of the same inputs joined along the last dimension but one, one of their outputs.
+    """One kernel of the same inputs: the kernels joined along their last dimension but one.
 
-    Raises `ValueError` where they are not `alike`.
+    Raises `ValueError` for kernels that are not `alike`.
     """
     if not alike(kernels):
         raise ValueError(
@@ -302,9 +306,9 @@ def concatenate(kernels: Sequence[QuantArray]) -> QuantArray:
 
 
 def shardings(plain, like):
-    """Shardings for the tree `like`, from `plain`, which has one for each unquantised parameter.
+    """Shardings of the tree `like`, from `plain`, the shardings of the unquantised parameters.
 
-    Raises `ValueError` where a mesh axis would cut a group of inputs.
+    Raises `ValueError` if a mesh axis would split a group of inputs.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, sharding: (
@@ -319,12 +323,12 @@ def shardings(plain, like):
 
 
 def _sharding(plain: Sharding, q: QuantArray, *, what: str) -> QuantArray:
-    """Shardings of the pieces of `q`: values as the plain kernel, scales with their outputs."""
+    """Shardings of the arrays of `q`: values as the plain kernel, scales with their outputs."""
     if not isinstance(plain, NamedSharding):
         return jax.tree.map(lambda _: plain, q)
     place, rank = q.values.ndim + q.axis, q.values.ndim + q.merged - 1
     entries = [*plain.spec, *[None] * (rank - len(plain.spec))]
-    # Of merged dimensions the first varies slowest, so that what it is spread over cuts C evenly.
+    # The first of the merged dimensions varies slowest: a mesh axis over it splits C evenly.
     assert not any(entries[place + 1 : place + q.merged]), (what, plain)
     before, over, after = entries[:place], entries[place], entries[place + q.merged :]
     axes = (over,) if isinstance(over, str) else over or ()

@@ -1,11 +1,12 @@
-"""Quantised values in words of 32 bits, as a GPU's matrix units take them from its memory.
+"""Quantised values packed into 32-bit words, in the order in which a GPU's matrix units take them.
 
 A warp multiplies 16 lines of a matrix with 8 rows at once (`mma`, PTX ISA, "Matrix Fragments for
-mma.m16n8k16"), and a word holds what one of its 32 threads brings to that: thread 4 g + q values of
-lines g and g + 8. A byte is an input of two int4 outputs, low half first, as v + 8; of int8 one
-output, as v + 128, whose halves count as two lines; of fp8 its bits, where one word has the values
-of both lines. The words of a `tile` of outputs lie in the order in which its warp reads them: four
-for each thread, 16 bytes, which go with 16 inputs side by side (of fp8, 8).
+mma.m16n8k16"). A word holds the values that one of its 32 threads supplies: thread 4 g + q those of
+lines g and g + 8. For int4 a byte holds one input of two outputs, low half first, as v + 8. For
+int8 it holds one output, as v + 128, whose halves count as two lines. For fp8 it holds the value's
+bits, and a word has the values of both lines. The words of a `tile` of outputs are stored in the
+order in which its warp reads them: four for each thread, 16 bytes, for 16 neighbouring inputs
+(fp8: 8).
 
 Letters: C inputs, O outputs.
 """
@@ -14,28 +15,28 @@ import jax
 import jax.numpy as jnp
 
 LANES = 32
-FOUR = 4  # words that a thread reads at once, each for one `mma`
+READ_WORDS = 4  # words that a thread reads at once, each for one `mma`
 # Halves n of a byte are read as bfloat16, the low one as BEGIN + n and the high one as BEGIN + 8 n.
 BEGIN = 128.0
-_BEGIN = 0x43004300  # twice
-_TAKEN = 0x43084308, 0x43404340  # of int4, twice, so that v and 8 v are left
+_BEGIN = 0x43004300  # BEGIN in bfloat16, twice
+_TAKEN = 0x43084308, 0x43404340  # subtracted from int4, twice: v and 8 v are left
 _SHIFTS = ((0, 8), (16, 24))  # of neighbouring inputs in a word, and of the bytes of each
 _LOW, _HIGH = 0x000F000F, 0x00780078
 _FP8_SCALE = 0x7B807B80  # 2^120, twice: what the exponents of e4m3 and bfloat16 differ by
 
 
 def bits(format: str) -> int:
-    """Of a value."""
+    """Number of bits of a value."""
     return 4 if format == "int4" else 8
 
 
 def tile(format: str) -> int:
-    """Outputs whose words lie together."""
+    """Number of outputs whose words are stored together."""
     return 8 if format == "int8" else 16
 
 
 def inputs(format: str) -> int:
-    """Inputs of a tile that a warp reads at once: `FOUR` words a thread."""
+    """Number of inputs of a tile that a warp reads at once: `READ_WORDS` words a thread."""
     return 32 if format == "fp8" else 64
 
 
@@ -50,9 +51,9 @@ def unsupported(format: str, *, num_outputs: int, num_inputs: int) -> str | None
 
 
 def pack(values: jax.Array, format: str) -> jax.Array:
-    """Values [O..., C], whole numbers or float8_e4m3fn -> words [O..., C / 4], of int4 C / 8.
+    """Words [O..., C / 4], for int4 [O..., C / 8], of values [O..., C].
 
-    O and C are multiples of `tile` and `inputs`.
+    Values are whole numbers or float8_e4m3fn; O and C are multiples of `tile` and `inputs`.
     """
     *outputs, C = values.shape
     if format == "fp8":
@@ -65,20 +66,20 @@ def pack(values: jax.Array, format: str) -> jax.Array:
         stored = stored[:, :8] | (stored[:, 8:] << 4)
     if format == "fp8":
         # [tiles, line's half, g, blocks, q, word, neighbour] -> the bytes of thread 4 g + q
-        parts = stored.reshape(-1, 2, 8, blocks, 4, FOUR, 2).transpose(0, 3, 2, 4, 5, 6, 1)
+        parts = stored.reshape(-1, 2, 8, blocks, 4, READ_WORDS, 2).transpose(0, 3, 2, 4, 5, 6, 1)
     else:
         # [tiles, g, blocks, q, word, input's half, neighbour]
-        parts = stored.reshape(-1, 8, blocks, 4, FOUR, 2, 2).transpose(0, 2, 1, 3, 4, 6, 5)
+        parts = stored.reshape(-1, 8, blocks, 4, READ_WORDS, 2, 2).transpose(0, 2, 1, 3, 4, 6, 5)
     shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     shifts = jax.lax.broadcast_in_dim(shifts, parts.shape, (parts.ndim - 2, parts.ndim - 1))
     return jnp.sum(parts << shifts, axis=(-2, -1), dtype=jnp.uint32).reshape(*outputs, -1)
 
 
 def unpack(words: jax.Array, format: str) -> jax.Array:
-    """The inverse of `pack`: whole numbers in int32, fp8 in float32."""
+    """The values of words, [O..., C]: int32, for fp8 float32. The inverse of `pack`."""
     outputs = words.shape[:-1]
     C = words.shape[-1] * 32 // bits(format)
-    threads = words.reshape(-1, C // inputs(format), 8, 4, FOUR)
+    threads = words.reshape(-1, C // inputs(format), 8, 4, READ_WORDS)
     shifts = jnp.asarray(_SHIFTS, jnp.uint32)
     parts = (threads[..., None, None] >> jnp.broadcast_to(shifts, (*threads.shape, 2, 2))) & 0xFF
     if format == "fp8":
@@ -92,7 +93,7 @@ def unpack(words: jax.Array, format: str) -> jax.Array:
 
 
 def assembly(format: str) -> str:
-    """PTX of one `mma`: {sums} = a word's lines times the rows + {sums}.
+    """PTX code of one `mma`: {sums} = a word's lines times the rows + {sums}.
 
     Operands: $0 to $3 the new sums, $4 the word, then the rows' inputs (one register of fp8, two of
     the others), then the old sums.
@@ -132,7 +133,7 @@ def _block(prepare: str, shape: str, a: str, b: str, c: str) -> str:
 
 
 def lines(words: jax.Array, format: str) -> jax.Array:
-    """What `assembly` makes of a warp's words [..., 32]: [..., 16 lines, `inputs`] in float32."""
+    """The lines that `assembly` makes of a warp's words [..., 32], [..., 16, inputs] in float32."""
     w = words.reshape(*words.shape[:-1], 8, 4)
     if format == "fp8":
         bytes_ = [(w >> shift) & 0xFF for shift in (0, 8, 16, 24)]
@@ -146,9 +147,10 @@ def lines(words: jax.Array, format: str) -> jax.Array:
     begin = (-8.0, -64.0) if format == "int4" else (BEGIN, BEGIN)
     half = lambda shift, unit, first: first + unit * ((w >> shift) & 0xF).astype(jnp.float32)  # noqa: E731
     found = []
-    for line, *how in ((0, 1.0, begin[0]), (4, 8.0, begin[1])):
+    for line, *affine in ((0, 1.0, begin[0]), (4, 8.0, begin[1])):
         parts = [
-            jnp.stack([half(line + k, *how), half(line + k + 16, *how)], axis=-1) for k in (0, 8)
+            jnp.stack([half(line + k, *affine), half(line + k + 16, *affine)], axis=-1)
+            for k in (0, 8)
         ]
         found.append(jnp.stack(parts, axis=-3))  # [..., g, input's half, q, neighbour]
     return jnp.stack(found, axis=-5).reshape(*words.shape[:-1], 16, 16)

@@ -153,7 +153,9 @@ def _kernel(
             some = [
                 word
                 for u in range(U)
-                for word in load(w, (at + u * _LANES) * packed_words.FOUR, step_of(i) + u < steps)
+                for word in load(
+                    w, (at + u * _LANES) * packed_words.READ_WORDS, step_of(i) + u < steps
+                )
             ]
             scales = [grouped(s_OS, t, half, i) for half in halves] if S > 1 else []
             zeros = [grouped(z_OS, t, half, i) for half in halves] if z_OS is not None else []
@@ -170,7 +172,7 @@ def _kernel(
         """The rows' inputs, in pairs, that each word of a read is multiplied with."""
         at = beginning + step * per_step
         pairs = [pair for k in range(0, per_thread, 4) for pair in load(x, at + k, step < steps)]
-        per_word = len(pairs) // packed_words.FOUR
+        per_word = len(pairs) // packed_words.READ_WORDS
         return [pairs[k : k + per_word] for k in range(0, len(pairs), per_word)]
 
     def body(i, carry):

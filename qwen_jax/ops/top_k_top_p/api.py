@@ -1,13 +1,12 @@
-"""Top-k, top-p and min-p as one cutoff a row, found by counting instead of sorting.
+"""Top-k, top-p and min-p as one score threshold a row, found by counting instead of sorting.
 
-A cutoff is the largest score t for which enough lies at or above it: k tokens, or the share p of
-the weight. Both are monotone in t, so t is searched among the 2^32 bit patterns of a float, 16 ways
-a pass. Counts and weights are whole numbers: their sums are the same in whatever order a device
-adds them, so that a row's cutoff depends on that row alone.
+The threshold is the largest score t such that the scores >= t are k tokens, or have the share p of
+the weight. Both are monotone in t, so t is searched among the bit patterns of a float. Counts and
+weights are whole numbers: their sums are the same in whatever order a device adds them, so that a
+row's threshold depends on that row alone, and all implementations agree to the bit.
 
-Ties with a cutoff are all kept, where a sort would keep those that it happens to put first.
-
-On a GPU a kernel searches for many rows (`cutoffs_gpu.py`), and finds the same to the bit.
+All tokens with a score equal to the threshold are kept; a sort would keep those that it happens to
+put first.
 """
 
 import jax
@@ -30,7 +29,7 @@ TOP_K_TOP_P = registry.Operation(
 )
 
 
-def find(
+def threshold(
     scores_BV: jax.Array,
     *,
     top_k_B: jax.Array,
@@ -39,10 +38,11 @@ def find(
     implementation: str | None = None,
     tuning: top_k_top_p_gpu.Tuning | None = None,
 ) -> jax.Array:
-    """The smallest score that top-k, then top-p of what that left, and min-p all keep, [B].
+    """The smallest score of each row that top-k, then top-p, and min-p all keep, [B].
 
-    Rows with top_k 0, top_p 1 and min_p 0 keep all: -inf. What no row asks for is not computed.
-    implementation: None chooses; the results are the same. tuning: the kernel's.
+    top-p counts the tokens that top-k keeps. Rows with top_k 0, top_p 1 and min_p 0 keep all
+    tokens: -inf. A search that no row asks for is not computed. implementation: None chooses; the
+    results are the same. tuning: that of the kernel.
     """
     platform = sharding.platform(None)
     search = TOP_K_TOP_P.choose(platform=platform, name=implementation).compute

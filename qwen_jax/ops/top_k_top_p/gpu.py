@@ -1,16 +1,16 @@
-"""The search for a cutoff of `cutoffs.py` on a GPU: a Pallas kernel, lowered by Triton.
+"""The search for a threshold on a GPU: a Pallas kernel, lowered by Triton.
 
-One program has one row and loops until its interval of keys holds a single one. It takes turns:
+One program searches one row, in rounds, until its interval of keys holds a single key. A round is:
 
-  - sift: the keys inside the interval are copied to a short list, every lane to a column of its
-    own, so that no thread waits for another. Once they fit, all that follows reads the list alone.
-  - weigh: the sums at or above a few pivots inside the interval say between which two the cutoff
-    lies. What lies above the interval was added once and is carried along.
+  - sift: copy the keys inside the interval to a short list, each lane to its own column, so that no
+    thread waits for another. Once all of them fit, later rounds read the list only.
+  - weigh: sum the counts or weights at or above a few pivots inside the interval. The sums say
+    between which two pivots the threshold is. The sum above the interval is computed once and kept.
 
-So a row is read from memory two or three times. Any pivots lead to the same cutoff, as there is but
-one; the first are laid evenly among scores, where tokens are, and only later ones among keys, which
-crowd around 0. The interval also shrinks to the keys that sifting found in it, so that ties end the
-search at once.
+A row is therefore read from memory two or three times. Any pivots lead to the same threshold. The
+first rounds space them evenly among scores, where the tokens are; later rounds among keys, many of
+which are near 0. The interval also shrinks to the keys that sifting found in it, so that ties end
+the search at once.
 
 Keys are int32 in the order of the floats. Letters: W lanes, D entries of a lane's list, P pivots.
 """
@@ -26,17 +26,17 @@ from jax.experimental.pallas import triton
 
 from qwen_jax.ops.top_k_top_p.fixed_point import LIMB, REACH
 
-_FEW_TURNS = 3  # with pivots among scores
-_LISTED = 4  # entries of a lane's list that are on their way at a time: most lists are short
+_SCORE_ROUNDS = 3  # rounds with pivots among scores
+_LISTED = 4  # loads of a lane's list in flight at a time: most lists are short
 _LEAST, _MOST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Powers of two; `benchmarks/sampling.py` compares some.
+    """Sizes of the search, all powers of two; `benchmarks/sampling.py` compares some.
 
-    warps: of a program, with 32 lanes each; pieces: of a number a lane, on their way at a time;
-    depth: of a lane's list.
+    warps: warps of a program, with 32 lanes each. pieces: loads of a lane in flight at a time.
+    pivots: pivots of a round. depth: entries of a lane's list.
     """
 
     warps: int = 16
@@ -46,19 +46,19 @@ class Tuning:
 
     @property
     def lanes(self) -> int:
-        """One a thread: with more, Triton would pass what is to be listed between threads."""
+        """Number of lanes, one a thread; with more, Triton would move entries among threads."""
         return 32 * self.warps
 
 
 def kth(
     scores_BV: jax.Array, *, best_B: jax.Array, top_k_B: jax.Array, tuning: Tuning | None
 ) -> jax.Array:
-    """See `reference.kth`."""
+    """The top_k_B-th largest score of each row, as in `reference.kth`."""
     tops_B = _tops(best_B)
     keys_B = largest(
         scores_BV,
         least_B=jnp.minimum(top_k_B, scores_BV.shape[1]),
-        # An interval of one key is no work.
+        # Rows without top-k have an interval of one key, which takes no round.
         lows_B=jnp.where(top_k_B > 0, jnp.iinfo(jnp.int32).min, tops_B),
         tops_B=tops_B,
         tuning=tuning,
@@ -75,9 +75,9 @@ def nucleus(
     top_p_B: jax.Array,
     tuning: Tuning | None,
 ) -> jax.Array:
-    """See `reference.nucleus`."""
+    """The threshold of top-p of each row, as in `reference.nucleus`."""
     tops_B = _tops(best_B)
-    # Below these lies no weight.
+    # All weight is at or above these scores.
     least_B = jnp.maximum(kth_B, best_B - REACH)
     lows_B = jnp.where(jnp.isfinite(best_B), to_keys(least_B), jnp.iinfo(jnp.int32).min)
     keys_B = largest(
@@ -93,8 +93,8 @@ def nucleus(
 
 
 def _tops(best_B: jax.Array) -> jax.Array:
-    """Keys that no score of a row lies above."""
-    # The maximum of 0 and -0 may be either.
+    """Keys that are at or above all of a row's scores, [B]."""
+    # The maximum of 0 and -0 may be either of them.
     keys_B = to_keys(jnp.where(best_B == 0, 0.0, best_B))
     return jnp.where(jnp.isfinite(best_B), keys_B, jnp.iinfo(jnp.int32).max)
 
@@ -110,12 +110,12 @@ def largest(
     tuning: Tuning | None = None,
     interpret: bool | None = None,
 ) -> jax.Array:
-    """The largest key of lows_B..tops_B at or above which lies enough, [B] int32.
+    """The largest key of lows_B..tops_B with enough scores at or above it, [B] int32.
 
-    Enough are least_B (float32) scores; or, given weights (uint32 of two limbs, 0 for scores that
-    count for nothing), the share least_B of the weight from lows_B on. Where that is 0, it is the
-    largest key of all. bounded_B: whether so few lie in a row's interval that sifting comes first.
-    interpret: None where there is no GPU.
+    Enough are least_B (float32) scores; or, with weights (uint32 of two limbs, 0 for scores that do
+    not count), the share least_B of the weight from lows_B on. If that weight is 0, the result is
+    the largest int32. bounded_B: rows whose interval has so few scores that sifting comes first.
+    interpret: run Pallas's interpreter; None: only without a GPU.
     """
     B, tuning = scores_BV.shape[0], tuning or Tuning()
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
@@ -135,25 +135,26 @@ def largest(
         tops_B,
         jnp.zeros(B, jnp.int32) if bounded_B is None else bounded_B.astype(jnp.int32),
         scores_BV,
-        # A bitcast costs nothing; the kernel knows one kind of whole number.
+        # A bitcast costs nothing; the kernel has one integer type.
         *([jax.lax.bitcast_convert_type(weights_BV, jnp.int32)] if weighted else []),
     )
     return found_B
 
 
 def to_keys(scores: jax.Array) -> jax.Array:
-    """int32 in the order of the floats."""
+    """int32 keys, whose order is that of the scores."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
     return bits ^ ((bits >> 31) & _MOST)
 
 
 def to_scores(keys: jax.Array) -> jax.Array:
+    """The scores of int32 keys: the inverse of `to_keys`."""
     return jax.lax.bitcast_convert_type(keys ^ ((keys >> 31) & _MOST), jnp.float32)
 
 
 @dataclass(frozen=True)
 class _Interval:
-    """Of keys, with both ends. base: the sums of all above it."""
+    """An interval of keys, low..top inclusive. base: the sums of all scores above it."""
 
     low: jax.Array
     top: jax.Array
@@ -162,29 +163,31 @@ class _Interval:
 
 @dataclass(frozen=True)
 class _List:
-    """ready: whether it holds all keys of the interval. held_1W: entries of the lanes."""
+    """State of the list. ready: it holds all keys of the interval. filled_1W: entries a lane."""
 
     ready: jax.Array
-    held_1W: jax.Array
+    filled_1W: jax.Array
 
 
 jax.tree_util.register_dataclass(_Interval, ["low", "top", "base"], [])
-jax.tree_util.register_dataclass(_List, ["ready", "held_1W"], [])
+jax.tree_util.register_dataclass(_List, ["ready", "filled_1W"], [])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Refs:
-    """Its row, what a program reads, and its list. Scores that are counted have no weights."""
+    """The references of a program: its row, the scores and weights, and its list.
+
+    Without weights, scores are counted.
+    """
 
     row: jax.Array
     scores_BV: jax.Array
     weights_BV: jax.Array | None
     keys_BDW: jax.Array
-    kept_BDW: jax.Array | None
+    listed_BDW: jax.Array | None
 
 
-# What there is at the places of round i: keys, weights (None: all are 1) and whether they lie in
-# the interval, [1, W] each.
+# Keys of one step, weights (None: all are 1), and whether keys are in the interval; [1, W] each.
 _Items = list[tuple[jax.Array, jax.Array | None, jax.Array]]
 _Read = Callable[[jax.Array, _Interval], _Items]
 
@@ -192,17 +195,21 @@ _Read = Callable[[jax.Array, _Interval], _Items]
 def _kernel(
     least_B, lows_B, tops_B, bounded_B, scores_BV, *refs, weighted: bool, barrier: bool, tuning
 ):
-    weights_BV, found_B, keys_BDW, kept_BDW = refs if weighted else (None, *refs, None)
+    weights_BV, found_B, keys_BDW, listed_BDW = refs if weighted else (None, *refs, None)
     b = pl.program_id(0)
     refs = _Refs(
-        row=b, scores_BV=scores_BV, weights_BV=weights_BV, keys_BDW=keys_BDW, kept_BDW=kept_BDW
+        row=b,
+        scores_BV=scores_BV,
+        weights_BV=weights_BV,
+        keys_BDW=keys_BDW,
+        listed_BDW=listed_BDW,
     )
     wanted, bounded = least_B[b], bounded_B[b] > 0
     sift = functools.partial(_sift, refs, barrier=barrier, tuning=tuning)
 
-    def turn(carry):
+    def one_round(carry):
         within, least, listed, number = carry
-        # At first, the list would be full long before the row's end.
+        # In the first round, the list would be full long before the row's end.
         sifts = bounded | (number > 0)
         within, listed = jax.lax.cond(sifts, sift, lambda *same: same, within, listed)
         pivots_P = _pivots(within, number, tuning.pivots)
@@ -218,47 +225,49 @@ def _kernel(
         _List(jnp.bool_(False), jnp.zeros((1, tuning.lanes), jnp.int32)),
         jnp.int32(0),
     )
-    within, least, *_ = jax.lax.while_loop(lambda carry: carry[0].low < carry[0].top, turn, begin)
+    within, least, *_ = jax.lax.while_loop(
+        lambda carry: carry[0].low < carry[0].top, one_round, begin
+    )
     found_B[b] = jnp.where(least > 0, within.low, _MOST)
 
 
 def _sift(
     refs: _Refs, within: _Interval, listed: _List, *, barrier: bool, tuning: Tuning
 ) -> tuple[_Interval, _List]:
-    """Lists the keys of the interval, which shrinks to where there are some."""
+    """The interval, shrunk to the keys found in it, and the list of its keys."""
     b, lane_1W = refs.row, _lanes(tuning)
 
     def use(rounds: jax.Array, read: _Read) -> tuple:
         def body(i, carry):
-            held_1W, least_1W, most_1W = carry
+            filled_1W, least_1W, most_1W = carry
             for key, weight, inside in read(i, within):
-                at = b, jnp.minimum(held_1W, tuning.depth - 1), lane_1W
-                fits = inside & (held_1W < tuning.depth)
+                at = b, jnp.minimum(filled_1W, tuning.depth - 1), lane_1W
+                fits = inside & (filled_1W < tuning.depth)
                 triton.store(refs.keys_BDW.at[at], key, mask=fits)
                 if weight is not None:
-                    triton.store(refs.kept_BDW.at[at], weight, mask=fits)
-                held_1W += inside.astype(jnp.int32)
+                    triton.store(refs.listed_BDW.at[at], weight, mask=fits)
+                filled_1W += inside.astype(jnp.int32)
                 least_1W = jnp.minimum(least_1W, jnp.where(inside, key, _MOST))
                 most_1W = jnp.maximum(most_1W, jnp.where(inside, key, _LEAST))
-            return held_1W, least_1W, most_1W
+            return filled_1W, least_1W, most_1W
 
         none = tuple(jnp.full(lane_1W.shape, n, jnp.int32) for n in (0, _MOST, _LEAST))
         return jax.lax.fori_loop(0, rounds, body, none)
 
-    # From the list to itself, too: a lane's end is behind what is read.
-    held_1W, least_1W, most_1W = _over(refs, listed, use, tuning=tuning)
+    # The list is also copied to itself: a lane writes behind the entries that it has read.
+    filled_1W, least_1W, most_1W = _over(refs, listed, use, tuning=tuning)
     if barrier:
-        triton.debug_barrier()  # nothing says that those who wrote an entry will read it
+        triton.debug_barrier()  # another thread may read an entry than the one that wrote it
     low = jnp.maximum(within.low, jnp.min(least_1W))
     top = jnp.minimum(within.top, jnp.max(most_1W))
-    ready = jnp.max(held_1W) <= tuning.depth
-    return _Interval(low, top, within.base), _List(ready, held_1W)
+    ready = jnp.max(filled_1W) <= tuning.depth
+    return _Interval(low, top, within.base), _List(ready, filled_1W)
 
 
 def _weigh(
     refs: _Refs, pivots_P: jax.Array, within: _Interval, listed: _List, *, tuning: Tuning
 ) -> tuple[jax.Array, ...]:
-    """The sums of all at or above the pivots, [P] each."""
+    """The sums of all scores at or above each pivot, [P] each."""
 
     def use(rounds: jax.Array, read: _Read) -> tuple:
         def body(i, sums):
@@ -283,20 +292,20 @@ def _weigh(
 def _over(
     refs: _Refs, listed: _List, use: Callable[[jax.Array, _Read], tuple], *, tuning: Tuning
 ) -> tuple:
-    """use(rounds, read) of the list, or of the row where that is not ready."""
+    """The result of use(steps, read) over the list; over the row if the list is not ready."""
     V, few = refs.scores_BV.shape[1], min(_LISTED, tuning.pieces)
-    of_list = functools.partial(_of_list, refs, listed.held_1W, pieces=few, tuning=tuning)
+    of_list = functools.partial(_of_list, refs, listed.filled_1W, pieces=few, tuning=tuning)
     of_row = functools.partial(_of_row, refs, tuning=tuning)
     return jax.lax.cond(
         listed.ready,
-        lambda: use((jnp.max(listed.held_1W) + few - 1) // few, of_list),
+        lambda: use((jnp.max(listed.filled_1W) + few - 1) // few, of_list),
         lambda: use(jnp.int32(pl.cdiv(V, tuning.pieces * tuning.lanes)), of_row),
     )
 
 
 def _of_row(refs: _Refs, i: jax.Array, within: _Interval, *, tuning: Tuning) -> _Items:
     b, V, lane_1W = refs.row, refs.scores_BV.shape[1], _lanes(tuning)
-    # All loads before any use: they are on their way together.
+    # All loads come before any use, so that they are in flight together.
     places = [(i * tuning.pieces + n) * tuning.lanes + lane_1W for n in range(tuning.pieces)]
     keys = [
         to_keys(triton.load(refs.scores_BV.at[b, v], mask=v < V, other=-jnp.inf)) for v in places
@@ -311,16 +320,22 @@ def _of_row(refs: _Refs, i: jax.Array, within: _Interval, *, tuning: Tuning) -> 
 
 
 def _of_list(
-    refs: _Refs, held_1W: jax.Array, i: jax.Array, within: _Interval, *, pieces: int, tuning: Tuning
+    refs: _Refs,
+    filled_1W: jax.Array,
+    i: jax.Array,
+    within: _Interval,
+    *,
+    pieces: int,
+    tuning: Tuning,
 ) -> _Items:
     b, lane_1W = refs.row, _lanes(tuning)
     items = []
     for d in (i * pieces + n for n in range(pieces)):
-        there = d < held_1W
+        there = d < filled_1W
         key = triton.load(refs.keys_BDW.at[b, d, lane_1W], mask=there, other=0)
         weight = None
-        if refs.kept_BDW is not None:
-            weight = triton.load(refs.kept_BDW.at[b, d, lane_1W], mask=there, other=0)
+        if refs.listed_BDW is not None:
+            weight = triton.load(refs.listed_BDW.at[b, d, lane_1W], mask=there, other=0)
         items.append((key, weight, there & _contains(within, key)))
     return items
 
@@ -334,16 +349,16 @@ def _contains(within: _Interval, key: jax.Array) -> jax.Array:
 
 
 def _pivots(within: _Interval, number: jax.Array, P: int) -> jax.Array:
-    """In order, the first of them the interval's low end; all but it lie above that."""
+    """The pivots in ascending order, [P]: the first is the interval's low end, others are above."""
     i_P, bits = jnp.arange(P, dtype=jnp.int32), P.bit_length() - 1
     top = to_scores(within.top)
     span = top - to_scores(within.low)
-    span = jnp.where(span < REACH, span, REACH)  # also where it is not a number
+    span = jnp.where(span < REACH, span, REACH)  # REACH also for NaN
     by_score_P = to_keys(top - span * ((P - i_P).astype(jnp.float32) * (1 / P)))
     keys = within.top - within.low  # unsigned: it may not fit 31 bits
     each = jax.lax.shift_right_logical(keys, jnp.int32(bits))
     by_key_P = within.low + each * i_P + (((keys & (P - 1)) * i_P + P - 1) >> bits)
-    pivots_P = jnp.where(number < _FEW_TURNS, by_score_P, by_key_P)
+    pivots_P = jnp.where(number < _SCORE_ROUNDS, by_score_P, by_key_P)
     pivots_P = jnp.minimum(jnp.maximum(pivots_P, within.low + 1), within.top)
     return jnp.where(i_P == 0, within.low, pivots_P)
 
@@ -351,7 +366,7 @@ def _pivots(within: _Interval, number: jax.Array, P: int) -> jax.Array:
 def _between(
     pivots_P: jax.Array, sums: tuple[jax.Array, ...], holds_P: jax.Array, within: _Interval
 ) -> _Interval:
-    """From the last pivot at or above which lies enough to before the next."""
+    """The interval from the last pivot with enough at or above it to before the next pivot."""
     last = jnp.sum(holds_P.astype(jnp.int32)) - 1
     fails = last + 1 < pivots_P.shape[0]
     return _Interval(
@@ -365,10 +380,11 @@ def _between(
 
 
 def _pick(x_P: jax.Array, i: jax.Array | int) -> jax.Array:
+    """Element i; Triton has no indexing of arrays in registers."""
     return jnp.sum(jnp.where(jnp.arange(x_P.shape[0]) == i, x_P, 0))
 
 
 def _whole(sums: tuple[jax.Array, ...]) -> jax.Array:
-    """Rounded as in `cutoffs.py`; a count is exact."""
+    """Sums in float32, rounded as in `reference.nucleus`; a count is exact."""
     parts = [x.astype(jnp.uint32).astype(jnp.float32) for x in sums]
     return parts[0] if len(parts) == 1 else parts[0] * 2**LIMB + parts[1]

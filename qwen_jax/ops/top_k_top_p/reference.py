@@ -62,7 +62,10 @@ def nucleus(
 
 
 def _largest(reaches: Callable[[Sequence[jax.Array]], list[jax.Array]], B: int) -> jax.Array:
-    """The largest key for which `reaches` holds, [B]; it holds at 0 and, once it fails, beyond."""
+    """The largest key of each row for which `reaches` holds, [B].
+
+    It holds for key 0, and fails for every key above one for which it fails.
+    """
 
     def narrow(i: jax.Array, found_B: jax.Array) -> jax.Array:
         shift = (32 - _BITS * (i + 1)).astype(jnp.uint32)
@@ -74,7 +77,7 @@ def _largest(reaches: Callable[[Sequence[jax.Array]], list[jax.Array]], B: int) 
 
 
 def _sums(parts_BV: Sequence[jax.Array]) -> list[jax.Array]:
-    """The sum of each row of each part, all in one pass over what they are made of."""
+    """The sum of each row of each part, [B] each, all in one pass over the scores."""
     zeros = [jnp.zeros((), x.dtype) for x in parts_BV]
 
     def add(left: tuple, right: tuple) -> tuple:
@@ -84,11 +87,12 @@ def _sums(parts_BV: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _to_keys(scores: jax.Array) -> jax.Array:
-    """Whole numbers in the order of the floats."""
+    """uint32 keys, whose order is that of the scores."""
     bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
 
 
 def _to_scores(keys: jax.Array) -> jax.Array:
+    """The scores of uint32 keys: the inverse of `_to_keys`."""
     bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32(2**31 - 1), ~keys)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -22,7 +22,7 @@ def kept(scores_BV, value_B, *, which: str):
         "top_p_B": jnp.ones(len(value_B)),
         "min_p_B": jnp.zeros(len(value_B)),
     }
-    cutoff_B = top_k_top_p.find(scores_BV, **{**values, which: value_B})
+    cutoff_B = top_k_top_p.threshold(scores_BV, **{**values, which: value_B})
     return scores_BV >= cutoff_B[:, None]
 
 

@@ -21,7 +21,7 @@ SMALL = top_k_top_p_gpu.Tuning(warps=1, pieces=1, pivots=2, depth=4)  # soon com
 
 @functools.partial(jax.jit, static_argnames=("implementation", "tuning"))
 def find(scores_BV, top_k_B, top_p_B, min_p_B, *, implementation: str, tuning):
-    return top_k_top_p.find(
+    return top_k_top_p.threshold(
         scores_BV, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B,
         implementation=implementation, tuning=tuning,
     )  # fmt: skip
