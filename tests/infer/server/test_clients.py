@@ -3,6 +3,7 @@
 Everything is by plain sockets: a well-behaved client could not be so rude.
 """
 
+import concurrent.futures
 import json
 import random
 import socket
@@ -179,12 +180,27 @@ def test_what_follows_a_refusal_is_not_read_for_ever(slow):
 
 
 def test_bytes_that_are_not_http(slow):
+    """Each gets a refusal and a closed connection, while a well-behaved client loses nothing."""
     rng = random.Random(0)
-    for _ in range(50):
+    tls_hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+    garbage = [rng.randbytes(rng.randrange(1, 300)) for _ in range(50)]
+    body = {"prompt": [1, 2, 3], "max_tokens": 50}
+
+    def answer() -> httpx.Response:
+        return httpx.post(slow.url + "/v1/completions", json=body, timeout=30)
+
+    pool = concurrent.futures.ThreadPoolExecutor()
+    meanwhile = pool.submit(answer)
+    for data in (*garbage, tls_hello, b"GET / FTP/1.1", b"\0" * 100):
         with slow.connect() as connection:
-            connection.sendall(rng.randbytes(rng.randrange(1, 300)) + b"\r\n\r\n")
-            answer = _rest(connection)
-            assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+            connection.sendall(data + b"\r\n\r\n")
+            head, _, text = _rest(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 "), (data, head)
+        assert b"connection: close" in head.lower() and text == b"Invalid HTTP request received."
+    for response in (meanwhile.result(), answer()):
+        assert response.status_code == 200
+        assert response.json()["usage"]["completion_tokens"] == 50
+    pool.shutdown()
 
 
 def _vanish(client: Client, rng: random.Random) -> None:
