@@ -1,4 +1,4 @@
-"""One answer under way: its tokens become text, and stop strings end it."""
+"""The detokenizer: an answer's tokens as text, up to a stop string."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from qwen_jax.text.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class Choice:
-    """One answer between an engine's events. Its text does not depend on where events cut it."""
+    """The state of one streamed answer. Its text is the same however events divide the tokens."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Choice:
         self._waiting: collections.deque[TextLogprobs] = collections.deque()  # for their text
 
     def take(self, event: Event) -> Update:
-        """Its tokens as text. A reason that the event does not have is a stop string's."""
+        """The event's tokens as text; a stop string adds the finish reason `stop`."""
         tokens, reason, texts = event.tokens, event.finish_reason, self._texts(event)
         # Of the first ones the last is token number min_tokens - 1: the answer may not end yet.
         early = max(0, self._sampling.min_tokens - 1 - self._num_tokens)
@@ -72,7 +72,7 @@ class Choice:
         )
 
     def _texts(self, event: Event) -> list[str]:
-        """What each token adds to the text, or one text for all where nobody looks at them."""
+        """The text that each token adds, or one text for all where single tokens do not matter."""
         push = self._decoder.push
         is_closed = event.finish_reason == "stop"
         tokens = event.tokens[:-1] if is_closed else event.tokens
@@ -84,7 +84,7 @@ class Choice:
         return texts
 
     def _wait(self, event: Event, texts: list[str]) -> None:
-        """Keeps what is known of the tokens until their texts are out."""
+        """Queues the log-probabilities of the tokens until their texts are returned."""
         if self._sampling.logprobs is not None:
             special = self._tokenizer.special_ids
             last = len(event.tokens) - 1 if event.finish_reason == "stop" else None
@@ -94,7 +94,7 @@ class Choice:
                 self._decoded += len(text)
 
     def _released(self, *, ended: bool) -> Iterator[TextLogprobs]:
-        """Entries of tokens whose text is out; at the end the others too, being hidden."""
+        """The queued entries whose text was returned; at the end the rest too, as hidden."""
         while self._waiting:
             entry = self._waiting[0]
             if not entry.hidden and entry.offset >= self._shown:

@@ -1,4 +1,4 @@
-"""One prompt streamed, and a chat: text in, text out, as it comes."""
+"""Streamed generation for one prompt, and an interactive chat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def stream(
     write: Callable[[str], None],
     special: Special = "text",
 ) -> Completion:
-    """Writes the answer's text as it becomes complete characters, and returns the whole.
+    """The whole answer to a prompt; its text is written as soon as characters are complete.
 
     `service` has nothing else open. `special="control"` gives control tokens spelled in a text
     prompt their ids; otherwise they are ordinary text.
@@ -53,9 +53,9 @@ def chat(
     read: Callable[[], str | None],
     write: Callable[[str], None],
 ) -> list[dict[str, str]]:
-    """Turns until `read` gives None; returns the conversation.
+    """The messages of a conversation that goes on until `read` returns None.
 
-    A turn that does not fit is refused in writing, and the conversation stays as it was.
+    A message that does not fit is answered with the error and left out of the conversation.
     """
     messages = [] if system is None else [{"role": "system", "content": system}]
     while (line := read()) is not None:

@@ -1,4 +1,4 @@
-"""What a service says of its requests, piece by piece and collected."""
+"""The outputs of a text service: streamed pieces of an answer, and whole answers."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from infer.engine.request import FinishReason
 
 @dataclass(frozen=True)
 class TokenText:
-    """A token as text: its bytes, which need not be whole characters, and how likely it was."""
+    """A token as bytes, which need not be whole characters, with its log-probability."""
 
     id: int
     bytes: bytes
@@ -17,11 +17,12 @@ class TokenText:
 
 @dataclass(frozen=True, kw_only=True)
 class TextLogprobs(TokenText):
-    """How likely a token of prompt or answer was, and where it stands.
+    """A token of a prompt or an answer with its log-probabilities and its place in the text.
 
-    offset: characters of the text before it. hidden: it adds nothing to the text, being the closing
-    token, part of a stop string or a control token. drawn: after penalties, temperature and
-    cutoffs. top: the likeliest, best first, as many as were asked for.
+    offset: number of characters of the text before the token. hidden: the token adds nothing to the
+    text, as it is the closing token, part of a stop string or a control token. drawn: its
+    log-probability after penalties, temperature, top-k and top-p. top: the likeliest tokens, best
+    first, as many as were asked for.
     """
 
     drawn: float | None
@@ -32,16 +33,16 @@ class TextLogprobs(TokenText):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that a request took; those of choices that `best_of` discarded are counted."""
+    """Token counts of a request, with the tokens of answers that `best_of` discarded."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache
+    cached_tokens: int  # prompt tokens that were found in the prefix cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """News of one choice of a request.
+    """The next piece of one answer to a request.
 
     `text` may come later than its tokens: characters and possible stop strings are held back until
     they are decided. `tokens` ends with the closing token, or with the one that completed a stop
@@ -61,7 +62,7 @@ class Update:
 
     @property
     def empty(self) -> bool:
-        """Nothing that anybody would want to see."""
+        """True for a piece that holds nothing to report."""
         return not (
             self.text or self.tokens or self.logprobs or self.prompt_logprobs or self.finish_reason
         )
@@ -69,7 +70,7 @@ class Update:
 
 @dataclass
 class Answer:
-    """One choice, as far as it has come."""
+    """One answer, joined from the pieces that have come so far."""
 
     index: int
     text: str = ""
@@ -88,13 +89,16 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, the closing one included, as the model has it; of none: the least."""
+        """The mean log-probability of the answer's tokens, its closing token included.
+
+        -inf for an answer without tokens.
+        """
         values = [entry.logprob for entry in self.logprobs]
         return sum(values) / len(values) if values else -math.inf
 
 
 class Answers:
-    """Collects the updates of one request; complete when `usage` is known."""
+    """The answers to one request, joined from its pieces; complete when `usage` is set."""
 
     def __init__(self) -> None:
         self._by_index: dict[int, Answer] = {}

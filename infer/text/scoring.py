@@ -1,4 +1,4 @@
-"""How likely given continuations of a prompt are: requests that make no tokens, and their scores.
+"""Log-probabilities of given continuations: requests that generate nothing, and their scores.
 
 A text continuation is encoded together with its prompt, and scored from the first token that is not
 the prompt's own; after a conversation or token ids it is encoded by itself.
@@ -12,13 +12,13 @@ from infer.text.outputs import Answer
 from infer.text.service import Prompt, Service, TextRequest
 from qwen_jax.text.tokenizer.tokenizer import Special
 
-# The likeliest token says whether greedy decoding would have gone this way.
+# The likeliest token of each position says whether greedy decoding gives the continuation.
 _SAMPLING = SamplingParams(max_tokens=0, prompt_logprobs=1, temperature=0.0)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A request that reads prompt and continuation; the last `num_tokens` of it are scored."""
+    """A request with prompt and continuation, of which the last `num_tokens` are scored."""
 
     request: TextRequest
     num_tokens: int
@@ -45,13 +45,16 @@ def request(
     id: str,
     special: Special = "text",
 ) -> Scored:
-    """Raises `ValueError` for an empty continuation, and for one with nothing before it."""
+    """The request that scores `continuation` after `prompt`.
+
+    Raises `ValueError` for an empty continuation, and where no token precedes it.
+    """
     if not continuation:
-        raise ValueError("a continuation is empty: there is nothing to score")
-    words = service.tokenizer
+        raise ValueError("a continuation is empty: give at least one token to score")
+    tokenizer = service.tokenizer
     if isinstance(prompt, str) and isinstance(continuation, str):
-        alone = words.encode(prompt, special=special)
-        tokens = words.encode(prompt + continuation, special=special)
+        alone = tokenizer.encode(prompt, special=special)
+        tokens = tokenizer.encode(prompt + continuation, special=special)
         start = _common(alone, tokens)
         if start == 0:
             # A first token has no probability of its own: the model's bos has to stand before it.
@@ -60,13 +63,13 @@ def request(
     else:
         before = service.encode(_text(id, prompt, special=special))
         if isinstance(continuation, str):
-            continuation = words.encode_segment(continuation, at_start=False)
+            continuation = tokenizer.encode_segment(continuation, at_start=False)
         tokens, start = [*before, *continuation], len(before)
     return Scored(_text(id, tuple(tokens)), len(tokens) - start)
 
 
 def score(scored: Scored, answer: Answer) -> Score:
-    """The score in the answer to a request."""
+    """The continuation's score, from the answer to its request."""
     entries = answer.prompt_logprobs[-scored.num_tokens :]
     return Score(
         tuple(entry.id for entry in entries),
@@ -80,7 +83,7 @@ def _text(id: str, prompt: Prompt, special: Special = "text") -> TextRequest:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens they begin with alike; of the longer one at least one stays."""
+    """The length of the common beginning of `a` and `b`, less than the length of `b`."""
     count = 0
     while count < min(len(a), len(b)) and a[count] == b[count]:
         count += 1

@@ -1,12 +1,12 @@
-"""Finds stop strings in text that comes in pieces, holding back what could become one."""
+"""A search for stop strings in streamed text; text that may begin one is held back."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Where a text ends: before the stop string that is complete first.
+    """A search that ends a streamed text before the first complete stop string.
 
-    Of several that are complete with the same character the longest counts. What `push` returns
+    Where several are complete at the same character, the longest counts. What `push` returns
     does not depend on how the text is cut into pieces.
     """
 
@@ -15,16 +15,16 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, int | None]:
-        """Take more text; return what may be shown of it.
+        """(text that may be shown, end of a stop string) after the next piece `text`.
 
-        With it, where a stop string ends the text: how many characters of `text` are up to its end.
+        The end counts characters of `text` up to the end of the stop string; None without one.
         """
         if not self._stops:
             return text, None
         known, text = len(self._held), self._held + text
         matches = []
         for stop in self._stops:
-            # One that was complete before came when the text could not end.
+            # A stop string that was complete earlier came before min_tokens and does not count.
             start = text.find(stop, max(0, known - len(stop) + 1))
             if start >= 0:
                 matches.append((start + len(stop), start))
@@ -35,11 +35,11 @@ class StopStrings:
         return text[:start], end - known
 
     def skip(self, text: str) -> str:
-        """Take text in which no stop string may be complete yet; return what may be shown."""
+        """The text that may be shown after a piece in which stop strings do not count."""
         return self._hold(self._held + text)
 
     def finish(self) -> str:
-        """Return what was held back: no more text comes."""
+        """The text that was held back, as no more text comes."""
         held, self._held = self._held, ""
         return held
 
