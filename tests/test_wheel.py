@@ -29,6 +29,7 @@ def names(tmp_path_factory) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
+@pytest.mark.takes(30, "builds the wheel for the tests below")
 def test_wheel_holds_the_five_packages_and_nothing_else(names):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)

@@ -90,6 +90,7 @@ def check(config: TrainConfig, tmp_path: Path, *, kills: int, seed: int) -> int:
     return hits
 
 
+@pytest.mark.takes(150, "four processes train, one after the other")
 @pytest.mark.races
 def test_killed_twice(config, tmp_path):
     check(dataclasses.replace(config, num_steps=24), tmp_path, kills=2, seed=0)

@@ -14,6 +14,7 @@ import pytest
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curves.json"
 
 
+@pytest.mark.takes(30, "compiles a training step twice")
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_loss_curve_of_twenty_steps(helpers, remat):
     config = helpers.tiny_config(remat=remat, z_loss=1e-4)

@@ -132,6 +132,7 @@ def check_each_alone(engine: engine_lib.Engine, count: int, *, seed: int) -> Non
     assert engine.stats()["compilations"] == before, "a request alone compiled a program"
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 def test_each_answer_is_that_of_the_request_alone(engine):
     check_each_alone(engine, 40, seed=0)
     assert engine.stats()["cached_tokens"] > 0, "no prompt began like another"
@@ -185,6 +186,7 @@ def test_what_settings_mean(engine, values):
     assert answers(engine, [request])["one"][0] == reference(request)
 
 
+@pytest.mark.takes(20, "compiles an engine's programs")
 def test_logprobs_of_prompt_and_answer(engine):
     prompt = tuple(np.random.default_rng(4).integers(0, CFG.vocab_size, 50).tolist())
     settings = SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, prompt_logprobs=2)
@@ -245,6 +247,7 @@ def test_a_grammar_beside_free_requests(engine):
     assert {id: got[id] for id in alone} == alone
 
 
+@pytest.mark.takes(60, "compiles an engine's programs")
 def test_nothing_compiles_after_the_warm_up():
     engine = make_engine(num_slots=2, prefill_chunk=16, prefill_tokens=16, num_pages=20)
     lines = []
@@ -259,6 +262,7 @@ def test_nothing_compiles_after_the_warm_up():
     assert engine.stats()["compilations"] == before
 
 
+@pytest.mark.takes(60, "compiles an engine's programs")
 def test_guesses_change_no_answer(engine):
     rng = random.Random(8)
     once = [rng.randrange(CFG.vocab_size) for _ in range(9)]
@@ -280,6 +284,7 @@ def test_guesses_change_no_answer(engine):
     check_nothing_is_held(guessing)
 
 
+@pytest.mark.takes(60, "compiles an engine's programs")
 def test_int8_pages_answer_alike_alone_and_in_company(engine):
     """How near they are to plain ones, tests of attention say."""
     rng = random.Random(9)
