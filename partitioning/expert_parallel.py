@@ -80,7 +80,7 @@ def run(
 
     def body(x_BTD, weights_BTJ, experts_BTJ, kernels):
         kernels = jax.tree.map(
-            lambda kernel, axes: gradients.gather(
+            lambda kernel, axes: gradients.all_gather(
                 kernel, axes.index("expert_embed"), "expert_embed", layout
             ),
             kernels,

@@ -1,10 +1,11 @@
-"""Gradients of weights: every device's own part first, which then meet by reduce-scatter.
+"""Gradients of weights: each device's partial gradient, then a reduce-scatter over the devices.
 
-Left alone, XLA's partitioner sums a weight's gradient over the devices that share it, and only then
-drops what each does not keep. Its TPU backend makes that an all-reduce of the whole gradient
-wherever the group spans the torus: twice the bytes, and the whole gradient in memory. Here a device
-contracts its own tokens under `shard_map`, and where one mesh axis is the whole torus, its parts go
-where they belong in two steps, over all sides of the torus but one (A), then over that (B):
+XLA's partitioner sums a weight's gradient over the devices that share the weight, and then slices
+each device's shard out of the sum. XLA's TPU backend makes that an all-reduce of the whole gradient
+wherever the group of devices spans the torus: twice the bytes, and the whole gradient in memory.
+Here each device computes the partial gradient of its own tokens under `shard_map`. Where one mesh
+axis spans the whole torus, the reduce-scatter has two steps: over all dimensions of the torus but
+one (A), then over that one (B):
 
     [D, F] -> reduce-scatter over A -> [D_A, F] -> reduce-scatter over B -> [D_AB, F]
 """
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from partitioning import sharding
 from partitioning.sharding import Axes, Layout
 
-# What an axis of a weight is called in an activation.
+# Logical axis of a weight -> logical axis of the activation that a product contracts it with.
 _OF_ACTIVATION = {
     "embed": "act_embed",
     "heads": "act_heads",
@@ -28,32 +29,35 @@ _OF_ACTIVATION = {
 }
 
 
-def contract(
+def scattered_einsum(
     einsum: str, x: jax.Array, kernel: jax.Array, *, axes: Axes, layout: Layout | None
 ) -> jax.Array:
-    """`jnp.einsum(einsum, x, kernel)` of tokens x [B, T, ...] with a weight of logical `axes`.
+    """Product `jnp.einsum(einsum, x, kernel)` whose weight gradient is reduce-scattered.
 
-    `einsum` names batch and length `b` and `t`, such as `btd,dnh->btnh`. Where the rules spread
-    `embed`, the gradient of the kernel is reduce-scattered, in the kernel's dtype. On GPUs XLA does
-    that by itself, and hides it better (7B's layers on two H100: 96% of one, against 85% by hand).
+    x holds tokens [B, T, ...]; `axes` are the logical axes of the kernel, a dimension each.
+
+    `einsum` names batch and length `b` and `t`, such as `btd,dnh->btnh`. Where the rules shard
+    `embed`, the gradient of the kernel is reduce-scattered, in the kernel's dtype. On GPUs, XLA
+    emits that reduce-scatter itself and overlaps it better (the layers of 7B on two H100: 96% of
+    one GPU, against 85% with this code), so the plain product is used there.
     """
     alone = layout is None or "embed" not in axes or layout.size("embed") == 1
     if alone or layout.platform == "gpu":
         return jnp.einsum(einsum, x, kernel)
-    return _contract(x, kernel, einsum, axes, layout)
+    return _einsum(x, kernel, einsum, axes, layout)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _contract(x, kernel, einsum, axes, layout):
+def _einsum(x, kernel, einsum, axes, layout):
     del axes, layout
     return jnp.einsum(einsum, x, kernel)
 
 
 def _forward(x, kernel, einsum, axes, layout):
-    return _contract(x, kernel, einsum, axes, layout), (x, kernel)
+    return _einsum(x, kernel, einsum, axes, layout), (x, kernel)
 
 
-def _backward(einsum, axes, layout, residuals, slope):
+def _backward(einsum, axes, layout, residuals, cotangent):
     x, kernel = residuals
     inputs, result = einsum.split("->")
     of_x, of_kernel = inputs.split(",")
@@ -64,30 +68,32 @@ def _backward(einsum, axes, layout, residuals, slope):
     place = axes.index("embed")
     width = of_kernel[place]
 
-    def local(x, slope):
+    def local(x, cotangent):
         width_first = width + of_kernel.replace(width, "")
-        gradient = jnp.einsum(f"{of_x},{result}->{width_first}", x, slope)
-        return jnp.moveaxis(meet(gradient, layout=layout), 0, place)
+        gradient = jnp.einsum(f"{of_x},{result}->{width_first}", x, cotangent)
+        return jnp.moveaxis(reduce_to_shard(gradient, layout=layout), 0, place)
 
-    kernel_slope = jax.shard_map(
+    kernel_gradient = jax.shard_map(
         local,
         mesh=layout.mesh,
         in_specs=(spec(of_x), spec(result)),
         out_specs=sharding.spec(axes, layout),
         check_vma=False,  # the sum over groups of an axis is not known to vary over the axis
-    )(x, slope)
-    x_slope = jnp.einsum(f"{result},{of_kernel}->{of_x}", slope, kernel)
-    return x_slope, kernel_slope.astype(kernel.dtype)
+    )(x, cotangent)
+    x_gradient = jnp.einsum(f"{result},{of_kernel}->{of_x}", cotangent, kernel)
+    return x_gradient, kernel_gradient.astype(kernel.dtype)
 
 
-_contract.defvjp(_forward, _backward)
+_einsum.defvjp(_forward, _backward)
 
 
-def meet(local: jax.Array, *, layout: Layout) -> jax.Array:
-    """Inside `shard_map`: the sum of all devices' parts of a gradient -> this device's share of it.
+def reduce_to_shard(local: jax.Array, *, layout: Layout) -> jax.Array:
+    """This device's shard of a gradient: the sum of the partial gradients of all devices.
 
-    [D, ...] -> reduce-scatter over the axes of `embed` -> [D_embed, ...] -> all-reduce over what is
-    left of those of batch and length.
+    Called inside `shard_map`:
+
+    [D, ...] -> reduce-scatter over the mesh axes of `embed` -> [D_embed, ...] -> all-reduce over
+    the mesh axes of batch and length that are not among them.
     """
     local = _scatter(local, 0, "embed", layout)
     tokens = (*layout.mesh_axes("batch"), *layout.mesh_axes("length"))
@@ -105,57 +111,66 @@ def _scatter(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Array:
-    """Inside `shard_map`: [..., D_X, ...] -> all-gather along `dim` -> [..., D, ...].
+def all_gather(local: jax.Array, dim: int, logical: str, layout: Layout) -> jax.Array:
+    """The whole array from its shards, inside `shard_map`.
 
-    X are the axes of `logical`. The gradient goes back by reduce-scatter, in steps.
+    [..., D_X, ...] -> all-gather -> [..., D, ...].
+
+    X are the mesh axes of `logical`, D is dimension `dim`. The gradient is reduce-scattered in the
+    steps that the module's docstring names.
     """
     axes = layout.mesh_axes(logical)
     return jax.lax.all_gather(local, axes, axis=dim, tiled=True) if axes else local
 
 
-gather.defvjp(
-    lambda local, dim, logical, layout: (gather(local, dim, logical, layout), None),
-    lambda dim, logical, layout, _, slope: (_scatter(slope, dim, logical, layout),),
+all_gather.defvjp(
+    lambda local, dim, logical, layout: (all_gather(local, dim, logical, layout), None),
+    lambda dim, logical, layout, _, cotangent: (_scatter(cotangent, dim, logical, layout),),
 )
 
 
 @dataclass(frozen=True)
-class Way:
-    """How the output kernel's gradient, [D, V] in float32, is had from chunks of logits.
+class OutputGradient:
+    """Plan of the LM head's gradient, [D, V] in float32, which chunks of logits contribute to.
 
-    piece None: summed over the chunks, whole on every device; the devices' sums meet once, after
-    the loop. Else the logits' gradient of all chunks is kept in the arithmetic's dtype, and one
-    product after the loop takes `piece` rows at a time of each device's share of D: nothing is read
-    and written once a chunk, and the gradient is never whole.
+    chunk: tokens of a sequence whose logits exist at one time.
+    piece None: each device adds every chunk to a whole [D, V] sum; the sums of the devices are
+    reduce-scattered once, after the loop over chunks. Otherwise the gradient of the logits of all
+    chunks is stored in the compute dtype, and one product after the loop computes `piece` rows of
+    each device's shard of D at a time: no sum is read and written for each chunk, and the whole
+    gradient never exists.
     """
 
     chunk: int
     piece: int | None
 
 
-# A matrix unit's arithmetic for each byte of the other factor that it reads.
+# Rows of a product that keep a matrix unit busy while it reads the other factor.
 _ENOUGH = 512
 
 
-def pick_way(
+def plan_output_gradient(
     *, rows: int, length: int, hidden_size: int, chunk: int, devices: int, itemsize: int
-) -> Way:
-    """By memory: pieces where the logits' gradient of a device's rows x length tokens takes less.
+) -> OutputGradient:
+    """The plan of the LM head's gradient that needs less memory.
 
-    `devices` share the kernel, each a part of D; `itemsize` is that of the arithmetic, in bytes.
+    Pieces need the gradient of the logits of a device's `rows` x `length` tokens; the other plan
+    needs a whole [D, V] sum. `devices` share the kernel, each a shard of D; `itemsize` is the size
+    of the compute dtype in bytes.
     """
     share = hidden_size // devices
     whole = [n for n in range(1, share + 1) if share % n == 0]
     piece = next((n for n in whole if devices * n >= _ENOUGH), share)
     if itemsize * rows * length + 4 * devices * piece < 4 * hidden_size:
-        return Way(min(chunk, length, _ENOUGH), piece)
-    return Way(min(chunk, length), None)  # each round reads and writes the sum: not more than asked
+        return OutputGradient(min(chunk, length, _ENOUGH), piece)
+    return OutputGradient(
+        min(chunk, length), None
+    )  # each chunk reads and writes the sum: no smaller chunks than asked for
 
 
 @functools.lru_cache(maxsize=1024)
 def _stages(axis: str, layout: Layout) -> tuple[list[list[int]] | None, ...]:
-    """Groups along a mesh axis: (all sides of the torus but one, that one); None is all of it."""
+    """Device groups of each step of a reduce-scatter along a mesh axis; None: one group of all."""
     size, inner = layout.mesh.shape[axis], _inner(axis, layout)
     if inner in (1, size):
         return (None,)
@@ -165,9 +180,9 @@ def _stages(axis: str, layout: Layout) -> tuple[list[list[int]] | None, ...]:
 
 
 def _inner(axis: str, layout: Layout) -> int:
-    """How many devices follow each other on the axis before a second coordinate changes.
+    """Number of consecutive devices on a mesh axis that differ in one torus coordinate alone.
 
-    1 where the axis leaves a side of the torus to others: XLA scatters over it in one step.
+    1 where the axis does not span the whole torus: XLA then scatters over it in one step.
     """
     if isinstance(layout.mesh, jax.sharding.AbstractMesh):
         return 1
@@ -182,7 +197,7 @@ def _inner(axis: str, layout: Layout) -> int:
 
 
 def _coordinates(devices) -> list[tuple[int, ...]]:
-    """Places on the torus; empty on CPU and GPU, which have none."""
+    """Torus coordinates of the devices; empty tuples on CPU and GPU, which have none."""
     return [tuple(getattr(device, "coords", ())) for device in devices]
 
 

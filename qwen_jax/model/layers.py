@@ -73,7 +73,7 @@ class Linear(nnx.Module):
             y = quantized_matmul.contract(einsum, x, kernel, layout=layout)
         else:
             kernel = kernel.astype(x.dtype)
-            y = gradients.contract(einsum, x, kernel, axes=self.axes, layout=layout)
+            y = gradients.scattered_einsum(einsum, x, kernel, axes=self.axes, layout=layout)
         if self.has_bias:
             bias = self.bias[...].astype(x.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from configs.models.architecture import ModelConfig
 from configs.train import TrainConfig
 from partitioning.processes import cluster
 from qwen_jax import storage
-from train.core import batches, evaluate, interrupt, metrics, profile
+from train.core import batches, interrupt, metrics, profile
 from train.core import guard as guard_lib
 from train.core import state as state_lib
-from train.core.step import Program, State
+from train.core.step import Program, State, Sums
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
@@ -186,9 +187,7 @@ class _Loop:
             return
         cluster.stage(f"the evaluation after step {step}")
         with self._meter.pause():
-            values = evaluate.evaluate(
-                self._program, state.params, self._inputs.held_out(), put=self._put
-            )
+            values = evaluate(self._program, state.params, self._inputs.held_out(), put=self._put)
         self._log.evaluation(step, values)
         self._last["eval"] = {"step": step, **values}
 
@@ -219,3 +218,30 @@ def _remedy(store: state_lib.Store) -> str:
         f"one in another output with init_from={folder} and a lower "
         f"optimizer.peak_learning_rate or another data.seed"
     )
+
+
+def evaluate(
+    program: Program,
+    params: dict,
+    held_out: Iterable[batches.HostBatch],
+    *,
+    put: Callable[[batches.HostBatch], dict[str, jax.Array]],
+) -> dict[str, float]:
+    """Mean loss and metrics a token over the batches of `held_out`, and the number of tokens.
+
+    Tokens count by weight, not batches by number: a padded last batch weighs what it holds.
+    Raises `ValueError` if no token carries weight.
+    """
+    total: Sums | None = None
+    for batch in held_out:
+        sums = program.evaluate(params, put(batch))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    total = jax.device_get(total)
+    if total is None or total.weight == 0:
+        raise ValueError(
+            "the held-out data has no token to evaluate; raise data.eval_fraction, or give "
+            "data.eval_paths"
+        )
+    weight = float(total.weight)
+    means = {name: float(value) / weight for name, value in total.metrics.items()}
+    return {"loss": float(total.loss) / weight, **means, "tokens": weight}

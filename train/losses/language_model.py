@@ -44,7 +44,7 @@ def cross_entropy(
     at hand, so that no logits are computed twice.
     """
     length = targets_BT.shape[1] // _parts("length", layout)
-    way = gradients.pick_way(
+    plan = gradients.plan_output_gradient(
         rows=targets_BT.shape[0] // _parts("batch", layout),
         length=length,
         hidden_size=kernel_DV.shape[0],
@@ -52,12 +52,12 @@ def cross_entropy(
         devices=_parts("embed", layout),
         itemsize=hidden_BTD.dtype.itemsize,
     )
-    loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout)
+    loss, others = _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, plan, layout)
     return LossSums(loss, *others)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout):
+def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, plan, layout):
     kernel_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
 
     def step(sums_BX, inputs):
@@ -66,15 +66,15 @@ def _sums(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout):
         terms_BX, _ = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout)
         return jax.tree.map(jnp.add, sums_BX, terms_BX), None
 
-    inputs = [_split(x, way.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
+    inputs = [_split(x, plan.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
     sums_BX, _ = jax.lax.scan(step, _zero_sums(hidden_BTD, layout), inputs)
     loss, *parts = map(jnp.sum, sums_BX)
     return loss, tuple(parts)
 
 
-def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, layout):
+def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, plan, layout):
     gathered_DV = _gathered(kernel_DV, hidden_BTD.dtype, layout)
-    inputs = [_split(x, way.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
+    inputs = [_split(x, plan.chunk, layout) for x in (hidden_BTD, targets_BT, weights_BT)]
 
     def step(carry, inputs):
         sums_BX, gradient_ZXDV = carry
@@ -83,38 +83,38 @@ def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, way, la
         terms_BX, log_z_BC = _chunk_sums(logits_BCV, targets_BC, weights_BC, z_loss, layout)
         # d loss / d logits = w (softmax (1 + 2 z_loss log Z) - one hot)
         scale_BC = weights_BC * (1.0 + 2.0 * z_loss * log_z_BC)
-        slope_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) * scale_BC[..., None]
+        dlogits_BCV = jnp.exp(logits_BCV - log_z_BC[..., None]) * scale_BC[..., None]
         columns = jax.lax.broadcasted_iota(jnp.int32, (1, 1, kernel_DV.shape[1]), 2)
         hit_BCV = columns == targets_BC[..., None]
-        slope_BCV = slope_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
-        slope_BCV = slope_BCV.astype(hidden_BTD.dtype)
-        slope_BCD = jnp.einsum("bcv,dv->bcd", slope_BCV, gathered_DV)
-        if way.piece is None:
-            gradient_ZXDV += _by_parts(hidden_BCD, slope_BCV, layout)
+        dlogits_BCV = dlogits_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
+        dlogits_BCV = dlogits_BCV.astype(hidden_BTD.dtype)
+        dhidden_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, gathered_DV)
+        if plan.piece is None:
+            gradient_ZXDV += _by_parts(hidden_BCD, dlogits_BCV, layout)
             gradient_ZXDV = sharding.constrain(gradient_ZXDV, _PARTS, layout)
-            slope_BCV = None
+            dlogits_BCV = None
         sums_BX = jax.tree.map(jnp.add, sums_BX, terms_BX)
-        return (sums_BX, gradient_ZXDV), (slope_BCD, slope_BCV)
+        return (sums_BX, gradient_ZXDV), (dhidden_BCD, dlogits_BCV)
 
     gradient_ZXDV = None
-    if way.piece is None:
+    if plan.piece is None:
         Z, X = _parts("batch", layout), _parts("length", layout)
         gradient_ZXDV = jnp.zeros((Z, X, *kernel_DV.shape), jnp.float32)
         gradient_ZXDV = sharding.constrain(gradient_ZXDV, _PARTS, layout)
     carry = (_zero_sums(hidden_BTD, layout), gradient_ZXDV)
-    (sums_BX, gradient_ZXDV), (slopes_SBCD, slopes_SBCV) = jax.lax.scan(step, carry, inputs)
+    (sums_BX, gradient_ZXDV), (dhidden_SBCD, dlogits_SBCV) = jax.lax.scan(step, carry, inputs)
     loss, *parts = map(jnp.sum, sums_BX)
-    if way.piece is None:
+    if plan.piece is None:
         gradient_DV = _meet(gradient_ZXDV, layout)
     else:
-        gradient_DV = _in_pieces(inputs[0], slopes_SBCV, way.piece, layout)
-    gradient_BTD = _join(slopes_SBCD, hidden_BTD.shape[1], layout)
+        gradient_DV = _in_pieces(inputs[0], dlogits_SBCV, plan.piece, layout)
+    gradient_BTD = _join(dhidden_SBCD, hidden_BTD.shape[1], layout)
     # The kernel rides along for its dtype alone.
     return (loss, tuple(parts)), (gradient_BTD, gradient_DV, jnp.zeros((), kernel_DV.dtype))
 
 
-def _sums_backward(z_loss, way, layout, residuals, cotangents):
-    del z_loss, way, layout
+def _sums_backward(z_loss, plan, layout, residuals, cotangents):
+    del z_loss, plan, layout
     gradient_BTD, gradient_DV, kernel_like = residuals
     cotangent, _ = cotangents  # the other sums are for reading: no gradient runs through them
     # Scaled in float32: a mean's 1 / weight rounded to bfloat16 would shift every gradient by it.
@@ -145,13 +145,13 @@ def _parts(logical: str, layout: Layout | None) -> int:
 _PARTS = ("batch", "length", "act_embed", "act_vocab")
 
 
-def _by_parts(hidden_BCD, slope_BCV, layout):
-    (B, C, D), V = hidden_BCD.shape, slope_BCV.shape[2]
+def _by_parts(hidden_BCD, dlogits_BCV, layout):
+    (B, C, D), V = hidden_BCD.shape, dlogits_BCV.shape[2]
     Z, X = _parts("batch", layout), _parts("length", layout)
     return jnp.einsum(
         "zbxcd,zbxcv->zxdv",
         hidden_BCD.reshape(Z, B // Z, X, C // X, D),
-        slope_BCV.reshape(Z, B // Z, X, C // X, V),
+        dlogits_BCV.reshape(Z, B // Z, X, C // X, V),
         preferred_element_type=jnp.float32,
     )
 
@@ -164,14 +164,16 @@ def _meet(gradient_ZXDV: jax.Array, layout: Layout | None) -> jax.Array:
     if layout is None:
         return gradient_ZXDV.sum(axis=(0, 1))
     return _mapped(
-        lambda local_ZXDV: gradients.meet(local_ZXDV[0, 0], layout=layout), [_PARTS], layout
+        lambda local_ZXDV: gradients.reduce_to_shard(local_ZXDV[0, 0], layout=layout),
+        [_PARTS],
+        layout,
     )(gradient_ZXDV)
 
 
-def _in_pieces(hidden_SBCD, slopes_SBCV, piece: int, layout: Layout | None) -> jax.Array:
+def _in_pieces(hidden_SBCD, dlogits_SBCV, piece: int, layout: Layout | None) -> jax.Array:
     """hidden^T slopes, [D, V] in float32, `piece` rows of every device's share of D at a time."""
 
-    def product(hidden_SBCD, slopes_SBCV):
+    def product(hidden_SBCD, dlogits_SBCV):
         # D lies as [devices, pieces, rows]: a piece scatters to every device at once.
         shape = (*hidden_SBCD.shape[:3], _parts("embed", layout), -1, piece)
         pieces = jnp.moveaxis(hidden_SBCD.reshape(shape), 4, 0)
@@ -180,18 +182,20 @@ def _in_pieces(hidden_SBCD, slopes_SBCV, piece: int, layout: Layout | None) -> j
             local_DV = jnp.einsum(
                 "sbcd,sbcv->dv",
                 piece_SBCYR.reshape(*piece_SBCYR.shape[:3], -1),
-                slopes_SBCV,
+                dlogits_SBCV,
                 preferred_element_type=jnp.float32,
             )
             local_DV = jax.lax.optimization_barrier(local_DV)  # as in `_meet`
-            return local_DV if layout is None else gradients.meet(local_DV, layout=layout)
+            return (
+                local_DV if layout is None else gradients.reduce_to_shard(local_DV, layout=layout)
+            )
 
-        return jax.lax.map(one, pieces).reshape(-1, slopes_SBCV.shape[-1])
+        return jax.lax.map(one, pieces).reshape(-1, dlogits_SBCV.shape[-1])
 
     if layout is None:
-        return product(hidden_SBCD, slopes_SBCV)
+        return product(hidden_SBCD, dlogits_SBCV)
     axes = [(None, "batch", "length", "act_embed"), (None, "batch", "length", "act_vocab")]
-    return _mapped(product, axes, layout)(hidden_SBCD, slopes_SBCV)
+    return _mapped(product, axes, layout)(hidden_SBCD, dlogits_SBCV)
 
 
 def _mapped(local, axes, layout: Layout):

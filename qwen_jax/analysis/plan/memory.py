@@ -200,11 +200,11 @@ def _vocab(job: Job) -> int:
 
 def _logits(job: Job) -> float:
     """Elements of one chunk of logits, of every row's part."""
-    return FLOAT32 * job.rows * _loss_way(job).chunk * _vocab(job)
+    return FLOAT32 * job.rows * _output_gradient(job).chunk * _vocab(job)
 
 
-def _loss_way(job: Job) -> gradients.Way:
-    return gradients.pick_way(
+def _output_gradient(job: Job) -> gradients.OutputGradient:
+    return gradients.plan_output_gradient(
         rows=job.rows,
         length=job.length // job.layout.size("length"),
         hidden_size=job.cfg.hidden_size,
@@ -239,11 +239,11 @@ def _kernel_gradient(job: Job) -> tuple[float, float]:
     """
     whole = FLOAT32 * job.cfg.hidden_size * _vocab(job)
     apart = job.layout.size("length") > 1
-    if _loss_way(job).piece is None:
+    if _output_gradient(job).piece is None:
         early = apart or job.cfg.tie_word_embeddings
         return whole, whole / (_first_step(job) if early else 1)
-    slopes = jnp.dtype(job.config.compute_dtype).itemsize * job.tokens * _vocab(job)
-    return slopes, whole / job.layout.size("embed") if apart else slopes
+    logits_gradient = jnp.dtype(job.config.compute_dtype).itemsize * job.tokens * _vocab(job)
+    return logits_gradient, whole / job.layout.size("embed") if apart else logits_gradient
 
 
 def _first_step(job: Job) -> int:

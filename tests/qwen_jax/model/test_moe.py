@@ -89,10 +89,10 @@ def inputs() -> jax.Array:
 def test_values_and_gradients_of_a_loop_over_experts(cfg):
     params, x_BTD = layer_params(cfg), inputs()
     routing = moe.Routing(capacity_factor=cfg.moe.capacity_factor)
-    slope_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
+    cotangent_BTD = jax.random.normal(jax.random.key(2), x_BTD.shape)
 
     def total(run):
-        loss = lambda p, x: jnp.sum(run(p, x) * slope_BTD)  # noqa: E731
+        loss = lambda p, x: jnp.sum(run(p, x) * cotangent_BTD)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
     got, ours = total(lambda p, x: apply(cfg, p, x, routing)[0])(params, x_BTD)

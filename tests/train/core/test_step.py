@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.optimizer import OptimizerConfig
-from train.core import batches, evaluate
+from train.core import batches, loop
 
 
 def put(program, batch):
@@ -136,7 +136,7 @@ def test_evaluation_weighs_tokens_not_batches(helpers):
     empty = {**nearly_empty, "loss_weights": np.zeros_like(full["loss_weights"])}
 
     def evaluated(*rows):
-        return evaluate.evaluate(program, params, rows, put=lambda batch: put(program, batch))
+        return loop.evaluate(program, params, rows, put=lambda batch: put(program, batch))
 
     apart = [evaluated(full), evaluated(nearly_empty)]
     together = evaluated(full, nearly_empty, empty)

@@ -75,8 +75,8 @@ def test_equals_plain_cross_entropy(chunk, z_loss):
 def test_the_kernels_gradient_in_pieces(chunk, dtype):
     """A width of 1,024 outweighs 39 tokens: two pieces of 512 rows."""
     pieces = {"rows": B, "length": T, "devices": 1, "itemsize": jnp.dtype(dtype).itemsize}
-    way = gradients.pick_way(hidden_size=1024, chunk=chunk, **pieces)
-    assert way == gradients.Way(chunk=chunk, piece=512)
+    plan = gradients.plan_output_gradient(hidden_size=1024, chunk=chunk, **pieces)
+    assert plan == gradients.OutputGradient(chunk=chunk, piece=512)
     ((_, got), got_gradients), ((_, want), want_gradients) = _both(
         *_inputs(dtype, width=1024), z_loss=1e-2, chunk=chunk
     )
@@ -89,21 +89,26 @@ def test_the_kernels_gradient_in_pieces(chunk, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "hidden_size", "devices", "way"),
+    ("tokens", "hidden_size", "devices", "plan"),
     [
-        (4096, 3584, 64, gradients.Way(512, 8)),  # 7B: 1.2 GB rather than 2.2
-        (4096, 3584, 256, gradients.Way(512, 2)),
-        (4096, 8192, 128, gradients.Way(512, 4)),
-        (8192, 3584, 64, gradients.Way(1024, None)),  # longer rows: the sum is the smaller
-        (4096, 896, 16, gradients.Way(1024, None)),
-        (96, 128, 4, gradients.Way(96, None)),  # too small for pieces
+        (4096, 3584, 64, gradients.OutputGradient(512, 8)),  # 7B: 1.2 GB rather than 2.2
+        (4096, 3584, 256, gradients.OutputGradient(512, 2)),
+        (4096, 8192, 128, gradients.OutputGradient(512, 4)),
+        (
+            8192,
+            3584,
+            64,
+            gradients.OutputGradient(1024, None),
+        ),  # longer rows: the sum is the smaller
+        (4096, 896, 16, gradients.OutputGradient(1024, None)),
+        (96, 128, 4, gradients.OutputGradient(96, None)),  # too small for pieces
     ],
 )
-def test_the_way_that_takes_less_memory(tokens, hidden_size, devices, way):
-    got = gradients.pick_way(
+def test_the_plan_that_takes_less_memory(tokens, hidden_size, devices, plan):
+    got = gradients.plan_output_gradient(
         rows=1, length=tokens, hidden_size=hidden_size, chunk=1024, devices=devices, itemsize=2
     )
-    assert got == way
+    assert got == plan
 
 
 @settings(max_examples=15, deadline=None)
