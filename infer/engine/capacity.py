@@ -52,17 +52,28 @@ def check_prompt(
     return tokens
 
 
+def check_mesh(layout: Layout) -> None:
+    """Raises `ValueError` where devices would do the same work, or rows would be spread."""
+    idle = [axis for axis in ("data", "fsdp", "context") if layout.mesh.shape.get(axis, 1) > 1]
+    if idle or layout.size("batch") > 1:
+        raise ValueError(
+            f"an engine shares out its model over tensor and expert, and this mesh has "
+            f"{dict(layout.mesh.shape)} under rules {layout.rules.name!r}; give fsdp=1 and no "
+            f"other axis, rules 'engine', and one engine to each replica"
+        )
+
+
 def num_pages(
     models: Sequence[tuple[ModelConfig, DecodeWeights, Layout | None]],
     *,
     settings: EngineConfig,
     dtype: jnp.dtype,
 ) -> int:
-    """As many as `memory_fraction` of a device holds; no more than all slots could ever use.
+    """Number of pages that `memory_fraction` of a device holds, and that all slots could ever use.
 
-    `models` are the one that answers, with its parameters and layout, and one that guesses, if
-    there is one: each has its own pages, equally many. Raises `ValueError` where not even one
-    request of max_length fits; one that is not set may be what fits.
+    `models` are the model with its parameters and layout, and the draft model if there is one: each
+    has its own pages, equally many. Raises `ValueError` where not even one request of max_length
+    fits; without a max_length one page is enough.
     """
     length = settings.max_length or transformer.max_length(models[0][0])
     width = -(-length // settings.page_size)
@@ -83,7 +94,7 @@ def num_pages(
     if "bytes_limit" in stats:
         held = sum(_bytes_on(x, device) for _, params, _ in models for x in jax.tree.leaves(params))
         limit = int(settings.memory_fraction * stats["bytes_limit"])
-        # They run one after the other.
+        # The models run one after the other.
         working = max(working_bytes(cfg, settings=settings, dtype=dtype) for cfg, _, _ in models)
         left = limit - held - working
     else:
@@ -99,7 +110,7 @@ def num_pages(
 
 
 def working_bytes(cfg: ModelConfig, *, settings: EngineConfig, dtype: jnp.dtype) -> int:
-    """Bytes that a dispatch needs beside parameters and pages: an estimate from above.
+    """Bytes that a dispatch needs beside parameters and pages, estimated from above.
 
     One layer's activations of `prefill_tokens` tokens; four arrays of float32 scores a slot
     (logits, sorted and noisy copies, masks), and what the slots keep: counts and marks of tokens.

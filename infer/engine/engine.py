@@ -1,14 +1,16 @@
-"""The batch inference engine: requests in, tokens out, as the scheduler shares out one model.
+"""The batch inference engine: requests in, tokens out, of one model that the scheduler shares out.
 
 The host is always one dispatch ahead: it reads a dispatch's tokens while the device runs the
-next. What it learns late, that a row has ended, costs rows of a dispatch that do nothing. Shapes
-come from a short list, which `warm_up` compiles.
+next. So it learns one dispatch late that a row has ended, and that row of the next does nothing.
+Shapes come from a short list, which `warm_up` compiles.
 """
 
 import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,16 @@ from qwen_jax.decode.weights import DecodeWeights
 from qwen_jax.model import transformer
 
 
+@dataclass(frozen=True)
+class _Update:
+    """New arrays of the device by name, and the version of the weights among them."""
+
+    arrays: dict[str, Any]
+    version: int
+
+
 class Engine:
-    """Serves requests over one set of parameters; one thread may call it."""
+    """Serves requests by one model, whose weights can be updated; one thread may call it."""
 
     def __init__(
         self,
@@ -42,6 +52,7 @@ class Engine:
         attention: forward.Attention | None = None,
         layout: Layout | None = None,
         draft: draft_lib.Draft | None = None,
+        weight_version: int = 0,
     ):
         """`params` are as `qwen_jax.decode.weights.prepare` gives them.
 
@@ -53,7 +64,7 @@ class Engine:
         if not isinstance(params, DecodeWeights):
             raise ValueError("an engine's layers lie apart: make DecodeWeights by weights.prepare")
         if layout is not None:
-            _check_mesh(layout)
+            capacity.check_mesh(layout)
         reach = transformer.max_length(cfg)
         if settings.max_length > reach:
             raise ValueError(
@@ -81,7 +92,8 @@ class Engine:
             layout=layout,
             draft=draft,
         )
-        self._proposer = _proposer(self.settings, self._device)
+        shapes = buckets.shapes(self.settings).prefill
+        self._proposer = proposers.make(self.settings, self._device, prefill_shapes=shapes)
         self._pages = page_table.PageTable(
             num_pages,
             page_size=settings.page_size,
@@ -91,6 +103,8 @@ class Engine:
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._events: list[Event] = []  # of requests that ended without a dispatch
         self._counts = collections.Counter()
+        self.weight_version = weight_version  # of the weights that admitted requests are served by
+        self._update: _Update | None = None
 
     # -- requests
 
@@ -123,6 +137,7 @@ class Engine:
         state = self._scheduler.state(id)
         if state is not None:
             self._events.append(self._end(state, (), "cancelled"))
+            self._update_if_drained()
 
     @property
     def idle(self) -> bool:
@@ -143,6 +158,7 @@ class Engine:
         unread = self._in_flight
         if unread and (len(unread) > 1 or len(unread) <= num_unread):
             events += self._read(unread.popleft())
+        self._update_if_drained()
         return events
 
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
@@ -179,6 +195,50 @@ class Engine:
         self._device.warm_up(show=show)
         return time.monotonic() - began
 
+    # -- weights
+
+    def update_weights(
+        self, params: dict, *, version: int, draft_params: dict | None = None
+    ) -> None:
+        """Has requests served by new weights of the same names, shapes and dtypes.
+
+        Requests that run end on the old weights. Those that wait, and those submitted from now on,
+        begin once none runs any more: then the new weights take the place of the old, every cached
+        prompt is forgotten, and `weight_version` becomes `version`, which events report. Where none
+        runs, that is at once. Until then both are in memory; a later update replaces one that has
+        not been made. Nothing is compiled. To hurry, cancel what runs.
+
+        `params` are in the form of those that the engine was made with, and `draft_params` in that
+        of the draft model's, which stay as they are if none are given. Arrays that lie as the
+        engine's do are shared with it and must stay valid; others are copied onto its devices.
+        Raises `ValueError`, and changes nothing, for a leaf that is missing, unknown, or of another
+        shape or dtype, for a version that is not greater than the last, and for `draft_params`
+        without a draft model.
+        """
+        latest = self.weight_version if self._update is None else self._update.version
+        if version <= latest:
+            raise ValueError(
+                f"version={version} is not greater than {latest}, the last; number updates upwards"
+            )
+        if draft_params is not None and self.settings.speculation != "draft":
+            raise ValueError("draft_params are given, and this engine has no draft model")
+        arrays = {"params": self._device.placed("params", params)}
+        if draft_params is not None:
+            arrays["draft_params"] = self._device.placed("draft_params", draft_params)
+        self._update = _Update(arrays, version)
+        self._scheduler.hold_admissions()
+        self._update_if_drained()
+
+    def _update_if_drained(self) -> None:
+        """Makes the update that was asked for, if there is one and no request runs."""
+        if self._update is None or self._scheduler.num_running:
+            return
+        for name, new in self._update.arrays.items():
+            self._device.replace(name, new)
+        self._pages.flush()
+        self.weight_version, self._update = self._update.version, None
+        self._scheduler.open_admissions()
+
     # -- dispatches
 
     def _prefill(self, work: scheduler.Prefill) -> None:
@@ -186,6 +246,7 @@ class Engine:
         for chunk in work.chunks:
             if chunk.start == chunk.num_cached:  # the prompt's first
                 self._counts["cached_tokens"] += chunk.num_cached
+                chunk.state.weight_version = self.weight_version
             self._counts["prompt_tokens"] += len(chunk.tokens)
             if chunk.request.sampling.prompt_logprobs is not None:
                 score = "prompt"
@@ -302,32 +363,12 @@ class Engine:
             prompt_logprobs=tuple(state.prompt_logprobs) if asked else None,
             finish_reason=reason,
             num_cached=state.num_cached,
+            weight_version=state.weight_version,
         )
 
     def _end_tokens(self, settings: SamplingParams) -> frozenset[int]:
         eos = () if settings.ignore_eos else self._eos
         return frozenset((*settings.stop_token_ids, *eos))
-
-
-def _check_mesh(layout: Layout) -> None:
-    """Raises `ValueError` where devices would do the same work, or rows would be spread."""
-    idle = [axis for axis in ("data", "fsdp", "context") if layout.mesh.shape.get(axis, 1) > 1]
-    if idle or layout.size("batch") > 1:
-        raise ValueError(
-            f"an engine shares out its model over tensor and expert, and this mesh has "
-            f"{dict(layout.mesh.shape)} under rules {layout.rules.name!r}; give fsdp=1 and no "
-            f"other axis, rules 'engine', and one engine to each replica"
-        )
-
-
-def _proposer(settings: EngineConfig, on: device.Device) -> proposers.Proposer | None:
-    """The proposer of draft tokens that the settings name."""
-    if settings.speculation == "off":
-        return None
-    if settings.speculation == "draft":
-        shapes = buckets.shapes(settings).prefill
-        return proposers.DraftModelProposer(settings, on, prefill_shapes=shapes)
-    return proposers.LookupProposer(settings)
 
 
 def _with_tokens_left(states: Sequence[RequestState]) -> list[RequestState]:

@@ -1,4 +1,4 @@
-"""Who owns which pages of the cache, and which pages hold the beginning of which prompt. No jax.
+"""The owners of the cache's pages, and the prompts whose beginnings they hold. No jax.
 
 A page holds the keys and values of `page_size` positions, in all layers. A request reserves all the
 pages that it can ever need at once, so nothing that runs can run out of them. Prompts that begin
@@ -84,20 +84,20 @@ class PageTable:
         return self.granularity // self.page_size
 
     def pages_for(self, capacity: int) -> int:
-        """How many pages hold so many positions."""
+        """Number of pages that hold so many positions."""
         return -(-capacity // self.page_size)
 
     def reserve(
         self, tokens: Sequence[int], *, capacity: int, most_promised: int | None = None
     ) -> Reservation | None:
-        """Pages for `capacity` positions of a request whose prompt is `tokens`; None: not now.
+        """Pages for `capacity` positions of a request with prompt `tokens`; None if not now.
 
-        Written blocks that the prompt begins with are shared, but never the whole of it: the last
-        token is always computed, because somebody wants what follows it. Its other whole blocks
-        are promised to later prompts until `share` or `release`. None is given, and nothing is
-        changed, where there are too few pages, and where others are writing more than
-        `most_promised` of the tokens that follow those shared. No tokens: the request shares
-        nothing.
+        Written blocks that the prompt begins with are shared, but never the whole prompt: its last
+        token is always computed, because the next token is drawn from its output. The prompt's
+        other whole blocks are promised to later prompts until `share` or `release`. The result is
+        None, and nothing changes, where there are too few pages, and where other requests are
+        writing more than `most_promised` of the tokens that follow those shared. A request without
+        tokens shares nothing.
         Raises `ValueError` for a capacity that is not positive, below the prompt, or above all
         pages together.
         """
@@ -135,7 +135,7 @@ class PageTable:
         return reservation
 
     def share(self, reservation: Reservation, num_tokens: int) -> None:
-        """Says that the first `num_tokens` tokens' keys and values are written.
+        """Notes that the first `num_tokens` tokens' keys and values are written.
 
         Whole blocks of them may serve others from now on. A block that another request had already
         promised or written when this one came remains that one's; this copy is never shared.
@@ -161,14 +161,23 @@ class PageTable:
                 self._unused[block.number] = block
         self._free += sorted(reservation._private, reverse=True)
 
+    def flush(self) -> None:
+        """Forgets the contents of all pages, of which none may be reserved."""
+        in_use = self.num_pages - self.free_pages - self.cached_pages
+        assert in_use == 0, f"{in_use} pages are reserved"
+        for block in self._unused.values():
+            self._free += reversed(block.pages)
+        self._unused.clear()
+        self._blocks.clear()
+
     def _contents(self, tokens: Sequence[int]) -> list[bytes]:
-        """The tokens of each whole block, as bytes: those are hashed many times faster."""
+        """Tokens of each whole block, as bytes, which are hashed many times faster."""
         size = self.granularity * _ITEM
         raw = array("q", tokens).tobytes()
         return [raw[end - size : end] for end in range(size, len(raw) + 1, size)]
 
     def _find(self, contents: Sequence[bytes]) -> tuple[list[_Block], int]:
-        """Written blocks that begin so, and how many tokens after them others are writing."""
+        """Written blocks that the contents begin with, and tokens after them under way."""
         chain: list[_Block] = []
         number, promised = _START, 0
         for content in contents:
@@ -183,9 +192,9 @@ class PageTable:
         return chain, promised
 
     def _promise(self, reservation: Reservation, contents: Sequence[bytes]) -> None:
-        """Makes blocks of the whole blocks of a prompt after the shared ones.
+        """Promises the whole blocks of a prompt that follow the shared ones.
 
-        Up to one that another request has made: what follows it hangs on that request.
+        It ends at a block that another request has promised: later ones depend on that request.
         """
         chain = reservation._chain
         number = chain[-1].number if chain else _START

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it: tokens. No jax here."""
+"""Requests to an engine and its events: tokens in, tokens out. No jax."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,20 +9,20 @@ from configs.sampling import SamplingParams
 
 
 class Constraint(Protocol):
-    """Which tokens one request may draw next: the state of a grammar along its answer."""
+    """The state of a grammar along one answer, which says what tokens may be drawn next."""
 
     def mask(self) -> np.ndarray:
-        """Bits of the tokens allowed now: uint32 [ceil(V / 32)], token i at bit i % 32."""
+        """Bits of the tokens allowed next: uint32 [ceil(V / 32)], token i at bit i % 32."""
         ...
 
     def accept(self, token: int) -> None:
-        """Moves on by a token that the mask allowed."""
+        """Advances the grammar by a token that the mask allowed."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to continue it. `id` tells it apart among those that an engine holds."""
+    """A prompt and the settings of its answer; `id` is unique among the requests of an engine."""
 
     id: str
     tokens: tuple[int, ...]
@@ -32,11 +32,11 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of one token's probability.
+    """Log-probabilities (natural) of one token.
 
-    drawn: under the distribution that was sampled, after penalties, temperature and cutoffs; for a
-    prompt's token, as raw. raw: under the model's own. top: (token, raw) of the likeliest, best
-    first, as many as were asked for.
+    drawn: under the distribution that was sampled, after penalties, temperature, top-k, top-p and
+    min-p; for a token of the prompt, the same as raw. raw: under the model's own distribution. top:
+    (token, raw) of the likeliest tokens, the likeliest first, as many as were asked for.
     """
 
     token: int
@@ -62,3 +62,4 @@ class Event:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     num_cached: int = 0  # prompt tokens whose keys and values an earlier prompt had left
+    weight_version: int = 0  # version of the weights that all tokens of the request are drawn with

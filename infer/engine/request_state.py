@@ -29,6 +29,7 @@ class RequestState:
     reservation: Reservation | None = None  # pages; None before admission
     num_prefilled: int = 0  # tokens of the prompt that are cached or were given to a prefill
 
+    weight_version: int = 0  # of the weights that serve it from its first prefill to its end
     num_dispatched: int = 0  # tokens of the answer that dispatches so far may have drawn
     answer: list[int] = field(default_factory=list)  # tokens read from the device
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # those read so far

@@ -1,19 +1,19 @@
-"""Which requests run next: admission by memory, prompts in chunks, decode in between. No jax.
+"""The scheduler of an engine: admission by memory, prefill in chunks, decode in between. No jax.
 
-A request waits, is admitted to a slot with all the pages that it can ever need, has its prompt read
-in chunks, decodes, and finishes. Nothing that was admitted is put back.
+A request waits, is admitted to a slot with all the pages that it can ever need, is prefilled in
+chunks, decodes, and finishes. No request that was admitted goes back to waiting.
 
-Nothing waits for ever:
+No request waits for ever:
 
 - Admission. The policy's first request that fits is admitted; where one does not fit, or waits for
   a prompt that begins alike to be written, others may go before it. A request is overtaken when one
   that came later is admitted first. Once the oldest has been overtaken `_PATIENCE[policy]` times a
   slot, nobody else is admitted until it is, so a request waits for those before it and for no more
   than that many of those behind it. What the head of the line waits for is running, which ends.
-- Prompts. Chunks are read by turns for the prompt that was admitted first and for the one with the
-  least left to read, so a short prompt never waits for all of a long one, and a long one gets every
-  other turn. Others of a similar length join in.
-- Decode. Everything that decodes has its turn before prefills come to more tokens, padded, than
+- Prompts. Prefills alternate between the prompt that was admitted first and the one with the least
+  left to prefill, so a short prompt never waits for all of a long one, and a long one gets every
+  other prefill. Others of a similar length join in.
+- Decode. All requests that decode do so before prefills come to more tokens, padded, than
   `prefill_rounds` full ones: one large, or several small.
 """
 
@@ -176,7 +176,7 @@ class Scheduler:
         return state
 
     def cancel(self, id: str) -> int | None:
-        """The slot that a request leaves by being given up; None if it had none or is unknown."""
+        """The slot that a request leaves when it is removed; None if it had none or is unknown."""
         state = self._states.get(id)
         if state is None:
             return None
@@ -240,7 +240,7 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
-        """Gives slots and pages to those that fit, in the policy's order but for the overtaken."""
+        """Admits waiting requests that fit, in the policy's order but for the overtaken."""
         patience = _PATIENCE[self._settings.policy] * self._settings.num_slots
         passed_over: list[tuple[int, int]] = []
         enough = len(self._running) + _AT_ONCE  # more come after the next prefill
@@ -297,7 +297,7 @@ class Scheduler:
     # Prompts
 
     def _choose(self, prefilling: list[RequestState]) -> tuple[list[RequestState], int, int]:
-        """The prompt whose turn it is and those that go well with it, rows, and length."""
+        """Requests to prefill together, with the number of rows and the length of the prefill."""
         first = prefilling[0]
         if self._next_prompt == "shortest":
             first = min(prefilling, key=lambda s: s.num_to_prefill)
@@ -305,7 +305,7 @@ class Scheduler:
         return *self._group(first, prefilling, length), length
 
     def _prefill(self, group: list[RequestState], rows: int, length: int) -> Prefill:
-        """One chunk of each."""
+        """A prefill of one chunk of each request."""
         self._next_prompt = "shortest" if self._next_prompt == "first" else "first"
         chunks = tuple(self._chunk(state) for state in group)
         for state in group:
@@ -320,10 +320,10 @@ class Scheduler:
     def _group(
         self, first: RequestState, prefilling: list[RequestState], length: int
     ) -> tuple[list[RequestState], int]:
-        """Who shares a prefill of this length with `first`, and its rows.
+        """Requests that share a prefill of this length with `first`, and its number of rows.
 
-        Those of the same bucket, as many as there are rows for, or fewer where more than a quarter
-        of the rows would be empty and dear; then shorter ones in rows that would be empty.
+        Requests of the same bucket, as many as there are rows for, or fewer where more than a
+        quarter of the rows would be empty at a cost; then shorter ones in rows that would be empty.
         """
         row_counts = self._rows[length]
         others = [s for s in prefilling if s is not first]

@@ -1,7 +1,7 @@
-"""Guesses of what a request draws next, copied from what it has already read or written. No jax.
+"""Draft tokens of a request, copied from its own prompt and answer. No jax.
 
 Answers repeat their prompts (quotations, code to be edited, names): where the last tokens occurred
-before, what followed them then is a guess of what follows now, which the model checks in one pass
+before, the tokens that followed them there are proposed, and the model checks them in one pass
 (prompt lookup decoding, Saxena 2023; as in transformers and vLLM). No second model is needed.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 
 class PromptLookup:
-    """Continues one request's tokens as they went on after the same n-gram before.
+    """An index over one request's tokens that finds what followed their last n-gram before.
 
-    Of n = `longest` down to `shortest`, the first whose last n-gram occurred earlier is taken, at
-    its latest place. An index is kept as tokens come: a guess takes the same time after any number.
+    The longest n-gram from `longest` down to `shortest` that occurred earlier counts, at its latest
+    place. The index grows with the tokens, so a proposal takes the same time after any number.
     """
 
     def __init__(self, tokens: Iterable[int] = (), *, longest: int = 3, shortest: int = 1) -> None:
@@ -30,7 +30,7 @@ class PromptLookup:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Takes in tokens that were read or drawn."""
+        """Adds tokens that were read or drawn to the index."""
         for token in tokens:
             end = len(self._tokens)
             for size in self._sizes:
@@ -39,9 +39,9 @@ class PromptLookup:
             self._tokens.append(token)
 
     def propose(self, num_tokens: int) -> tuple[int, ...]:
-        """So many tokens that may come next; none where even the shortest n-gram is new.
+        """`num_tokens` tokens that may come next; none where even the shortest n-gram is new.
 
-        Where the earlier place is so near that the guess runs into the end, it goes on with itself.
+        A proposal that reaches the end of the tokens repeats itself from there on.
         """
         for size in self._sizes:
             last = tuple(self._tokens[-size:])

@@ -151,3 +151,14 @@ class DraftModelProposer:
         shortest = min(size for _, size in self._shapes if size >= length)
         counts = [count for count, size in self._shapes if size == shortest]
         return shortest, min((n for n in counts if n >= num_rows), default=max(counts))
+
+
+def make(
+    settings: EngineConfig, model: DraftModel, *, prefill_shapes: Sequence[tuple[int, int]]
+) -> Proposer | None:
+    """The proposer that the settings name, of which `model` has the draft model; None if none."""
+    if settings.speculation == "off":
+        return None
+    if settings.speculation == "draft":
+        return DraftModelProposer(settings, model, prefill_shapes=prefill_shapes)
+    return LookupProposer(settings)

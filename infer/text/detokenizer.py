@@ -68,6 +68,7 @@ class Choice:
             tokens=tokens,
             logprobs=tuple(self._released(ended=reason is not None)),
             prompt_logprobs=self._prompt_logprobs(event.prompt_logprobs),
+            weight_version=event.weight_version,
             finish_reason=reason,
         )
 

@@ -56,6 +56,7 @@ class Update:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TextLogprobs, ...] = ()
     prompt_logprobs: tuple[TextLogprobs, ...] = ()
+    weight_version: int = 0  # version of the weights that all tokens of the choice are drawn with
     finish_reason: FinishReason | None = None
     error: str | None = None  # why a choice could not go on: its reason is "cancelled"
     usage: Usage | None = None  # with the last update of the whole request
@@ -77,6 +78,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TextLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TextLogprobs, ...] = ()
+    weight_version: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -85,6 +87,7 @@ class Answer:
         self.tokens += update.tokens
         self.logprobs += update.logprobs
         self.prompt_logprobs = self.prompt_logprobs or update.prompt_logprobs
+        self.weight_version = update.weight_version
         self.finish_reason, self.error = update.finish_reason, update.error
 
     @property

@@ -288,6 +288,7 @@ class _Open:
             tokens=tuple(answer.tokens),
             logprobs=tuple(answer.logprobs) if asked else (),
             prompt_logprobs=answer.prompt_logprobs,
+            weight_version=answer.weight_version,
             finish_reason=answer.finish_reason,
             error=answer.error,
         )

@@ -56,6 +56,20 @@ def test_prompts_that_begin_alike_share_whole_pages():
     assert table.free_pages == 16 - 4 - 1
 
 
+def test_a_flush_forgets_every_prompt():
+    table = _table()
+    _leave(table, range(10))
+    assert table.cached_pages == 2
+    table.flush()
+    assert (table.free_pages, table.cached_pages) == (16, 0)
+    held = table.reserve(range(10), capacity=10)
+    assert held.num_cached == 0
+    with pytest.raises(AssertionError, match="3 pages are reserved"):
+        table.flush()
+    table.release(held)
+    simulator.audit(table, [])
+
+
 def test_a_page_counts_from_its_beginning_not_by_its_own_tokens():
     table = _table()
     _leave(table, [1, 1, 1, 1, 2, 2, 2, 2, 3])

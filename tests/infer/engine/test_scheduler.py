@@ -242,6 +242,19 @@ def test_a_prompt_with_logprobs_is_read_whole():
     assert len(chunks[0].pages) == 13
 
 
+def test_admissions_that_are_held_wait_until_they_are_opened():
+    scheduler = _scheduler()
+    scheduler.add(_request("a", 300))
+    assert _ids(scheduler.next()) == ["a"]
+    scheduler.hold_admissions()
+    scheduler.add(_request("b", 10))
+    assert [_ids(program) for program in _prefills(scheduler)] == [["a"], ["a"]]
+    scheduler.cancel("a")
+    assert scheduler.next() is None and scheduler.num_waiting == 1
+    scheduler.open_admissions()
+    assert _ids(scheduler.next()) == ["b"]
+
+
 def test_pages_hold_all_but_the_last_token():
     scheduler = _scheduler()
     scheduler.add(_request("a", 10, max_tokens=7))  # 16 positions are written
