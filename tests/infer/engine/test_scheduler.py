@@ -13,7 +13,7 @@ from infer.engine import buckets
 from infer.engine import scheduler as scheduler_lib
 from infer.engine.page_table import PageTable
 from infer.engine.request import Request
-from infer.engine.scheduler import Decode, Prefill, Scheduler
+from infer.engine.scheduler import Prefill, Scheduler
 from tests.infer.engine import simulator
 
 SETTINGS = EngineConfig(
@@ -25,25 +25,25 @@ def _settings(**changes) -> EngineConfig:
     return dataclasses.replace(SETTINGS, **changes)
 
 
-def _scheduler(num_pages: int = 1000, **changes) -> Scheduler:
+def make_scheduler(num_pages: int = 1000, **changes) -> Scheduler:
     settings = _settings(**changes)
     granularity = buckets.granularity(settings)
     pages = PageTable(num_pages, page_size=settings.page_size, granularity=granularity)
     return Scheduler(settings, pages)
 
 
-def _request(id: str, length: int, *, max_tokens: int = 4, first: int | None = None) -> Request:
+def make_request(id: str, length: int, *, max_tokens: int = 4, first: int | None = None) -> Request:
     """Prompts differ in their first token, and so in all their pages, unless `first` is given."""
     start = zlib.crc32(id.encode()) if first is None else first
     sampling = SamplingParams(max_tokens=max_tokens)
     return Request(id=id, tokens=(start, *range(1, length)), sampling=sampling)
 
 
-def _ids(program: Prefill) -> list[str]:
+def ids(program: Prefill) -> list[str]:
     return [chunk.request.id for chunk in program.chunks]
 
 
-def _prefills(scheduler: Scheduler) -> list[Prefill]:
+def prefills(scheduler: Scheduler) -> list[Prefill]:
     """All prefills there are, of requests that never decode."""
     programs = []
     while (program := scheduler.next()) is not None:
@@ -123,72 +123,72 @@ def test_long_random_traffic(seed):
 
 
 def test_small_requests_pass_a_large_one_that_does_not_fit_but_not_for_ever():
-    scheduler = _scheduler(num_pages=10, num_slots=3, prefix_cache="off")
-    scheduler.add(_request("running", 100, max_tokens=12))  # 7 of 10 pages
-    _prefills(scheduler)
-    scheduler.add(_request("large", 160, max_tokens=1))
+    scheduler = make_scheduler(num_pages=10, num_slots=3, prefix_cache="off")
+    scheduler.add(make_request("running", 100, max_tokens=12))  # 7 of 10 pages
+    prefills(scheduler)
+    scheduler.add(make_request("large", 160, max_tokens=1))
     for i in range(9):
-        scheduler.add(_request(f"small {i}", 10))
+        scheduler.add(make_request(f"small {i}", 10))
     admitted = []
     for _ in range(9):
-        admitted += [id for program in _prefills(scheduler) for id in _ids(program)]
+        admitted += [id for program in prefills(scheduler) for id in ids(program)]
         for id in admitted:
             scheduler.cancel(id)
     assert admitted == ["small 0", "small 1", "small 2"]  # as many as there are slots
     scheduler.cancel("running")
-    order = [id for program in _prefills(scheduler) for id in _ids(program)]
+    order = [id for program in prefills(scheduler) for id in ids(program)]
     assert order[:2] == ["large"] * 2
     scheduler.cancel("large")
-    assert _prefills(scheduler)[0].chunks[0].request.id == "small 3"
+    assert prefills(scheduler)[0].chunks[0].request.id == "small 3"
 
 
 def test_a_request_that_gave_up_waiting_holds_nobody_back():
-    scheduler = _scheduler(num_pages=10, num_slots=2, prefix_cache="off")
-    scheduler.add(_request("running", 100, max_tokens=12))
-    _prefills(scheduler)
-    scheduler.add(_request("large", 160, max_tokens=1))
+    scheduler = make_scheduler(num_pages=10, num_slots=2, prefix_cache="off")
+    scheduler.add(make_request("running", 100, max_tokens=12))
+    prefills(scheduler)
+    scheduler.add(make_request("large", 160, max_tokens=1))
     for i in range(4):
-        scheduler.add(_request(f"small {i}", 10))
+        scheduler.add(make_request(f"small {i}", 10))
     for i in range(2):
-        _prefills(scheduler)
+        prefills(scheduler)
         scheduler.cancel(f"small {i}")
-    assert _prefills(scheduler) == []
+    assert prefills(scheduler) == []
     assert scheduler.cancel("large") is None
-    assert [_ids(program) for program in _prefills(scheduler)] == [["small 2"]]
+    assert [ids(program) for program in prefills(scheduler)] == [["small 2"]]
 
 
 def test_longest_first_goes_by_prompt_and_answer():
-    scheduler = _scheduler(policy="longest_first", num_slots=1)
+    scheduler = make_scheduler(policy="longest_first", num_slots=1)
     for id, length, max_tokens in (("a", 30, 9), ("b", 20, 90), ("c", 30, 9), ("d", 31, 9)):
-        scheduler.add(_request(id, length, max_tokens=max_tokens))
+        scheduler.add(make_request(id, length, max_tokens=max_tokens))
     order = []
     while not scheduler.idle:
-        order += _ids(scheduler.next())
+        order += ids(scheduler.next())
         scheduler.cancel(order[-1])
     assert order == ["b", "d", "a", "c"]
 
 
 def test_ageing_lets_a_short_request_into_a_line_of_long_ones():
-    scheduler = _scheduler(policy="longest_first", num_slots=1)
-    scheduler.add(_request("first", 50))
+    scheduler = make_scheduler(policy="longest_first", num_slots=1)
+    scheduler.add(make_request("first", 50))
     scheduler.next()
-    scheduler.add(_request("short", 10))
+    scheduler.add(make_request("short", 10))
     waited = 0
     running = "first"
     while running != "short":
-        scheduler.add(_request(f"long {waited}", 50))
+        scheduler.add(make_request(f"long {waited}", 50))
         scheduler.cancel(running)
-        running = _ids(scheduler.next())[0]
+        running = ids(scheduler.next())[0]
         waited += running != "short"
     assert waited == scheduler_lib._PATIENCE["longest_first"]
 
 
 def test_a_prompt_that_is_being_read_is_read_once():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     for id in "abc":
-        scheduler.add(_request(id, 200, first=0))
-    programs = _prefills(scheduler)
-    assert [_ids(program) for program in programs] == [["a"], ["a", "b", "c"]]
+        scheduler.add(make_request(id, 200, first=0))
+    programs = prefills(scheduler)
+    assert [ids(program) for program in programs] == [["a"], ["a", "b", "c"]]
     read = dict.fromkeys("abc", 0)
     for program in programs:
         for chunk in program.chunks:
@@ -197,24 +197,24 @@ def test_a_prompt_that_is_being_read_is_read_once():
 
 
 def test_who_waits_for_a_prompt_that_is_given_up_reads_it_itself():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     for id in "ab":
-        scheduler.add(_request(id, 300, first=0))
-    assert _ids(scheduler.next()) == ["a"]
+        scheduler.add(make_request(id, 300, first=0))
+    assert ids(scheduler.next()) == ["a"]
     assert scheduler.cancel("a") == 0
     program = scheduler.next()
-    assert (_ids(program), program.chunks[0].num_cached) == (["b"], 128)
+    assert (ids(program), program.chunks[0].num_cached) == (["b"], 128)
 
 
 def test_who_was_overtaken_enough_waits_no_longer_for_a_prompt_to_be_written():
-    scheduler = _scheduler(num_slots=2)
-    scheduler.add(_request("a", 128 * 20, first=0))
-    scheduler.add(_request("b", 128 * 20, first=0))
+    scheduler = make_scheduler(num_slots=2)
+    scheduler.add(make_request("a", 128 * 20, first=0))
+    scheduler.add(make_request("b", 128 * 20, first=0))
     for i in range(3):
-        scheduler.add(_request(f"short {i}", 10))
+        scheduler.add(make_request(f"short {i}", 10))
     scheduler.next()
     for i in range(2):
-        while f"short {i}" not in _ids(scheduler.next()):
+        while f"short {i}" not in ids(scheduler.next()):
             pass
         scheduler.cancel(f"short {i}")
     chunks = [chunk for _ in range(2) for chunk in scheduler.next().chunks]
@@ -223,169 +223,71 @@ def test_who_was_overtaken_enough_waits_no_longer_for_a_prompt_to_be_written():
 
 
 def test_short_prompts_do_not_wait_for_each_other():
-    scheduler = _scheduler()
+    scheduler = make_scheduler()
     for id in "ab":
-        scheduler.add(_request(id, 60, first=0))
-    assert _ids(scheduler.next()) == ["a", "b"]
+        scheduler.add(make_request(id, 60, first=0))
+    assert ids(scheduler.next()) == ["a", "b"]
 
 
 def test_a_prompt_with_logprobs_is_read_whole():
-    scheduler = _scheduler()
-    scheduler.add(_request("a", 200, first=0))
-    _prefills(scheduler)
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 200, first=0))
+    prefills(scheduler)
     scored = dataclasses.replace(
-        _request("b", 200, first=0), sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)
+        make_request("b", 200, first=0), sampling=SamplingParams(max_tokens=0, prompt_logprobs=0)
     )
     scheduler.add(scored)
-    chunks = [chunk for program in _prefills(scheduler) for chunk in program.chunks]
+    chunks = [chunk for program in prefills(scheduler) for chunk in program.chunks]
     assert [(chunk.start, len(chunk.tokens)) for chunk in chunks] == [(0, 128), (128, 72)]
     assert len(chunks[0].pages) == 13
 
 
 def test_admissions_that_are_held_wait_until_they_are_opened():
-    scheduler = _scheduler()
-    scheduler.add(_request("a", 300))
-    assert _ids(scheduler.next()) == ["a"]
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 300))
+    assert ids(scheduler.next()) == ["a"]
     scheduler.hold_admissions()
-    scheduler.add(_request("b", 10))
-    assert [_ids(program) for program in _prefills(scheduler)] == [["a"], ["a"]]
+    scheduler.add(make_request("b", 10))
+    assert [ids(program) for program in prefills(scheduler)] == [["a"], ["a"]]
     scheduler.cancel("a")
     assert scheduler.next() is None and scheduler.num_waiting == 1
     scheduler.open_admissions()
-    assert _ids(scheduler.next()) == ["b"]
+    assert ids(scheduler.next()) == ["b"]
 
 
 def test_pages_hold_all_but_the_last_token():
-    scheduler = _scheduler()
-    scheduler.add(_request("a", 10, max_tokens=7))  # 16 positions are written
-    scheduler.add(_request("b", 10, max_tokens=8))
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 10, max_tokens=7))  # 16 positions are written
+    scheduler.add(make_request("b", 10, max_tokens=8))
     assert [len(chunk.pages) for chunk in scheduler.next().chunks] == [1, 2]
 
 
 def test_what_cannot_be_served_is_refused_at_once():
-    scheduler = _scheduler(num_pages=4)
-    scheduler.add(_request("a", 60, max_tokens=5))
+    scheduler = make_scheduler(num_pages=4)
+    scheduler.add(make_request("a", 60, max_tokens=5))
     with pytest.raises(ValueError, match="'a' is here already"):
-        scheduler.add(_request("a", 5))
+        scheduler.add(make_request("a", 5))
     with pytest.raises(
         ValueError, match=r"'b' needs 65 positions \(prompt 60, max_tokens 6\).* 64"
     ):
-        scheduler.add(_request("b", 60, max_tokens=6))
+        scheduler.add(make_request("b", 60, max_tokens=6))
     with pytest.raises(ValueError, match="'c' has an empty prompt"):
         scheduler.add(Request(id="c", tokens=(), sampling=SamplingParams()))
     scheduler.next()
     with pytest.raises(ValueError, match="'a' is here already"):
-        scheduler.add(_request("a", 5))
+        scheduler.add(make_request("a", 5))
     assert scheduler.cancel("z") is None
     assert scheduler.cancel("a") == 0
     assert scheduler.idle
 
 
 def test_the_first_prefill_does_not_wait_for_everybody_to_be_admitted():
-    scheduler = _scheduler(num_slots=100)
+    scheduler = make_scheduler(num_slots=100)
     for i in range(90):
-        scheduler.add(_request(str(i), 10))
+        scheduler.add(make_request(str(i), 10))
     for admitted in (32, 64, 90):
         scheduler.next()
         assert scheduler.num_running == admitted
-
-
-# Prefills and decodes
-
-
-@pytest.mark.parametrize(
-    ("rounds", "prefill_tokens", "expected"),
-    [(1, 512, "DPDPDPDP"), (3, 512, "PPDPPPDP"), (1, 128, "DPDPDPDP")],
-)
-def test_what_decodes_waits_for_so_many_prefills(rounds, prefill_tokens, expected):
-    scheduler = _scheduler(prefill_rounds=rounds, prefill_tokens=prefill_tokens)
-    scheduler.add(_request("a", 10))
-    scheduler.next()
-    scheduler.started(0)
-    scheduler.add(_request("b", 128 * 9))
-    kinds = "".join("D" if isinstance(scheduler.next(), Decode) else "P" for _ in range(8))
-    assert kinds == expected
-
-
-def test_what_decodes_waits_for_one_large_prefill_or_several_small_ones():
-    scheduler = _scheduler(prefill_chunk=1024, prefill_tokens=4096)
-    scheduler.add(_request("a", 10))
-    scheduler.next()
-    scheduler.started(0)
-    assert isinstance(scheduler.next(), Decode)
-    for length in (60, 120, 250, 380, 500, 760, 1020, 2000):
-        scheduler.add(_request(str(length), length))
-    sizes = []
-    while isinstance(program := scheduler.next(), Prefill):
-        sizes.append(program.num_rows * program.length)
-    assert sizes == [64, 128, 256, 384, 512, 768]  # each counts as 512 or more
-
-
-def test_a_short_prompt_does_not_wait_for_all_of_a_long_one():
-    scheduler = _scheduler()
-    scheduler.add(_request("long", 128 * 20))
-    scheduler.next()
-    scheduler.add(_request("short", 10))
-    assert "short" in _ids(scheduler.next()) + _ids(scheduler.next())
-
-
-def test_short_prompts_do_not_keep_a_long_one_from_being_read():
-    scheduler = _scheduler()
-    scheduler.add(_request("long", 128 * 20))
-    turns = 0
-    for i in range(100):
-        scheduler.add(_request(f"short {i}", 10))
-        program = scheduler.next()
-        turns += "long" in _ids(program)
-        for chunk in program.chunks:
-            if chunk.is_last:
-                scheduler.finished(chunk.slot)
-        if scheduler.state("long") is None:
-            break
-    assert (i, turns) == (38, 20)  # every other turn
-
-
-def test_prompts_of_similar_length_are_read_together():
-    scheduler = _scheduler(num_slots=9)
-    for id, length in (("a", 60), ("b", 120), ("c", 50), ("d", 100), ("e", 64)):
-        scheduler.add(_request(id, length))
-    programs = _prefills(scheduler)
-    assert [(_ids(p), p.num_rows, p.length) for p in programs] == [
-        (["a", "c", "e"], 4, 64),
-        (["d", "b"], 2, 128),
-    ]
-
-
-def test_rows_that_would_be_empty_read_shorter_prompts():
-    scheduler = _scheduler()
-    for id, length in (("a", 120), ("b", 120), ("c", 120), ("d", 5), ("e", 60)):
-        scheduler.add(_request(id, length))
-    program = scheduler.next()
-    assert (_ids(program), program.num_rows) == (["a", "b", "c", "e"], 4)
-
-
-@pytest.mark.parametrize(("num", "rows"), [(5, [4, 1]), (6, [8]), (7, [8])])
-def test_expensive_padding_is_left_out(num, rows):
-    """Up to a quarter of the rows is not: another prefill reads the weights again."""
-    scheduler = _scheduler(prefill_chunk=1024, prefill_tokens=8192)
-    for i in range(num):
-        scheduler.add(_request(str(i), 1000))
-    assert [program.num_rows for program in _prefills(scheduler)] == rows
-
-
-def test_with_one_bucket_a_prompt_is_cut_at_the_same_places_whatever_is_cached():
-    scheduler = _scheduler(buckets="one")
-    for id in "ab":
-        scheduler.add(_request(id, 200, first=0))
-        chunks = [chunk for program in _prefills(scheduler) for chunk in program.chunks]
-        assert {chunk.start for chunk in chunks} <= {0, 128}
-    assert chunks[0].num_cached == 128
-
-
-def test_fresh_is_when_nothing_is_before():
-    scheduler = _scheduler()
-    scheduler.add(_request("a", 200))
-    assert [program.fresh for program in _prefills(scheduler)] == [True, False]
 
 
 def test_shapes_are_few_and_cover_the_settings():
