@@ -67,6 +67,7 @@ def measure(name: str, cfg: ModelConfig, compiled: list[float]) -> None:
     init = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), transformer.init(cfg, key)))
     made = weights.prepare(cfg, init(jax.random.key(0)), dtype=dtype)
     engine = engine_lib.Engine(cfg, made, settings=SETTINGS, eos_ids=(), dtype=dtype)
+    made_form = made.form
     del made
     engine.warm_up()
     first_token(engine, cfg, seed=0)
@@ -76,13 +77,13 @@ def measure(name: str, cfg: ModelConfig, compiled: list[float]) -> None:
         size = sum(x.nbytes for x in jax.tree.leaves(trained))
         of_engine, of_process = engine.stats()["compilations"], len(compiled)
         began = time.perf_counter()
-        copied = jax.tree.map(jnp.copy, trained)  # the trainer keeps its own
-        new = jax.block_until_ready(weights.prepare(cfg, copied, dtype=dtype))
+        new = weights.prepare(cfg, trained, dtype=dtype, form=made_form, source="kept")
+        jax.block_until_ready(new)
         prepared = time.perf_counter()
         engine.update_weights(new, version=version)
         jax.block_until_ready(new)
         updated = time.perf_counter()
-        del new, copied
+        del new
         first = first_token(engine, cfg, seed=1 + version)
         assert engine.weight_version == version
         of_engine = int(engine.stats()["compilations"] - of_engine)

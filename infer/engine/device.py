@@ -17,15 +17,37 @@ from infer.engine import buckets, program_table, scheduler
 from infer.engine.program_table import Padding, Program
 from infer.speculation.draft import Draft
 from infer.speculation.proposers import DraftChunk
+from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax.decode import forward, sampling, slot_state
+from qwen_jax.decode import forward, sampling, slot_state, weights
 from qwen_jax.decode.weights import DecodeWeights
+from qwen_jax.model import transformer
 from qwen_jax.ops.attention.paged import kv_pages
+from qwen_jax.quant import array
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _check_alike(old: Any, new: Any, *, name: str, attributes: Sequence[str]) -> None:
+    """Raises `ValueError`, naming the leaf, where names or attributes of leaves differ."""
+    ours, theirs = _named_leaves(old), _named_leaves(new)
+    for leaf in sorted(set(ours) ^ set(theirs)):
+        here, there = ("missing", "given") if leaf in theirs else ("given", "missing")
+        raise ValueError(
+            f"{name}: {leaf} is {there} in the new weights and {here} in the engine's; give "
+            f"weights of the same names, shapes and dtypes, in the same form"
+        )
+    for leaf, ours_of_leaf in ours.items():
+        for attribute in attributes:
+            mine, its = getattr(ours_of_leaf, attribute), getattr(theirs[leaf], attribute)
+            if mine != its:
+                raise ValueError(
+                    f"{name}: {leaf} has {attribute} {its} in the new weights and {mine} in the "
+                    f"engine's; give weights of the same shapes and dtypes, or make a new engine"
+                )
 
 
 class Device:
@@ -44,7 +66,8 @@ class Device:
         draft: Draft | None,
     ):
         """`settings` have their num_pages and max_length."""
-        self._cfg, self._has_draft = cfg, draft is not None
+        self._cfg, self._layout, self._dtype = cfg, layout, dtype
+        self._has_draft = draft is not None
         self._pad = Padding(cfg, settings)
         sizes = {
             "num_pages": settings.num_pages,
@@ -128,25 +151,35 @@ class Device:
         Raises `ValueError`, naming the leaf, where names, shapes or dtypes are not the same.
         """
         old = self._arrays[name]
-        ours, theirs = _named_leaves(old), _named_leaves(new)
-        for leaf in sorted(set(ours) ^ set(theirs)):
-            here, there = ("missing", "given") if leaf in theirs else ("given", "missing")
-            raise ValueError(
-                f"{name}: {leaf} is {there} in the new weights and {here} in the engine's; new "
-                f"weights have the names, shapes and dtypes of the old, in the same form"
-            )
-        for leaf, array in ours.items():
-            for attribute in ("shape", "dtype"):
-                mine, its = getattr(array, attribute), getattr(theirs[leaf], attribute)
-                if mine != its:
-                    raise ValueError(
-                        f"{name}: {leaf} has {attribute} {its} in the new weights and {mine} in "
-                        f"the engine's; give weights of the same shapes and dtypes, or make a new "
-                        f"engine"
-                    )
+        _check_alike(old, new, name=name, attributes=("shape", "dtype"))
         if jax.tree.structure(old) != jax.tree.structure(new):
             raise ValueError(f"{name}: the new weights are in another form; prepare them alike")
         return jax.device_put(new, jax.tree.map(lambda array: array.sharding, old))
+
+    def prepared(self, params: dict) -> DecodeWeights:
+        """The model's stacked parameters in the form of the engine's; `params` stay as they are.
+
+        Raises `ValueError`, naming the leaf, where names or shapes are not the model's.
+        """
+        quantised = any(
+            map(array.is_quantised, jax.tree.leaves(params, is_leaf=array.is_quantised))
+        )
+        if not quantised:
+            expected = transformer.shapes(self._cfg)
+            _check_alike(expected, params, name="params", attributes=("shape",))
+        if self._layout is None:
+            where = jax.tree.leaves(self._arrays["params"])[0].sharding
+        else:
+            where = sharding.shardings(transformer.axes(self._cfg), self._layout)
+            where = array.shardings(where, params)
+        return weights.prepare(
+            self._cfg,
+            jax.device_put(params, where),
+            dtype=self._dtype,
+            form=self._arrays["params"].form,
+            layout=self._layout,
+            source="kept",
+        )
 
     def replace(self, name: str, new: Any) -> None:
         """Has later dispatches read `new`, which `placed` gave; those under way read the old."""

@@ -198,7 +198,11 @@ class Engine:
     # -- weights
 
     def update_weights(
-        self, params: dict, *, version: int, draft_params: dict | None = None
+        self,
+        params: dict | DecodeWeights,
+        *,
+        version: int,
+        draft_params: DecodeWeights | None = None,
     ) -> None:
         """Has requests served by new weights of the same names, shapes and dtypes.
 
@@ -208,9 +212,10 @@ class Engine:
         runs, that is at once. Until then both are in memory; a later update replaces one that has
         not been made. Nothing is compiled. To hurry, cancel what runs.
 
-        `params` are in the form of those that the engine was made with, and `draft_params` in that
-        of the draft model's, which stay as they are if none are given. Arrays that lie as the
-        engine's do are shared with it and must stay valid; others are copied onto its devices.
+        `params` are the model's own, stacked and on any devices, as a trainer holds them: they are
+        copied, cast, and put into the engine's form. `DecodeWeights` are in that form already, as
+        `draft_params` are in the draft model's, which stays as it is without them: arrays that are
+        placed as the engine's are shared with it and must stay valid.
         Raises `ValueError`, and changes nothing, for a leaf that is missing, unknown, or of another
         shape or dtype, for a version that is not greater than the last, and for `draft_params`
         without a draft model.
@@ -222,6 +227,8 @@ class Engine:
             )
         if draft_params is not None and self.settings.speculation != "draft":
             raise ValueError("draft_params are given, and this engine has no draft model")
+        if not isinstance(params, DecodeWeights):
+            params = self._device.prepared(params)
         arrays = {"params": self._device.placed("params", params)}
         if draft_params is not None:
             arrays["draft_params"] = self._device.placed("draft_params", draft_params)

@@ -5,6 +5,7 @@ compiles and runs the rows on padding, lowering for a device that is elsewhere t
 of arrays, and a dispatch runs what was compiled: a program of any other shape cannot be run.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from configs.models.architecture import ModelConfig
 from infer.engine import buckets, scheduler
 from infer.speculation.draft import Draft
 from infer.speculation.proposers import DraftChunk
+from partitioning import sharding
 from partitioning.sharding import Layout
-from qwen_jax.decode import draft_programs, forward, programs, sampling, slot_state
+from qwen_jax.decode import draft_programs, forward, programs, sampling, slot_state, weights
 from qwen_jax.model import transformer
 
 _SHORTEST_EMBED = 16  # tokens of the smallest bucket of prompts to embed
@@ -207,6 +209,49 @@ def table(
             draft, settings, pad=pad, vocab_size=cfg.vocab_size, attention=attention
         )
     return found | _embed_table(cfg, dtype=dtype, layout=layout)
+
+
+def lower_decode(
+    cfg: ModelConfig,
+    settings: EngineConfig,
+    layout: Layout,
+    *,
+    num_slots: int,
+    length: int,
+    dtype: jnp.dtype,
+) -> jax.stages.Lowered:
+    """The greedy decode of all slots of one engine, lowered for devices that may be elsewhere.
+
+    It draws `settings.decode_steps` tokens for each of `num_slots` slots of `length` positions.
+    Raises `ValueError` where the model does not divide over the mesh.
+    """
+    sharding.check_model(cfg, layout)
+    width = -(-length // settings.page_size)
+    settings = dataclasses.replace(
+        settings,
+        num_slots=num_slots,
+        max_length=length,
+        num_pages=num_slots * width,
+        buckets="one",
+    )
+    state = slot_state.shapes(
+        cfg,
+        num_slots=num_slots,
+        width=width,
+        num_pages=settings.num_pages,
+        page_size=settings.page_size,
+        dtype=dtype,
+        layout=layout,
+    )
+    form = weights.best_form(cfg, dtype=dtype, layout=layout)
+    replicated = sharding.sharding((), layout)
+    arrays = {
+        "params": weights.shapes(cfg, dtype=dtype, form=form, layout=layout),
+        "state": state,
+        "eos_E": jax.ShapeDtypeStruct((len(cfg.eos_token_ids),), jnp.int32, sharding=replicated),
+    }
+    name = decode_name(num_slots, sampler="greedy", num_steps=settings.decode_steps)
+    return table(cfg, settings, dtype=dtype, layout=layout)[name].lower(arrays)
 
 
 def _draft_table(

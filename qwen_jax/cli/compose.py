@@ -55,14 +55,14 @@ def lower(job: "Job") -> "dict[str, jax.stages.Lowered]":
     """
     import jax.numpy as jnp
 
-    from infer.engine import lowering
+    from infer.engine import program_table
     from qwen_jax.analysis import ahead_of_time
     from train import executables
 
     kind = "engine" if job.purpose == "decode" else "train"
     layout = ahead_of_time.layout(job.where, job.config.mesh, kind=kind)
     if job.purpose == "decode":
-        return lowering.lower(
+        advance = program_table.lower_decode(
             job.cfg,
             EngineConfig(),
             layout,
@@ -70,6 +70,7 @@ def lower(job: "Job") -> "dict[str, jax.stages.Lowered]":
             length=job.length,
             dtype=jnp.dtype(job.config.compute_dtype),
         )
+        return {"advance": advance}
     return executables.lower(job.cfg, job.config, layout, purpose=job.purpose)
 
 

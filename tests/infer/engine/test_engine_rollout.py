@@ -10,7 +10,7 @@ from infer.engine.engine_rollout import EngineRollout
 from infer.engine.request import Request
 from qwen_jax.rollout import Rollout
 from tests.infer.engine.test_engine import EOS, PARAMS, make_engine
-from tests.infer.engine.test_update_weights import NEW, prepared
+from tests.infer.engine.test_update_weights import NEW
 
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=12, seed=4)
 PROMPTS = [(5, 6, 7), (5, 6, 7), tuple(range(40)), (9,)]
@@ -43,10 +43,10 @@ def test_generate_update_generate(rollout):
     first = check(rollout, version=version)
     assert first[0] != first[1], "equal prompts were drawn alike"
     assert first == check(rollout, version=version), "the same call had another result"
-    rollout.update_weights(prepared(NEW), version=version + 1)
+    rollout.update_weights(NEW, version=version + 1)  # as a trainer has them
     second = check(rollout, version=version + 1)
     assert second != first
-    rollout.update_weights(prepared(PARAMS), version=version + 2)
+    rollout.update_weights(PARAMS, version=version + 2)
     assert check(rollout, version=version + 2) == first
 
 
