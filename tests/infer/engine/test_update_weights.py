@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_change_nothing():
     (name,) = NEW["embed"]
     short = prepared(changed(**{name: NEW["embed"][name][:-1]}))
     with pytest.raises(
-        ValueError, match=rf"embed\.{name} has shape \(330, 64\) in the new weights"
+        ValueError, match=rf"embed\.{name} has shape \(330, 128\) in the new weights"
     ):
         engine.update_weights(short, version=1)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), good)
@@ -184,7 +184,7 @@ def test_weights_that_do_not_fit_change_nothing():
         engine.update_weights(good, version=0)
     with pytest.raises(ValueError, match="this engine has no draft model"):
         engine.update_weights(good, version=1, draft_params=good)
-    with pytest.raises(ValueError, match=rf"embed\.{name} has shape \(330, 64\) in the new"):
+    with pytest.raises(ValueError, match=rf"embed\.{name} has shape \(330, 128\) in the new"):
         engine.update_weights(changed(**{name: NEW["embed"][name][:-1]}), version=1)
     assert engine.weight_version == 0
     assert answers(engine, [request]) == before
