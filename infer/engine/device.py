@@ -86,6 +86,11 @@ class Device:
         if draft is not None:
             self._arrays["draft_params"] = draft.params
             self._arrays["draft_pages"] = kv_pages.create(draft.cfg, layout=draft.layout, **sizes)
+        self._shardings = {
+            name: jax.tree.map(lambda x: x.sharding, self._arrays[name])
+            for name in ("state", "draft_pages")
+            if name in self._arrays
+        }
         self._where = None if layout is None else jax.NamedSharding(layout.mesh, jax.P())
         self._allow_all: dict[int, jax.Array] = {}  # masks that allow all tokens, by rows
         self.programs: dict[str, Program] = program_table.table(
@@ -142,8 +147,20 @@ class Device:
             outputs = (outputs,)
         if program.replaces is None:
             return outputs
-        self._arrays[program.replaces] = outputs[0]
+        self._arrays[program.replaces] = self._as_compiled_for(program.replaces, outputs[0])
         return outputs[1:]
+
+    def _as_compiled_for(self, name: str, new: Any) -> Any:
+        """`new` in the shardings that programs are compiled for; XLA may choose others."""
+        if self._layout is None:
+            return new
+        return jax.tree.map(
+            lambda x, where: (
+                x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+            ),
+            new,
+            self._shardings[name],
+        )
 
     def placed(self, name: str, new: Any) -> Any:
         """`new` where the device's array of this name is, in its shardings: to `replace` it.
