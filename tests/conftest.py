@@ -16,10 +16,14 @@ if MULTIDEVICE:
     jax.config.update("jax_num_cpu_devices", 8)
 collect_ignore = [] if MULTIDEVICE else ["multidevice"]
 
-# Most of the tests' time goes into compiling small programs that run for milliseconds.
-# `test_full_optimization.py` sets the variable, to compile as users do.
+# Most of the tests' time goes into compiling small programs that run for milliseconds, a large part
+# of it into fusion emitters. `test_full_optimization.py` sets the variable, to compile as users do.
+NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+flags = os.environ.get("XLA_FLAGS", "").replace(NO_EMITTERS, "")
 if "QWEN_JAX_FULL_OPTIMIZATION" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+    flags = f"{NO_EMITTERS} {flags}"
+os.environ["XLA_FLAGS"] = flags.strip()
 # On a busy machine one example may take any time; `timing` bounds the CPU seconds of a whole test.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")

@@ -231,6 +231,7 @@ class EvenThenEnd:
         self.left -= 1
 
 
+@pytest.mark.takes(20, "compiles an engine's programs")
 def test_a_grammar_beside_free_requests(engine):
     rng = random.Random(5)
     free = [any_request(rng, f"free-{i}") for i in range(5)]
