@@ -37,6 +37,7 @@ def check(rollout: EngineRollout, *, version: int) -> list[tuple[int, ...]]:
     return [completion.tokens for completion in completions]
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 def test_generate_update_generate(rollout):
     assert isinstance(rollout, Rollout)
     version = rollout.weight_version
@@ -50,6 +51,7 @@ def test_generate_update_generate(rollout):
     assert check(rollout, version=version + 2) == first
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 def test_what_a_rollout_refuses(rollout):
     with pytest.raises(ValueError, match="max_tokens=0 generates nothing"):
         scored = dataclasses.replace(SAMPLING, max_tokens=0, prompt_logprobs=0)

@@ -77,11 +77,19 @@ def backend_compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 @pytest.mark.parametrize("speculation", ["off", "prompt_lookup", "draft"])
 def test_an_updated_engine_answers_as_a_fresh_one(speculation, backend_compilations):
     """With prompts of the old weights in the prefix cache, and a draft model that changes too."""
     engine, wanted = make(PARAMS, speculation=speculation), requests("a", 8)
-    before = answers(engine, wanted)
+
+    def serve(engine: engine_lib.Engine) -> dict[str, tuple]:
+        if speculation != "prompt_lookup":
+            return answers(engine, wanted)
+        # Whether a pass verifies or decodes depends on the company, and rounding on that.
+        return {request.id: answers(engine, [request])[request.id] for request in wanted}
+
+    before = serve(engine)
     assert engine.stats()["cached_tokens"] > 0, "no prompt began like another"
     new, new_draft = prepared(NEW), None
     if speculation == "draft":
@@ -90,15 +98,16 @@ def test_an_updated_engine_answers_as_a_fresh_one(speculation, backend_compilati
     assert compiled > 0
     engine.update_weights(new, version=3, draft_params=new_draft)
     assert engine.weight_version == 3
-    after = answers(engine, wanted)
+    after = serve(engine)
     assert engine.stats()["compilations"] == count
     assert len(backend_compilations) == compiled, "something was compiled"
     check_nothing_is_held(engine)
     fresh = make(NEW, speculation=speculation, draft=DRAFTS[1])
-    assert after == answers(fresh, wanted)  # tokens, logprobs and reasons, bit by bit
+    assert after == serve(fresh)  # tokens, logprobs and reasons, bit by bit
     assert all(after[id][0] != before[id][0] for id in after if len(after[id][0]) > 4)
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 @pytest.mark.parametrize("speculation", ["off", "prompt_lookup", "draft"])
 def test_requests_that_run_end_on_the_old_weights(speculation):
     """Those that wait, and those that come later, are served by the new ones from their start."""
@@ -139,6 +148,7 @@ def test_requests_that_run_end_on_the_old_weights(speculation):
     assert 4 <= num_old < 9
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 def test_cancelling_what_runs_hurries_an_update():
     engine = make(PARAMS)
     settings = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
@@ -159,6 +169,7 @@ def test_cancelling_what_runs_hurries_an_update():
     check_nothing_is_held(engine)
 
 
+@pytest.mark.takes(90, "compiles an engine's programs")
 def test_weights_that_do_not_fit_change_nothing():
     engine, (request,) = make(PARAMS), requests("a", 1, seed=2)
     before = answers(engine, [request])
