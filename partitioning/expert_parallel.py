@@ -36,11 +36,11 @@ _ROW_ALIGNMENT = 16  # kernels take whole tiles of rows, of so many in bfloat16
 
 @dataclass(frozen=True)
 class Compute:
-    """An expert's arithmetic in the two forms, and the logical axes of its kernels."""
+    """Arithmetic of the experts in both forms, and the logical axes of their kernels."""
 
     grouped: Grouped
     batched: Batched
-    axes: Any  # a tree like the kernels'
+    axes: Any  # logical axes, a tree of the same structure as the kernels
 
 
 def run(
@@ -54,11 +54,12 @@ def run(
     capacity_factor: float | None,
     layout: Layout | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_j w_j E_j(x) of every token -> [B, T, D], and choices dropped [B, parts of the length].
+    """Sum over the chosen experts, sum_j w_j E_j(x), [B, T, D]; dropped choices, [B, shards of T].
 
-    `num_experts` is the number of experts that `kernels` hold; a choice of that number is of none
-    and adds nothing. With a `capacity_factor` f, an expert takes the first ceil(f T J / E) tokens
-    of a sequence that choose it (of a device's part of a sequence, where its length is split).
+    `num_experts` is the number of experts that `kernels` hold; a choice equal to that number names
+    no expert and adds nothing. With a `capacity_factor` f, an expert takes the first
+    ceil(f T J / E) tokens of a sequence that choose it; where the length is sharded, the rule
+    applies to each device's shard of the sequence.
     """
     if capacity_factor is None:
         local = functools.partial(_dropless, compute, num_experts=num_experts, spread_tokens=True)
@@ -97,8 +98,8 @@ def run(
         body,
         mesh=layout.mesh,
         in_specs=(tokens, tokens, tokens, specs),
-        # Each device of `tensor` gives its part of the sum. Summed out here, the sum's gradient is
-        # a copy; inside, without varying axes being tracked, it would be another all-reduce.
+        # Each device of `tensor` returns a partial sum. A sum outside `shard_map` has a copy as its
+        # gradient; a sum inside, where varying axes are not tracked, would add an all-reduce.
         out_specs=(
             jax.sharding.PartitionSpec(over("act_ffn"), over("batch"), over("length")),
             tokens,
@@ -110,10 +111,12 @@ def run(
 
 @dataclass(frozen=True)
 class Routes:
-    """Which token each row is a copy of, and which row each choice of a token is.
+    """Maps between tokens [M, J] and rows [R] in expert order.
 
-    source_R: token, or M for a row of none.   slots_MJ: row, or R for a choice without one.
-    order_R: choice m J + j, or M J.           sizes_E: rows of each expert.
+    source_R: token that the row copies, or M for an empty row.
+    slots_MJ: row of each choice, or R for a choice without a row.
+    order_R: choice m J + j that the row belongs to, or M J for an empty row.
+    sizes_E: number of rows of each expert.
     """
 
     source_R: jax.Array
@@ -123,7 +126,7 @@ class Routes:
 
 
 def sort(experts_MJ: jax.Array, *, num_experts: int, num_rows: int) -> Routes:
-    """Rows in the order of their experts, of equal ones in the order of tokens.
+    """Routes whose rows are sorted by expert, and by token within an expert.
 
     Choices outside [0, num_experts) get no row; `num_rows` must suffice for the others, and may be
     more.
@@ -138,17 +141,17 @@ def sort(experts_MJ: jax.Array, *, num_experts: int, num_rows: int) -> Routes:
     order_R = jnp.pad(order, (0, num_rows - len(order)), constant_values=M * J)
     exists = order_R < M * J
     slots_MJ = jnp.where(flat < num_experts, place, num_rows).reshape(M, J)
-    # Counted by comparison: a scatter of ones would take turns at few addresses.
+    # Counted by comparison: a scatter-add of ones would serialise on a few addresses.
     sizes_E = jnp.sum(flat[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
     return Routes(jnp.where(exists, order_R // J, M), slots_MJ, order_R, sizes_E)
 
 
 @jax.custom_vjp
 def spread(x_MD: jax.Array, source_R: jax.Array, slots_MJ: jax.Array) -> jax.Array:
-    """Rows [R, D]: row r is token source_r, or zeros. `collect` is its transpose, and it is that's.
+    """Rows [R, D]: row r is token source_r, or zeros. `spread` and `collect` are transposes.
 
-    Both are gathers, forward and backward: a scatter-add of rows would be slower, and on a GPU its
-    sums would not be the same from run to run.
+    Both functions are gathers, forward and backward: a scatter-add of rows would be slower, and on
+    a GPU its sums would differ from run to run.
     """
     del slots_MJ
     return x_MD.at[source_R].get(mode="fill", fill_value=0)
@@ -188,7 +191,7 @@ def _dropless(
     axes: tuple[str, ...],
     spread_tokens: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Every choice gets its row. `spread_tokens`: whether devices of `axes` have tokens each."""
+    """Dropless expert sums: every choice has a row. `spread_tokens`: tokens are sharded on `axes`."""
     B, T, D = x_BTD.shape
     J = experts_BTJ.shape[-1]
     x_MD, weights_MJ, experts_MJ = (x.reshape(B * T, -1) for x in (x_BTD, weights_BTJ, experts_BTJ))
@@ -198,7 +201,7 @@ def _dropless(
     if axes:
         num_experts //= jax.lax.axis_size(axes)
         experts_MJ = experts_MJ - jax.lax.axis_index(axes) * num_experts
-    # A token's choices differ from each other, so few experts on a device bound its rows.
+    # The choices of a token are distinct, so a device needs at most min(J, experts) rows a token.
     num_rows = x_MD.shape[0] * min(J, num_experts)
     num_rows += -num_rows % _ROW_ALIGNMENT
     routes = sort(experts_MJ, num_experts=num_experts, num_rows=num_rows)
@@ -224,9 +227,10 @@ def _with_capacity(
     capacity_factor: float,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """The first C choices of each expert in each sequence get a place.
+    """Expert sums with a capacity: each expert takes its first C choices in each sequence.
 
-    Earlier tokens first: what is dropped depends on nothing later in the sequence, nor on others.
+    Earlier tokens come first, so a dropped choice depends neither on later tokens of the sequence
+    nor on other sequences.
     """
     B, T, D = x_BTD.shape
     E, J = num_experts, experts_BTJ.shape[-1]

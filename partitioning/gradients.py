@@ -145,7 +145,7 @@ class OutputGradient:
     piece: int | None
 
 
-# Rows of a product that keep a matrix unit busy while it reads the other factor.
+# Fewest rows of a matrix product that keep the matrix unit busy while it reads the other factor.
 _ENOUGH = 512
 
 
@@ -165,7 +165,7 @@ def plan_output_gradient(
         return OutputGradient(min(chunk, length, _ENOUGH), piece)
     return OutputGradient(
         min(chunk, length), None
-    )  # each chunk reads and writes the sum: no smaller chunks than asked for
+    )  # every chunk reads and writes the sum, so chunks are never smaller than requested
 
 
 @functools.lru_cache(maxsize=1024)

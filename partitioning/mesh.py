@@ -12,7 +12,7 @@ from configs.mesh import MeshConfig
 
 
 def resolve(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Axis sizes inside one slice, with -1 replaced by what is left.
+    """Axis sizes inside one slice, with -1 replaced by the number of remaining devices.
 
     Raises `ValueError` if the product is not the number of devices.
     """
@@ -57,7 +57,7 @@ def make(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def abstract(config: MeshConfig) -> jax.sharding.AbstractMesh:
-    """The mesh's shape without devices, for plans; every axis needs a size.
+    """Abstract mesh without devices, for plans; every axis needs a size.
 
     Raises `ValueError` if an axis is -1: there are no devices to take.
     """
@@ -70,7 +70,7 @@ def abstract(config: MeshConfig) -> jax.sharding.AbstractMesh:
 
 
 def parse(text: str) -> MeshConfig:
-    """`fsdp=4,tensor=2` as a mesh config; unnamed axes are 1.
+    """Mesh config of a text such as `fsdp=4,tensor=2`; unnamed axes have size 1.
 
     Raises `ValueError` on an unknown or repeated axis or a size that is not a whole number.
     """

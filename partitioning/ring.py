@@ -1,19 +1,20 @@
 """Exact causal attention over lengths that no device holds whole: the schedules, and zigzag order.
 
-Ring attention (arXiv 2310.01889) with the zigzag split: of 2n chunks of a sequence, device i of n
+Ring attention (arXiv 2310.01889) with the zigzag split: a sequence has 2n chunks, and device i of n
 holds chunks i and 2n-1-i, so that causal work is the same on every device. Keys and values go round
-the ring; in every round a device has two chunk x chunk products to compute, without a causal mask:
+the ring; in every round a device computes two chunk x chunk products, without a causal mask:
 
     round 0           its own two chunks: ordinary causal attention
     from device j<i   both of its chunks see chunk j, and none sees chunk 2n-1-j
     from device j>i   chunk 2n-1-i alone sees both chunks j and 2n-1-j
 
-Blocks are merged by their log-sum-exp. How a block is computed is an argument (`Blocks`): this file
-knows only who sees whom, and what moves when. Everything here runs inside `jax.shard_map`; arrays
-are one device's share. `ids` are segment ids of packed rows, or None.
+Blocks are merged by their log-sum-exp. The kernel of a block is an argument (`Blocks`): this file
+only holds the schedule of blocks and of transfers. Everything here runs inside `jax.shard_map`;
+arrays are one device's shard. `ids` are segment ids of packed rows, or None.
 
-Memory is 1/n of one device's: the backward pass keeps q, k, v, o and the log-sum-exp of the local
-chunks, and lets keys and values go round again, with the float32 sums of their gradients.
+Each device needs 1/n of the memory of attention on one device: the backward pass keeps q, k, v, o
+and the log-sum-exp of the local chunks, and sends keys and values round the ring again, together
+with the float32 sums of their gradients.
 """
 
 import functools
@@ -29,16 +30,17 @@ from jax.sharding import PartitionSpec
 from partitioning import sharding
 from partitioning.sharding import Layout
 
-# What a remat policy keeps so that the backward pass need not run the forward ring again.
+# Name of the residuals that a remat policy keeps so that the backward pass skips the forward ring.
 RESIDUAL_NAME = "attention_out"
 
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Which keys of a block its queries see: all that hold.
+    """Mask of a block: a query sees a key if every condition that is set holds.
 
-    causal: s <= t, both counted from the block's start. q_ids_BT, kv_ids_BS: equal segments only;
-    equal ids are neighbours, and a block that is not causal lies behind its keys.
+    causal: s <= t, both counted from the block's start. q_ids_BT, kv_ids_BS: segment ids of queries
+    and keys must be equal. Tokens of one segment are contiguous, and in a block that is not causal
+    every query lies behind every key.
     """
 
     causal: bool
@@ -51,9 +53,9 @@ jax.tree_util.register_dataclass(BlockMask, ["q_ids_BT", "kv_ids_BS"], ["causal"
 
 @dataclass(frozen=True)
 class Rows:
-    """What the backward pass of a block needs to know of its queries, over all their keys.
+    """Residuals of a block's queries, over all their keys, for the backward pass.
 
-    o, its gradient do, the log-sum-exp, and di = sum_h(o do), of which kernels take one or another.
+    o, its gradient do, the log-sum-exp, and di = sum_h(o do); a kernel may use only some of them.
     """
 
     o_BTNH: jax.Array
@@ -67,7 +69,7 @@ jax.tree_util.register_dataclass(Rows, ["o_BTNH", "do_BTNH", "lse_BNT", "di_BNT"
 
 @dataclass(frozen=True)
 class Blocks:
-    """Attention of queries over one block of the keys that they see.
+    """Forward and backward kernels of attention over one block of keys.
 
     forward(q_BTNH, k_BSKH, v_BSKH, mask=BlockMask) -> o_BTNH, lse_BNT: normalised within the block,
     and the float32 log-sum-exp of its scores q k^T: q comes scaled. Where a query sees no key of
@@ -81,10 +83,10 @@ class Blocks:
 
 
 def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
-    """[B, T_X] in sequence order -> collective-permute -> [B, T_X] in zigzag order.
+    """Tokens in zigzag order, [B, T_X], from tokens in sequence order, [B, T_X].
 
-    X are the n devices over which `length` is spread. Device i has chunks 2i and 2i+1; even and odd
-    chunks go to their places by one permutation each.
+    [B, T_X] -> collective-permute -> [B, T_X], where X are the n devices that shard `length`. Device
+    i holds chunks 2i and 2i+1; one permutation moves the even chunks, another the odd chunks.
     Raises `ValueError` if T does not divide into 2n chunks.
     """
     n = layout.size("length")
@@ -111,7 +113,7 @@ def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
 
 
 def chunk_order(num_devices: int) -> tuple[int, ...]:
-    """The chunks of a sequence in zigzag order, two for each device."""
+    """Chunk numbers of a sequence in zigzag order, two for each device."""
     last = 2 * num_devices - 1
     return tuple(chunk for i in range(num_devices) for chunk in (i, last - i))
 
@@ -245,30 +247,31 @@ _SCHEDULES = {
 
 
 def _own_forward(blocks, q, k, v, ids):
-    """(o, lse) of either chunk's queries over the own two chunks, in float32."""
+    """(o, lse) in float32, for each chunk's queries over the two local chunks of keys."""
     o, lse = blocks.forward(q, k, v, mask=BlockMask(True, ids, ids))
     return tuple(zip(_halves(o.astype(jnp.float32)), _halves(lse), strict=True))
 
 
 def _own_backward(blocks, q, k, v, ids, rows):
-    """The gradients of either chunk's queries, and those of keys and values, in float32."""
+    """Gradients in float32 of each chunk's queries, and of the local keys and values."""
     gradients = blocks.backward(q, k, v, mask=BlockMask(True, ids, ids), rows=rows)
     dq, dk, dv = _float32(gradients)
     return tuple(_halves(dq)), dk, dv
 
 
 def _both_and_second(*trees):
-    """What is known of the queries, and that of the second chunk's alone.
+    """Arrays of the queries of both chunks, and a copy of those of the second chunk.
 
-    The second is copied once, behind a barrier: XLA would copy it again in every round.
+    The barrier makes XLA copy the second chunk once; XLA would otherwise copy it in every round.
     """
     return trees, jax.lax.optimization_barrier(_second(trees))
 
 
 def _visit_forward(blocks, axis, queries, total, visitors, distance):
-    """`total`, of either chunk, with the keys of the device `distance` before this one.
+    """(o, lse) of each chunk: `total` merged with the keys of the device `distance` before this one.
 
-    Chunks are apart, and added to inside the branches: the early one is often left as it is.
+    The two chunks are separate arrays, merged inside the branches, because many rounds leave the
+    first chunk unchanged.
     """
     (q, ids), (late_q, late_ids) = queries
 
@@ -287,7 +290,7 @@ def _visit_forward(blocks, axis, queries, total, visitors, distance):
 
 
 def _visit_backward(blocks, axis, queries, dq, visitors, distance):
-    """(dq, dk, dv), as `_visit_forward`; dk and dv are the visit's own."""
+    """(dq, dk, dv) of the blocks of `_visit_forward`; dk and dv hold this round's terms alone."""
     (q, ids, rows), (late_q, late_ids, late_rows) = queries
 
     def from_before():
@@ -309,7 +312,7 @@ def _visit_backward(blocks, axis, queries, dq, visitors, distance):
 
 
 def merge(total, part):
-    """Attention over two disjoint sets of keys, from that over each; float32."""
+    """(o, lse) over the union of two disjoint sets of keys, from (o, lse) over each; float32."""
     (o_BTNH, lse_BNT), (part_BTNH, part_BNT) = total, part
     new_BNT = jnp.logaddexp(lse_BNT, part_BNT)
     of_total, of_part = (
@@ -319,13 +322,13 @@ def merge(total, part):
 
 
 def _shift(tree, axis: str):
-    """Every array from the device before, round the ring."""
+    """Arrays of the previous device on the ring."""
     n = jax.lax.axis_size(axis)
     return jax.lax.ppermute(tree, axis, [(i, (i + 1) % n) for i in range(n)])
 
 
 def _scaled(q_BTNH: jax.Array) -> jax.Array:
-    """q / sqrt(H): scores' scale, and that of the gradient of q."""
+    """q / sqrt(H), the scale of the scores; the gradient of q has the same scale."""
     return q_BTNH / math.sqrt(q_BTNH.shape[-1])
 
 
@@ -351,5 +354,5 @@ def _halves(x: jax.Array) -> list[jax.Array]:
 
 
 def _padded(x_BTNH: jax.Array) -> jax.Array:
-    """The first chunk's gradient, and zeros for the second's."""
+    """Gradient of both chunks: that of the first chunk, and zeros for the second chunk."""
     return jnp.concatenate([x_BTNH, jnp.zeros_like(x_BTNH)], axis=1)

@@ -70,10 +70,10 @@ def check_axis(logical: str) -> None:
 
 
 # FSDP (ZeRO-3) over `fsdp`, `expert` and `context`, Megatron tensor parallelism over `tensor`, the
-# batch over all data axes. Devices that share a sequence hold other tokens of it, as those of
-# `fsdp` hold other sequences: weights are as well split over the one as over the other. So are,
-# over `expert`, all but those of the experts themselves. Axes are in the mesh's own order: of
-# groups in another one, the TPU compiler makes all-reduces where it could gather and scatter.
+# batch over all data axes. Devices of `context` hold different tokens of one sequence, as devices
+# of `fsdp` hold different sequences, so weights are sharded over both axes alike, and over `expert`
+# too, except for the experts' own kernels. Axes are in the order of the mesh: for groups in another
+# order the TPU compiler emits all-reduces in place of all-gathers and reduce-scatters.
 TRAIN = Rules(
     "train",
     (
@@ -84,7 +84,7 @@ TRAIN = Rules(
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
         ("experts", ("expert",)),
-        # Those of embed come last, so that from outer_batch to batch they alone are split.
+        # The axes of embed come last, so that resharding from outer_batch to batch splits only them.
         ("batch", ("data", "fsdp", "expert")),
         ("outer_batch", ("data",)),
         ("length", ("context",)),
@@ -97,15 +97,15 @@ TRAIN = Rules(
 )
 
 # Decoding reads every weight at every token: weights stay whole along `embed`, so that no step
-# gathers them. An engine's rows come and go, and each may be anywhere among its pages: all devices
-# hold all rows, and share out heads, hidden widths, experts and the vocabulary. Replicas are
-# engines of their own.
+# gathers them. Requests of an engine come and go, and their pages may lie anywhere in the cache:
+# all devices hold all rows, and heads, hidden widths, experts and the vocabulary are sharded.
+# Each replica is a separate engine.
 ENGINE = Rules(
     "engine",
     tuple(pair for pair in TRAIN.table if not pair[0].endswith(("embed", "batch", "length"))),
 )
 
-# Every device holds all: for a model so small that what it would wait for others costs more.
+# Every device holds the whole model: for small models, where communication would cost more.
 REPLICATED = Rules("replicated", ())
 
 

@@ -15,29 +15,29 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules for it: what model functions need to place an array. Hashable."""
+    """A mesh and its sharding rules, with which model functions place arrays. Hashable."""
 
     mesh: Mesh | jax.sharding.AbstractMesh
     rules: rules_lib.Rules
 
     @property
     def platform(self) -> str:
-        """`tpu`, `gpu` or `cpu`: that of the mesh's devices, or JAX's own without devices."""
+        """Platform of the mesh's devices, `tpu`, `gpu` or `cpu`; without devices JAX's default."""
         if isinstance(self.mesh, jax.sharding.AbstractMesh):
             return jax.default_backend()
         return self.mesh.devices.flat[0].platform
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
-        """The mesh axes that spread a dimension of this name; those of size 1 spread nothing."""
+        """Mesh axes of a size above 1 that shard a dimension of this logical name."""
         return tuple(a for a in self.rules.mesh_axes(logical) if self.mesh.shape[a] > 1)
 
     def size(self, logical: str | None) -> int:
-        """Over how many devices a dimension of this name is spread."""
+        """Number of devices over which a dimension of this logical name is sharded."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.mesh_axes(logical))
 
 
 def platform(layout: Layout | None) -> str:
-    """The platform of the layout's devices; without a layout that of JAX's default backend."""
+    """Platform of the layout's devices; without a layout, platform of JAX's default backend."""
     return jax.default_backend() if layout is None else layout.platform
 
 
@@ -111,7 +111,7 @@ def check_model(cfg: ModelConfig, layout: Layout) -> None:
         if size % parts == 0:
             continue
         mesh_axes = _spread_over(logical, layout)
-        # What divides this size alone may not divide what else lies on the same mesh axes.
+        # A remedy must also divide the other sizes that lie on the same mesh axes.
         beside = [n for other, _, n in sizes if _same_axes(other, logical, layout)]
         remedy = f"use {_divisors(math.gcd(*beside), limit=parts)}"
         padded = math.ceil(size / parts) * parts
@@ -127,9 +127,10 @@ def check_model(cfg: ModelConfig, layout: Layout) -> None:
 
 
 def pad_experts(cfg: ModelConfig, layout: Layout) -> ModelConfig:
-    """`cfg` holding as many experts as the mesh divides, for parameters that are only in memory.
+    """`cfg` with experts padded to a multiple of the mesh axis, for parameters only in memory.
 
-    A training run is told instead: its checkpoints have the shapes that they are written with.
+    A training run raises an error instead, because padding would change the shapes in its
+    checkpoints.
     """
     if cfg.moe is None:
         return cfg
@@ -152,7 +153,7 @@ def _sizes(cfg: ModelConfig) -> list[tuple[str, str, int]]:
     if cfg.moe is not None:
         padded = cfg.moe.pad_experts_to is not None
         held = "pad_experts_to" if padded else "num_experts"
-        shared = cfg.moe.shared_expert_intermediate_size  # 0, which everything divides, if none
+        shared = cfg.moe.shared_expert_intermediate_size  # 0 if absent: every number divides 0
         sizes += [
             ("ffn", "moe_intermediate_size", cfg.moe.moe_intermediate_size),
             ("ffn", "shared_expert_intermediate_size", shared),
@@ -169,7 +170,7 @@ def legal_tensor_sizes(cfg: ModelConfig, *, limit: int = 64) -> tuple[int, ...]:
 
 
 def _spread_over(logical: str, layout: Layout) -> str:
-    """The mesh axes that a dimension is spread over, for messages: `fsdp*context`."""
+    """Mesh axes that shard a dimension, as text for messages: `fsdp*context`."""
     return "*".join(layout.mesh_axes(logical))
 
 
@@ -183,7 +184,7 @@ def _divisors(size: int, *, limit: int) -> str:
 
 
 def describe(axes_tree, shapes_tree, layout: Layout) -> list[tuple[str, str, str, str, str]]:
-    """Rows for a person: parameter, shape, logical axes, spec, shape on one device."""
+    """Table rows for display: parameter, shape, logical axes, spec, shape on one device."""
     rows = []
     leaves = jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=is_axes)
     for (path, axes), leaf in zip(leaves, jax.tree.leaves(shapes_tree), strict=True):

@@ -30,7 +30,7 @@ _limit = 0.0
 
 @dataclass(frozen=True)
 class Membership:
-    """One process's place in a cluster, in the terms of `jax.distributed.initialize`."""
+    """Place of one process in a cluster, as arguments of `jax.distributed.initialize`."""
 
     coordinator: str
     num_processes: int
@@ -43,10 +43,10 @@ def find(config: ClusterConfig) -> Membership | None:
 
     `launch="auto"` asks JAX's cluster detection: Cloud TPU (metadata server), GKE with TPUs
     (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES and MEGASCALE_*), Slurm, Open MPI, and Kubernetes Jobs and
-    JobSets (package `kubernetes`). What `config`, or the variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, say goes first, and all of it is explicit start-up.
+    JobSets (package `kubernetes`). Values in `config`, or in the variables JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, take precedence; all of them together are explicit start-up.
 
-    Raises `ValueError` saying what is not known.
+    Raises `ValueError` naming the values that are missing.
     """
     if config.launch == "single":
         return None
@@ -83,11 +83,11 @@ def find(config: ClusterConfig) -> Membership | None:
 
 @contextlib.contextmanager
 def joined(config: ClusterConfig) -> Iterator[None]:
-    """Inside, this process is one of its cluster; nothing happens where it is alone.
+    """Context in which this process is a member of its cluster; without effect for one process.
 
-    Entered before anything asks jax for its devices. Where the body raises, the others end with
-    its reason, and this process leaves without waiting for them when the interpreter ends.
-    Raises `watch.Lost` where processes do not come, and what `find` raises.
+    Enter the context before anything asks JAX for its devices. If the body raises, the other
+    processes end with the same reason, and this process exits without waiting for them.
+    Raises `watch.Lost` if processes do not arrive, and the errors of `find`.
     """
     global _watch, _limit
     place = find(config)
@@ -111,14 +111,14 @@ def joined(config: ClusterConfig) -> Iterator[None]:
     except BaseException as error:
         code = exit_code(error)
         watch.fail(code, str(error) or type(error).__name__)
-        atexit.register(_leave, code)  # runs before jax's, which would wait for the others
+        atexit.register(_leave, code)  # runs before JAX's handler, which waits for the others
         raise
     finally:
         _watch = None
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after `error`: its own code, or 2 for what a user can mend."""
+    """Exit code of a process after `error`: the error's own code, or 2 for a user's mistake."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     usual = 2 if isinstance(error, ValueError | OSError) else 1
@@ -126,16 +126,17 @@ def exit_code(error: BaseException) -> int:
 
 
 def stage(name: str, *, seconds: float | None = None) -> None:
-    """This process now does `name`, as all do; after so long the run ends and names who is behind.
+    """Announces that this process, like all others, has begun the stage `name`.
 
-    `seconds` defaults to the cluster's `stall_seconds`.
+    After `seconds` (default: the cluster's `stall_seconds`) in one stage, the run ends with an
+    error that names the processes that are behind.
     """
     if _watch is not None:
         _watch.stage(name, _limit if seconds is None else seconds)
 
 
 def gather(value: Any) -> list:
-    """The JSON values of all processes, in their order, on each of them."""
+    """JSON values of all processes, in the order of the processes; equal on every process."""
     return [value] if _watch is None else _watch.gather(value)
 
 
@@ -157,7 +158,7 @@ def agree(values: dict[str, Any]) -> None:
 def _start(place: Membership, config: ClusterConfig) -> None:
     stage("JAX's start", seconds=config.start_seconds)
     _delay_aborts()
-    # JAX aborts when its own patience ends, and without a name: the watch's ends before.
+    # JAX aborts at its own timeout without naming a process; the watch has a shorter timeout.
     jax.distributed.initialize(
         place.coordinator,
         place.num_processes,
@@ -172,12 +173,12 @@ def _start(place: Membership, config: ClusterConfig) -> None:
 
 
 def _delay_aborts() -> None:
-    """Lets the watch speak before JAX aborts.
+    """Delays JAX's abort by 6 seconds, so that the watch can report the lost process first.
 
     When process 0 dies, its coordinator dies with it, and within milliseconds JAX's client aborts
     the other processes from a thread of its own. The C library's `sleep`, called in that thread
-    with the signal's number, 6, holds the abort for as many seconds; by then the watch has seen the
-    same, said it, and left with its exit code. Any other abort is an abort, 6 seconds later.
+    with the signal's number, 6, delays the abort by that many seconds; by then the watch has seen
+    the loss, reported it, and exited with its code. Every other abort is also delayed by 6 seconds.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]

@@ -237,7 +237,7 @@ class Watch:
         """End this process, and through process 0 all others; not where it ends by itself."""
         for line in self._lines.values() if self.process_id == 0 else ():
             line.send(over=[code, reason, grace])
-        # Process 0 ends last: with it goes JAX's coordinator, and its absence aborts the others.
+        # Process 0 ends last: JAX's coordinator ends with it, and JAX then aborts the others.
         time.sleep(grace + (self.process_id == 0))
         if self._failing is not None:
             return
@@ -248,10 +248,10 @@ class Watch:
 def call_roll(
     address: str, *, process_id: int, num_processes: int, seconds: float, silence: float
 ) -> Watch:
-    """Wait until all processes have come; process 0 listens at `address`, the others go there.
+    """Watch of a complete cluster; process 0 listens at `address`, the others connect to it.
 
-    Raises `Lost`, in every process that came, naming those that did not within `seconds`, and
-    `ValueError` where two processes have one number or do not agree on how many they are.
+    Raises `Lost`, in every process that arrived, naming those that did not arrive within `seconds`,
+    and `ValueError` if two processes have one number or disagree on the number of processes.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -285,7 +285,7 @@ def _listen(port: int, num_processes: int, *, seconds: float, silence: float) ->
                 (hello,) = line.receive(5)
                 process, count, name = hello["hello"]
             except (TimeoutError, ConnectionError, ValueError, KeyError):
-                continue  # nobody, or somebody who wants something else
+                continue  # no connection, or a connection that is not from a process of the run
             if count != num_processes or not 0 < process < num_processes:
                 text = (
                     f"{name} says that it is process {process} of {count}, process 0 knows of "
@@ -319,7 +319,7 @@ def _server(port: int, deadline: float) -> socket.socket:
                     f"process 0 cannot listen at port {port}: {error.strerror}; end what uses it, "
                     f"or give cluster.coordinator another port"
                 ) from None
-            time.sleep(0.5)  # an earlier run may be about to end
+            time.sleep(0.5)  # an earlier run that holds the port may be about to end
 
 
 def _refuse(lines: dict[int, Line], error: Lost | ValueError) -> NoReturn:
@@ -352,7 +352,7 @@ def _report(
             line.send(hello=[process_id, num_processes, socket.gethostname()])
             names = _await_hosts(line, silence)
             return Watch(process_id, names, {0: line}, silence=silence)
-        except OSError as error:  # it may not be there yet, or start again
+        except OSError as error:  # process 0 may not listen yet, or may be restarting
             trouble = str(error)
             time.sleep(0.2)
     raise Lost(
@@ -363,7 +363,7 @@ def _report(
 
 
 def _await_hosts(line: Line, silence: float) -> list[str]:
-    """The host names of all, once all have come. Process 0 decides how long that may take."""
+    """Host names of all processes, once all have arrived. Process 0 sets the time limit."""
     while True:
         for message in line.receive(silence):
             if "hosts" in message:
