@@ -191,7 +191,7 @@ def _dropless(
     axes: tuple[str, ...],
     spread_tokens: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dropless expert sums: every choice has a row. `spread_tokens`: tokens are sharded on `axes`."""
+    """Expert sums without a capacity. `spread_tokens`: whether `axes` shard the tokens."""
     B, T, D = x_BTD.shape
     J = experts_BTJ.shape[-1]
     x_MD, weights_MJ, experts_MJ = (x.reshape(B * T, -1) for x in (x_BTD, weights_BTJ, experts_BTJ))

@@ -85,8 +85,9 @@ class Blocks:
 def zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
     """Tokens in zigzag order, [B, T_X], from tokens in sequence order, [B, T_X].
 
-    [B, T_X] -> collective-permute -> [B, T_X], where X are the n devices that shard `length`. Device
-    i holds chunks 2i and 2i+1; one permutation moves the even chunks, another the odd chunks.
+    [B, T_X] -> collective-permute -> [B, T_X], where X are the n devices that shard `length`.
+    Before, device i holds chunks 2i and 2i+1; one permutation moves the even chunks, another the
+    odd chunks.
     Raises `ValueError` if T does not divide into 2n chunks.
     """
     n = layout.size("length")
@@ -268,7 +269,7 @@ def _both_and_second(*trees):
 
 
 def _visit_forward(blocks, axis, queries, total, visitors, distance):
-    """(o, lse) of each chunk: `total` merged with the keys of the device `distance` before this one.
+    """(o, lse) of each chunk: `total` merged with the keys of the device `distance` before it.
 
     The two chunks are separate arrays, merged inside the branches, because many rounds leave the
     first chunk unchanged.

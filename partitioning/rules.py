@@ -84,7 +84,7 @@ TRAIN = Rules(
         ("kv_heads", ("tensor",)),
         ("ffn", ("tensor",)),
         ("experts", ("expert",)),
-        # The axes of embed come last, so that resharding from outer_batch to batch splits only them.
+        # The axes of embed come last: resharding from outer_batch to batch splits only them.
         ("batch", ("data", "fsdp", "expert")),
         ("outer_batch", ("data",)),
         ("length", ("context",)),

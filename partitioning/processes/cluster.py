@@ -44,7 +44,7 @@ def find(config: ClusterConfig) -> Membership | None:
     `launch="auto"` asks JAX's cluster detection: Cloud TPU (metadata server), GKE with TPUs
     (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES and MEGASCALE_*), Slurm, Open MPI, and Kubernetes Jobs and
     JobSets (package `kubernetes`). Values in `config`, or in the variables JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID, take precedence; all of them together are explicit start-up.
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, take precedence; all three together are explicit start-up.
 
     Raises `ValueError` naming the values that are missing.
     """

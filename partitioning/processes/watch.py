@@ -1,4 +1,4 @@
-"""Processes that know of each other: who has come, who is gone, and who keeps the rest waiting.
+"""Watch over the processes of a run: which have arrived, which are lost, which are behind.
 
 JAX's own coordination ends a start that fails, or a run that loses a process, by aborting in C++
 after a time-out, without a name. Here every process holds one TCP connection to process 0, on the
@@ -32,13 +32,13 @@ _SEND_SECONDS = 10
 
 
 class Lost(RuntimeError):
-    """A process of the run did not come, or has gone. Start the run again."""
+    """A process of the run did not arrive, or was lost. Remedy: start the run again."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class Line:
-    """One connection: JSON values to and fro."""
+    """One connection that carries JSON values in both directions."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -48,13 +48,13 @@ class Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, **values: Any) -> None:
-        """Send, or do nothing where the other side has gone: reading will tell."""
+        """Send, or do nothing if the other side has closed; the next read raises the error."""
         with self._lock, contextlib.suppress(OSError):
             self.socket.settimeout(_SEND_SECONDS)
             self.socket.sendall(json.dumps(values).encode() + b"\n")
 
     def receive(self, seconds: float) -> list[dict]:
-        """What has come, after waiting for at most so long. Raises `ConnectionError` at the end."""
+        """Values received within a bounded wait. Raises `ConnectionError` if the peer closed."""
         self.socket.settimeout(max(seconds, 0.001))
         try:
             data = self.socket.recv(1 << 16)
@@ -84,7 +84,7 @@ class Line:
 
 
 class Watch:
-    """The connections of one process after the roll call, looked after by a thread of their own.
+    """Connections of one process after the roll call, served by a thread of their own.
 
     hosts: the host names of all processes.   lines: process 0's to all others, the others' to it.
     silence: seconds without a beat after which a process counts as lost.
@@ -95,7 +95,7 @@ class Watch:
     ) -> None:
         self.process_id, self.hosts = process_id, hosts
         self._lines, self._silence = lines, silence
-        # Of every process: how many stages it has entered, the last one's name, and its limit.
+        # For every process: number of stages entered, name of the last stage, and its time limit.
         self._places: dict[int, tuple[int, str, float]] = dict.fromkeys(
             range(len(hosts)), (0, "the start", silence)
         )
@@ -116,13 +116,13 @@ class Watch:
         return ", ".join(f"process {n} on {self.hosts[n]}" for n in processes)
 
     def stage(self, name: str, seconds: float) -> None:
-        """This process enters a stage that may take so long; all enter the same ones, in order."""
+        """Enter a stage with a time limit; all processes enter the same stages in one order."""
         number = self._places[self.process_id][0] + 1
         self._since[self.process_id] = time.monotonic()
         self._places[self.process_id] = (number, name, seconds)
 
     def gather(self, value: Any) -> list:
-        """The values (JSON) of all processes in their order; each calls it, equally often."""
+        """JSON values of all processes, in their order; all processes call it equally often."""
         self._count += 1
         self._put(self.process_id, self._count, value)
         with self._changed:
@@ -130,16 +130,16 @@ class Watch:
             return self._gathered.pop(self._count)
 
     def fail(self, code: int, reason: str) -> None:
-        """Tell the others that this process ends, and why. It has some seconds to do so."""
-        # An error in a collective may be another process's end: then that is the reason, and the
-        # thread says it and ends this process.
+        """Tell the others that this process ends, and why; it then has a few seconds to end."""
+        # An error in a collective may follow from the loss of another process: the thread then
+        # reports that loss and ends this process.
         time.sleep(_GRACE_SECONDS)
         self._failing = time.monotonic()
         for line in self._lines.values():
             line.send(fail=[self.process_id, code, reason])
 
     def close(self) -> None:
-        """Wait until all processes have come this far, and part. Without errors only."""
+        """Wait until all processes are done, then disconnect. For runs without errors only."""
         self._last = self._count + 1
         self.gather(None)
         self._thread.join()
@@ -211,7 +211,7 @@ class Watch:
             if now - line.heard > self._silence:
                 self._lost(process, f"nothing was heard of it for {self._silence:.0f} s")
         if self._failing is not None and now - self._failing > 10 * _GRACE_SECONDS:
-            os._exit(1)  # its reason has been said; what still runs is of no use to anyone
+            os._exit(1)  # the reason has been reported; the remaining work is of no use
         if self.process_id == 0:
             for process, (_, name, seconds) in self._places.items():
                 if now - self._since[process] > seconds:
@@ -234,7 +234,7 @@ class Watch:
         )
 
     def _stop(self, code: int, reason: str, grace: float = 0) -> None:
-        """End this process, and through process 0 all others; not where it ends by itself."""
+        """End this process, and all others through process 0, unless it is already ending."""
         for line in self._lines.values() if self.process_id == 0 else ():
             line.send(over=[code, reason, grace])
         # Process 0 ends last: JAX's coordinator ends with it, and JAX then aborts the others.
