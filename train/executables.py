@@ -1,4 +1,4 @@
-"""A training run's programs, lowered for devices that need not be here, and taken from a bundle."""
+"""Programs of a training run, lowered for devices that may be absent, or loaded from a bundle."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from partitioning.sharding import Layout
 from qwen_jax.analysis import ahead_of_time
 from train.core import step
 
-# The settings that a compiled step depends on; the others are its inputs, or are the host's alone.
+# Settings that a compiled step depends on; the others are its inputs, or affect only the host.
 _FIELDS = (
     "batch_size", "accumulate_steps", "compute_dtype", "remat", "layer_loop", "attention",
     "context_parallel", "z_loss", "loss_chunk", "mesh",
@@ -27,7 +27,7 @@ _OPTIMIZER_FIELDS = ("b1", "b2", "eps", "clip_norm", "weight_decay", "moment_dty
 def lower(
     cfg: ModelConfig, config: TrainConfig, layout: Layout, *, purpose: Literal["train", "eval"]
 ) -> dict[str, jax.stages.Lowered]:
-    """The programs of a purpose, by name, for the devices of `layout`.
+    """Lowered programs of a purpose, by name, for the devices of `layout`.
 
     train: `step`, whose learning rate is an input, and `evaluate`. eval: `evaluate`.
     Raises `ValueError` where model, batch or length do not divide over the mesh.
@@ -63,7 +63,7 @@ def with_bundle(
 ) -> step.Program:
     """`program` with its step and evaluation from the bundle `config.executables`.
 
-    Raises `ValueError` where that bundle was made for anything else.
+    Raises `ValueError` if the bundle was made for another model, config or mesh.
     """
     where = topologies.parse(ahead_of_time.read_key(config.executables)["slice"])
     if where.num_devices != layout.mesh.size:

@@ -15,7 +15,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Host-local training batches, and where they stand as plain JSON."""
+    """Host-local training batches, whose position in the data is plain JSON."""
 
     def __next__(self) -> HostBatch: ...
     def get_state(self) -> dict: ...
@@ -25,7 +25,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """Which of `count` equal parts of every global batch a process reads."""
+    """Number of the part, of `count` equal parts of every global batch, that a process reads."""
 
     index: int
     count: int
@@ -72,7 +72,7 @@ def place(batch: HostBatch, where: NamedSharding, *, part: Share) -> dict[str, j
 def prefetch(
     source: Source, put: Callable[[HostBatch], dict[str, jax.Array]], *, ahead: int = 2
 ) -> Iterator[tuple[dict[str, jax.Array], dict]]:
-    """Batches on the devices, `ahead` of the one handed out, each with the state behind it."""
+    """Batches on the devices, placed `ahead` batches early, each with the data state after it."""
     waiting: collections.deque = collections.deque()
     for batch in iter(source.__next__, None):
         waiting.append((put(batch), source.get_state()))
@@ -82,6 +82,6 @@ def prefetch(
 
 
 def gather_states(state: dict, part: Share) -> list[dict]:
-    """The data states of all parts, in their order, on every process; all call it together."""
+    """Data states of all parts, in order, on every process; all processes call it together."""
     states = dict(cluster.gather([part.index, state]))
     return [states[index] for index in range(part.count)]

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number, or has left the level it had."""
+"""Guard that stops a run whose loss is not finite, or stays far above its running mean."""
 
 import collections
 import math
@@ -8,17 +8,17 @@ from collections.abc import Iterable, Mapping
 from configs.train import TrainConfig
 
 WINDOW = 100  # steps in the running mean
-_ENOUGH = 10  # steps before the mean says something
+_ENOUGH = 10  # steps before the mean is meaningful
 
 
 class Diverged(RuntimeError):
-    """Training went wrong; nothing was saved since."""
+    """Training diverged; no checkpoint was saved since."""
 
     exit_code = 3
 
 
 class Guard:
-    """Watches the loss of every step; `recent` are losses before the first, where a run goes on."""
+    """Guard over the loss of every step; `recent` are the losses before a resumed run's first."""
 
     def __init__(self, config: TrainConfig, *, recent: Iterable[float] = ()) -> None:
         self._factor = config.spike_factor
@@ -28,7 +28,7 @@ class Guard:
 
     @property
     def calm(self) -> bool:
-        """Whether the last loss was at its level: only then is a state worth saving."""
+        """Whether the last loss was not a spike; a state is saved only then."""
         return self._streak == 0
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:

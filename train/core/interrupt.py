@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 @contextmanager
 def catch() -> Iterator[Callable[[int], bool]]:
-    """Gives a function: has the run been asked to stop before step n?
+    """Context that yields a function of n: whether the run was asked to stop before step n.
 
     A second SIGINT interrupts at once. With several processes, JAX's preemption service, which has
     caught SIGTERM since the start, lets all of them stop at the same step when one is told to;

@@ -26,7 +26,7 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe brings.
+    """Data and initial state that a recipe gives to the loop.
 
     source: this process's training batches; the loop closes it.
     start: makes the state of a new run.
@@ -92,7 +92,7 @@ def run(cfg: ModelConfig, config: TrainConfig, program: Program, inputs: Inputs)
 
 
 class _Loop:
-    """One run's loop, and what its steps share."""
+    """The loop of one run, with the values that its steps share."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Loop:
         if step == 0:
             self._evaluate(state, step)
         rows = batches.prefetch(self._inputs.source, self._put)
-        overdue = False  # a checkpoint is due, but the loss is not calm
+        overdue = False  # a checkpoint is due, but the loss is at a spike
         traces = storage.folder(config.output) / metrics.TENSORBOARD
         with profile.window(config.profile_steps, traces) as mark:
             while step < config.num_steps and not asked(step):
@@ -128,7 +128,7 @@ class _Loop:
                 batch, data = _next(rows, step)
                 mark(step + 1, state.step)
                 rate = self._program.learning_rate(step)
-                # A value that comes from the host by accident would stall every step: an error.
+                # An accidental transfer from the host would stall every step, so it is an error.
                 with jax.transfer_guard("disallow"):
                     state, values = self._program.step(state, batch, rate)
                 step += 1
@@ -175,7 +175,7 @@ class _Loop:
         self._unread = None
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         self._guard.observe(step, values)
-        del values["finite"]  # it is, or the guard would have stopped the run
+        del values["finite"]  # always 1 here: the guard stops the run otherwise
         self._meter.step()
         if self._shows(step):
             values |= self._meter.read()
@@ -227,9 +227,9 @@ def evaluate(
     *,
     put: Callable[[batches.HostBatch], dict[str, jax.Array]],
 ) -> dict[str, float]:
-    """Mean loss and metrics a token over the batches of `held_out`, and the number of tokens.
+    """Mean loss and metrics per token over the batches of `held_out`, and the number of tokens.
 
-    Tokens count by weight, not batches by number: a padded last batch weighs what it holds.
+    The mean is over tokens by weight, not over batches, so padding in the last batch has no effect.
     Raises `ValueError` if no token carries weight.
     """
     total: Sums | None = None

@@ -1,8 +1,8 @@
-"""What a run says: metrics.jsonl, TensorBoard, a progress bar or plain lines, and its speed.
+"""Metrics of a run: metrics.jsonl, TensorBoard, a progress bar or plain lines, and speed.
 
 metrics.jsonl has one line for every step (`kind` train) and one for every evaluation (`kind`
-eval). A run that goes on from step n first cuts off what lies behind n, so that every step is
-there once.
+eval). A run that resumes from step n first removes the lines after step n, so that every step
+appears once.
 """
 
 import collections
@@ -32,7 +32,7 @@ FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 @dataclass(frozen=True)
 class History:
-    """What metrics.jsonl says up to the step a run goes on from."""
+    """Content of metrics.jsonl up to the step from which a run resumes."""
 
     losses: tuple[float, ...]  # the last ones, in order
     train: dict[str, float]  # the last line of each kind
@@ -40,7 +40,7 @@ class History:
 
 
 def rewind(output: Path, step: int, *, keep: int) -> History:
-    """Cut metrics.jsonl behind `step`, and give the last `keep` losses before it.
+    """History up to `step`, with the last `keep` losses; cuts metrics.jsonl after `step`.
 
     Also cuts a last line that a crash left unfinished. Lines are in order of their steps. The first
     process reads and cuts, and tells the others, which all call this.
@@ -89,7 +89,7 @@ class Meter:
         self._steps = 0
 
     def step(self) -> None:
-        """A step is done. The first only starts the clock: it holds the compilation."""
+        """Count a finished step. The first one only starts the clock: it includes compilation."""
         if self._since is None:
             self._since = time.perf_counter()
         else:
@@ -97,16 +97,16 @@ class Meter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside is not training."""
+        """Context whose duration does not count as training time."""
         begin = time.perf_counter()
         yield
         if self._since is not None:
             self._since += time.perf_counter() - begin
 
     def read(self) -> dict[str, float]:
-        """Tokens a second over all devices; TFLOP/s and MFU of one; then start anew.
+        """Tokens per second over all devices; TFLOP/s and MFU per device; resets the meter.
 
-        Empty where no step was timed; without MFU where the device's peak is not known.
+        Empty if no step was timed; without MFU if the peak of the device is not known.
         """
         if self._steps == 0 or self._since is None:
             return {}
@@ -123,7 +123,7 @@ class Meter:
 
 
 class Log:
-    """Writes and shows metrics; in processes other than the first it does nothing.
+    """Log that writes and shows metrics; in processes other than the first it does nothing.
 
     In a bucket, where nothing can be appended to, files appear with each checkpoint (`publish`).
     """
@@ -150,7 +150,7 @@ class Log:
             self._progress.start()
 
     def train(self, step: int, values: Values, *, show: bool) -> None:
-        """A step's metrics: to the files, and where `show` is set to TensorBoard and the eye."""
+        """Write a step's metrics to metrics.jsonl, and with `show` to TensorBoard and screen."""
         if not self._enabled:
             return
         self._write("train", step, values)
@@ -163,7 +163,7 @@ class Log:
             self.say(f"step {step}/{self._num_steps}  {_describe(values)}  eta {self._eta(step)}")
 
     def evaluation(self, step: int, values: Values) -> None:
-        """A held-out evaluation after `step` updates."""
+        """Write the metrics of a held-out evaluation after `step` updates."""
         if not self._enabled:
             return
         self._write("eval", step, values)
@@ -174,12 +174,12 @@ class Log:
         )
 
     def publish(self) -> None:
-        """Put what was written where the run lives, if that is not here."""
+        """Copy the local files to the run's output, if that is a bucket."""
         if self._enabled and self._here != self._output:
             storage.copy_tree(self._here, self._output)
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Show one line of text on the screen."""
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
         elif self._enabled:
@@ -193,7 +193,7 @@ class Log:
             return
         if self._progress is not None:
             self._progress.stop()
-        # When something has failed already, a disk that is full say, that is the one to report.
+        # After an earlier error, such as a full disk, that error is the one to report.
         with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():
             self._board.close()
             self._file.close()
@@ -228,7 +228,7 @@ def _progress_bar(console: Console) -> rich.progress.Progress:
 
 
 def _describe_briefly(values: Values) -> str:
-    """What fits beside a bar on a terminal of 80 columns."""
+    """Metrics as text that fits beside a progress bar on a terminal of 80 columns."""
     parts = [f"loss {values['loss']:.3f}"]
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")

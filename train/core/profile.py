@@ -13,9 +13,9 @@ from qwen_jax import storage
 def window(
     steps: tuple[int, int] | None, folder: Path
 ) -> Iterator[Callable[[int, jax.Array], None]]:
-    """Gives a function to call before each step n with an array of the state before it.
+    """Context that yields a function to call before each step n, with an array of the state.
 
-    It traces from before the first of `steps` until the last has run on the device.
+    The trace lasts from before the first of `steps` until the last has run on the device.
     """
     tracing = False
 

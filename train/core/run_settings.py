@@ -1,4 +1,4 @@
-"""The recipe a run was started with, kept beside it: a run goes on only with what it began with."""
+"""Recipe of a run, saved in its output: a run resumes only with the recipe it started with."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ from qwen_jax import storage
 FILE = "recipe.json"
 _SEEN_SECONDS = 10
 
-# What may change between two starts of one run, because it leaves every number of a step as it is
-# up to rounding, or only says when to stop, to look or to save.
+# Fields that may change between two starts of one run: they change the numbers of a step by no more
+# than rounding, or only set when the run stops, evaluates, logs or saves.
 HARMLESS = frozenset(
     (
         "output", "accumulate_steps", "remat", "attention", "loss_chunk", "mesh", "checkpoint",
@@ -27,12 +27,12 @@ HARMLESS = frozenset(
         "spike_factor", "spike_patience", "executables", "data.worker_count", "data.prefetch",
     )
 )  # fmt: skip
-# With these schedules the length is no part of the curve before the decay.
+# With these schedules the learning rate before the decay does not depend on the run's length.
 _OPEN_ENDED = {"constant": {"num_steps"}, "wsd": {"num_steps", "optimizer.decay_steps"}}
 
 
 def claim(output: Path, config: TrainConfig, cfg: ModelConfig) -> None:
-    """Write the recipe to `output`, or check it against the one that is there.
+    """Write the recipe to `output`, or check it against the recipe saved there.
 
     Every process calls it; the first one reads and writes, when all have agreed on one recipe.
     Raises `ValueError` naming every field that differs and would break the run's continuity, or
@@ -55,14 +55,14 @@ def _claim(path: Path, values: dict, config: TrainConfig) -> None:
 
 
 def _check_shared(output: Path) -> None:
-    """Raises `ValueError`, in every process, where not all see what process 0 writes there."""
+    """Raises `ValueError`, in every process, unless all see a file that process 0 writes."""
     if jax.process_count() == 1:
         return
     name = cluster.gather(f".shared-{uuid.uuid4().hex}")[0]
     if jax.process_index() == 0:
         (output / name).write_bytes(b"")
     cluster.gather(None)
-    # A network file system may remember for some seconds that a name was not there.
+    # A network file system may cache the absence of a name for some seconds.
     deadline = time.monotonic() + _SEEN_SECONDS
     while not (seen := (output / name).exists()) and time.monotonic() < deadline:
         time.sleep(0.2)

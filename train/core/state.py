@@ -1,4 +1,4 @@
-"""Training state on disk: Orbax checkpoints that go on bitwise; their parameters anyone can read.
+"""Training state on disk: Orbax checkpoints that resume bitwise, with parameters as a plain tree.
 
     OUTPUT/checkpoints/STEP/params      parameters, a plain tree (OCDBT)
                             optimizer   step and moments
@@ -7,10 +7,10 @@
                                         "checksums": {"params": .., "optimizer": ..,
                                                       "json": ..}}, JSON
 
-A step's folder appears under its name when everything in it is written; what a killed save left
-behind has another name, is not looked at, and is removed at the next start.
+A step's folder gets its name when everything in it is written; the remains of a killed save have
+another name, are ignored, and are removed at the next start.
 
-A save takes one copy of this process's shards to host memory, and training goes on while that is
+A save copies this process's shards to host memory, and training continues while that copy is
 written. A second save waits for the first.
 """
 
@@ -42,7 +42,7 @@ _KEYS = ("key", "idx", "name")  # of a dictionary, a sequence, an attribute
 
 
 class DiskFull(OSError):
-    """Something of a run could not be written; the checkpoints there are whole."""
+    """A full disk prevented a write; the checkpoints that exist are complete."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Store:
         )
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Step of the newest complete checkpoint, or `None`."""
         return self._manager.latest_step()
 
     def restore(self) -> Restored | None:
@@ -139,11 +139,11 @@ class Store:
         )
 
     def check(self) -> None:
-        """Raises what has stopped a save in the background, if anything has."""
+        """Raises the error that stopped a save in the background, if there is one."""
         self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Wait until what was saved is whole. Raises what stopped it."""
+        """Wait until the last save is complete. Raises the error that stopped it."""
         self._manager.wait_until_finished()
 
     def __enter__(self) -> "Store":
@@ -158,7 +158,7 @@ class Store:
             self._manager.close()
 
     def _check_room(self, state: State) -> None:
-        # Asked for before, a full disk is one error. Met on the way, it is one of every array.
+        # A check before the save gives one error; a disk that fills during it, one per array.
         self.wait()
         if storage.is_remote(self.folder):
             return
@@ -175,7 +175,7 @@ class Store:
         try:
             yield
         except jax.errors.JaxRuntimeError:
-            raise  # the fault of a device, or of another process
+            raise  # an error of a device or of another process, not of the checkpoint
         except Exception as error:  # Orbax raises, among many others, `Exception` itself
             older = [n for n in self._manager.all_steps() if n < step]
             instead = f"the checkpoint of step {max(older)}" if older else "the beginning"
@@ -207,7 +207,7 @@ class Store:
 
 @contextlib.contextmanager
 def explain_full_disk(output: Path) -> Iterator[None]:
-    """Turns whatever a full disk raises, in Orbax, in tensorstore or here, into one `DiskFull`."""
+    """Context that turns the errors of a full disk (Orbax, tensorstore, ours) into `DiskFull`."""
     try:
         yield
         return
@@ -228,10 +228,10 @@ def explain_full_disk(output: Path) -> Iterator[None]:
 
 
 def checksums(state: State, **json_values: dict) -> dict[str, dict[str, int]]:
-    """Of every array by the name it is stored under: the sum of its words modulo 2^32.
+    """Checksum of every array by its stored name: the sum of the array's words modulo 2^32.
 
-    The same on any mesh. A changed bit changes it; `qwen_jax/checkpoint/verify.py` computes it from
-    the files. `json` holds the sums of `json_values`.
+    The checksum is equal on every mesh, and any single changed bit changes it;
+    `qwen_jax/checkpoint/verify.py` computes it from the files. `json` holds those of `json_values`.
     """
     sums = jax.device_get(_sum_words(_parts(state), where=state.step.sharding))
 
@@ -263,7 +263,7 @@ def _compare(saved: dict, found: dict) -> None:
 
 
 def _parts(state: State) -> dict[str, dict]:
-    """The state as it is stored: two trees."""
+    """Stored form of the state: the trees `params` and `optimizer`."""
     optimizer = {"step": state.step, "state": state.optimizer}
     return {"params": state.params, "optimizer": optimizer}
 
@@ -279,7 +279,7 @@ def _restore_args(like) -> ocp.args.PyTreeRestore:
 
 
 def _chunks(tree: dict):
-    """Stacked layers are stored layer by layer, so that one can be read without the others."""
+    """Save arguments that store stacked layers one by one, so that each can be read alone."""
 
     def choose(path, leaf: jax.Array) -> ocp.SaveArgs:
         stacked = any(getattr(key, "key", None) in _STACKS for key in path)
@@ -289,7 +289,7 @@ def _chunks(tree: dict):
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, or one it stems from, says so; tensorstore says it in its text alone."""
+    """Whether `error`, or one of its causes, is a full disk; tensorstore says so only in text."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     seen: BaseException | None = error
     while seen is not None:

@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class State:
-    """Everything a step changes. `step`: updates applied so far, int32."""
+    """Training state that a step changes. `step`: number of updates applied so far, int32."""
 
     step: jax.Array
     params: dict
@@ -37,7 +37,7 @@ class State:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a loss returns: sums over the tokens of a batch, and the tokens' total weight.
+    """Sums over the tokens of a batch that a loss returns, and the total weight of the tokens.
 
     Sums of micro-batches add up to those of their batch, so dividing by `weight` at the end gives
     the same mean however a batch is split. A router's losses and metrics are means already, and
@@ -82,13 +82,13 @@ class Program:
 
     @property
     def inputs(self) -> tuple[State, Batch, jax.ShapeDtypeStruct]:
-        """What `step` takes, as shapes, dtypes and shardings: enough to lower and compile it."""
+        """Arguments of `step` as shapes, dtypes and shardings, enough to lower and compile it."""
         replicated = NamedSharding(self.batch_sharding.mesh, PartitionSpec())
         return self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """That of every [B, T]."""
+        """Sharding of every array [B, T] of a batch."""
         return self.batch["tokens"].sharding
 
 
@@ -99,7 +99,7 @@ def next_token_loss(cfg: ModelConfig, config: TrainConfig, layout: Layout) -> Lo
     )
 
     def loss(params: dict, batch: Batch) -> Sums:
-        # Sums over tokens have no order, so nothing is put back.
+        # A sum over tokens does not depend on their order, so the order is not restored.
         batch = jax.tree.map(
             lambda x: context_parallelism.arrange(x, variant, layout=layout), batch
         )
@@ -132,7 +132,7 @@ def next_token_loss(cfg: ModelConfig, config: TrainConfig, layout: Layout) -> Lo
 
 
 def with_router(sums: Sums, cfg: ModelConfig, output: transformer.Output) -> Sums:
-    """`sums` with the losses and metrics of the experts' router; as they are without experts."""
+    """`sums` with the router's losses and metrics added; unchanged for a model without experts."""
     if output.router is None:
         return sums
     router = moe.losses(cfg.moe, output.router)
@@ -230,7 +230,7 @@ def train_step(
     if bias_update_rate is not None:
         params = moe.with_updated_bias(params, sums.router_load_LE, rate=bias_update_rate)
     updated = State(state.step + 1, params, moments)
-    # A select, not a branch: it fuses into the update, and the host is not asked.
+    # A select, not a branch: it fuses into the update, without a round trip to the host.
     new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), updated, state)
     metrics = {
         "loss": sums.loss / sums.weight,

@@ -20,8 +20,8 @@ finally:
 class Board:
     """An event file in `folder` for steps from `first`.
 
-    Viewers drop what earlier files have from there on. It writes in the caller's thread, so that a
-    write that fails, on a full disk say, is heard of.
+    Viewers drop the values of earlier files from step `first` on. The board writes in the caller's
+    thread, so that a failed write, such as on a full disk, raises an error.
     """
 
     def __init__(self, folder: Path, *, first: int) -> None:
@@ -31,11 +31,11 @@ class Board:
         self._write(step=first, session_log=start)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """One value of the curve `name`."""
+        """Write one value of the curve `name`."""
         self._write(step=step, summary=summary.scalar(name, value))
 
     def flush(self) -> None:
-        """Hand what was written to the system."""
+        """Flush the written values to the operating system."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which documents are for training and which for evaluation, and in what order they come."""
+"""Split of the documents into training and evaluation, and the order of each."""
 
 import dataclasses
 import hashlib
@@ -69,11 +69,11 @@ def held_out(corpus: sources.Corpus, *, fraction: float) -> np.ndarray:
 def training_streams(
     corpora: Sequence[sources.Corpus], config: DataConfig, *, rows: Iterable[int], batch_size: int
 ) -> list[grain.MapDataset]:
-    """For each of `rows`, the documents that feed this row of every batch, without end.
+    """Endless stream of documents for each of `rows`, which feeds that row of every batch.
 
-    Any number of a stream is found at once. Without weights there is one global order; each epoch
-    of it is a permutation of all documents, another one every time (the order on disk, if
-    `shuffle` is off), and row r takes its numbers r, r + batch_size, r + 2 batch_size, ...
+    Streams have random access. Without weights there is one global order; each epoch of it is a
+    new permutation of all documents (or the order on disk, if `shuffle` is off), and row r takes
+    its numbers r, r + batch_size, r + 2 batch_size, ...
     With weights every path has such an order of its own, and each row mixes its parts of them:
     every `_MIXING_WINDOW` documents have each path's share. Grain takes shares in hundredths of
     the smallest weight.
@@ -160,7 +160,7 @@ class _GroupShuffle(grain.MapDataset):
         return self._parent[int(self._starts[groups[group]]) + place - int(bounds[group])]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The groups in their order, and where each starts in it, then the number of documents."""
+        """Groups in the order of the epoch, and first document of each, then their number."""
         if epoch not in self._epochs:
             numbers = np.arange(len(self._sizes), dtype=np.uint64)
             groups = np.argsort(_hash(_salt(f"{self._seed}/{epoch}"), numbers), kind="stable")
@@ -169,7 +169,7 @@ class _GroupShuffle(grain.MapDataset):
         return self._epochs[epoch]
 
     def _part(self, epoch: int, window: int, part: int) -> np.ndarray:
-        """The places of one part in their shuffled order."""
+        """Document numbers of one part, in shuffled order."""
         key = epoch, window, part
         if key not in self._parts:
             _, bounds = self._epoch(epoch)
@@ -207,7 +207,7 @@ def _hash(salts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _seed(config: DataConfig, name: str) -> int:
-    """A seed of 31 bits: Grain adds the epoch to it, so that near seeds would share orders."""
+    """Hashed seed of 31 bits; Grain adds the epoch to it, so nearby seeds would share orders."""
     digest = hashlib.sha256(f"{config.seed}/{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 

@@ -118,7 +118,7 @@ class TrainIterator(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Where this host's streams stand behind the batch handed out last, as plain JSON."""
+        """Positions of this host's streams after the last batch handed out, as plain JSON."""
         return {
             "format": _STATE_FORMAT,
             "identity": self._identity,
@@ -128,7 +128,7 @@ class TrainIterator(Iterator[Batch]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch at which `state` was taken.
+        """Continue after the batch at which `state` was taken.
 
         `state` is one host's, if that has this host's rows, or that of all hosts
         (`merge_states`). Raises `ValueError` if it belongs to other data or lacks rows.

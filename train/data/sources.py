@@ -1,6 +1,6 @@
-"""Where documents lie on disk, and how one is read.
+"""Index of the documents on disk, and reading one of them.
 
-An index holds places and no text: 24 bytes a document. A document is
+An index holds positions and no text: 24 bytes a document. A document is
 
 - a row of a `.jsonl` file (its byte range; blank lines do not count),
 - a row of a `.parquet` file (its number; the row group that holds it is decoded as a whole), or
@@ -183,7 +183,7 @@ def merge_blocks(corpus: Corpus, *, limit: int) -> Corpus:
 
 
 def group_sizes(corpus: Corpus) -> np.ndarray:
-    """Numbers of consecutive documents that are read together at the price of one.
+    """Sizes of the groups of consecutive documents that are read at the cost of one document.
 
     Row groups in parquet, as far as they are in the corpus; `_LINES_A_GROUP` in other files.
     """
@@ -257,7 +257,7 @@ def _index_blocks(file: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cut(window: bytes) -> int:
-    """How far into `window` to cut: behind a line feed, else before a space or any character."""
+    """Offset in `window` at which to cut: after a line feed, else before a space or character."""
     for at in (window.find(b"\n") + 1, window.find(b" ")):
         if at > 0:
             return at

@@ -19,7 +19,7 @@ PLACE = "place"  # key under which a batch carries the places behind it: int64 [
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The token ids of the document of a number in `order`; None from number `limit` on."""
+    """Token ids of a document by its number in `order`; None from number `limit` on."""
 
     order: grain.MapDataset
     tokenizer: transforms.Tokenizer = dataclasses.field(kw_only=True)
@@ -82,7 +82,7 @@ class _RowStreamsIterator(grain.DatasetIterator):
 
 
 def start_worker(index: int, count: int) -> None:
-    """Leave it to the training process when a worker ends; but end if that was killed."""
+    """Ignore signals in a worker, which the training process ends; exit if that was killed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # these often go to the whole process group
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""From a document's text to its token ids."""
+"""Token ids of a document's text."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from train.data import sources
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer. It must be picklable to be used in workers."""
+    """Interface of a tokenizer for the pipeline. Worker processes need it to be picklable."""
 
     vocab_size: int
     pad_id: int | None

@@ -36,7 +36,9 @@ def cross_entropy(
     chunk: int = 1024,
     layout: Layout | None = None,
 ) -> LossSums:
-    """sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
+    """Weighted sums of the next-token loss over a batch, without logits of the whole batch.
+
+    loss = sum_t w_t (logsumexp(z_t) - z_t[target_t] + z_loss logsumexp(z_t)^2), z = hidden kernel.
 
     The z term is PaLM's (arXiv 2204.02311, section 5). At most `chunk` tokens of every sequence
     have logits at one time; where the length is spread, of each part of it. Gradients run through
@@ -109,7 +111,7 @@ def _sums_forward(hidden_BTD, kernel_DV, targets_BT, weights_BT, z_loss, plan, l
     else:
         gradient_DV = _in_pieces(inputs[0], dlogits_SBCV, plan.piece, layout)
     gradient_BTD = _join(dhidden_SBCD, hidden_BTD.shape[1], layout)
-    # The kernel rides along for its dtype alone.
+    # The scalar zero only carries the dtype of the kernel to the backward pass.
     return (loss, tuple(parts)), (gradient_BTD, gradient_DV, jnp.zeros((), kernel_DV.dtype))
 
 
@@ -141,7 +143,7 @@ def _parts(logical: str, layout: Layout | None) -> int:
     return 1 if layout is None else layout.size(logical)
 
 
-# Of the sum over the chunks, [Z, X, D, V]: Z parts of the batch and X of the length, one a device.
+# Logical axes of the partial sums [Z, X, D, V]: Z shards of the batch, X of the length.
 _PARTS = ("batch", "length", "act_embed", "act_vocab")
 
 
@@ -171,7 +173,7 @@ def _meet(gradient_ZXDV: jax.Array, layout: Layout | None) -> jax.Array:
 
 
 def _in_pieces(hidden_SBCD, dlogits_SBCV, piece: int, layout: Layout | None) -> jax.Array:
-    """hidden^T slopes, [D, V] in float32, `piece` rows of every device's share of D at a time."""
+    """Gradient hidden^T dlogits, [D, V] in float32, by `piece` rows of each device's shard of D."""
 
     def product(hidden_SBCD, dlogits_SBCV):
         # D lies as [devices, pieces, rows]: a piece scatters to every device at once.
@@ -260,7 +262,7 @@ def _split(x: jax.Array, chunk: int, layout: Layout | None) -> jax.Array:
 
 
 def _join(chunks: jax.Array, length: int, layout: Layout | None) -> jax.Array:
-    """What `_split` split, with its padding cut off: [chunks, B, X chunk, D] -> [B, T, D]."""
+    """Inverse of `_split`, without the padding: [chunks, B, X chunk, D] -> [B, T, D]."""
     S, B, C, D = chunks.shape
     X = _parts("length", layout)
     parts = jnp.moveaxis(chunks.reshape(S, B, X, C // X, D), 0, 2).reshape(B, X, -1, D)

@@ -1,4 +1,4 @@
-"""Pre-training, and going on with it: next-token prediction over packed text."""
+"""Pre-training and continued pre-training: next-token prediction over packed text."""
 
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def run(config: TrainConfig) -> loop.Result:
-    """Train as `config` says, from the beginning or from where `config.output` stands.
+    """Result of a training run of `config`, which starts anew or resumes from `config.output`.
 
     Everything is checked before anything compiles. Raises `ValueError` for settings, data or an
     output that do not fit, and what `loop.run` raises.
@@ -123,7 +123,7 @@ def _start(
 def _keep_assets(
     folder: Path, config: TrainConfig, words: Tokenizer, initial: Resolved | None
 ) -> None:
-    """The tokenizer, and the model's own config.json, beside what is trained with them.
+    """Copy the tokenizer and the model's own config.json into the run's folder.
 
     Raises `ValueError` if the run was started with another tokenizer.
     """
