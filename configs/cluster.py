@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, and how long they wait."""
+"""Processes of one run: launch, addresses and time limits."""
 
 from typing import Annotated, Literal
 
@@ -8,18 +8,19 @@ from configs.schema import NonNegative, Positive, Range
 
 @schema.config(prefix="cluster.")
 class ClusterConfig:
-    """The processes of a run, one a host: how they find each other, how long they wait."""
+    """Processes of a run, one per host: launch, addresses and time limits."""
 
-    # single: one process. auto: ask Cloud TPU, GKE, Slurm, Open MPI or Kubernetes. explicit: below,
-    # or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    # single: one process. auto: found by asking Cloud TPU, GKE, Slurm, Open MPI or Kubernetes.
+    # explicit: coordinator, num_processes and process_id below, or the variables
+    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     launch: Literal["single", "auto", "explicit"] = "single"
-    coordinator: str = ""  # HOST:PORT of process 0, as the others reach it
-    num_processes: NonNegative[int] = 0  # 0: not said
-    process_id: Annotated[int, Range(min=-1)] = -1  # of this process, from 0; -1: not said
-    # For all processes to come, and for each step of the start
+    coordinator: str = ""  # HOST:PORT at which the others reach process 0
+    num_processes: NonNegative[int] = 0  # Number of processes; 0: not given
+    process_id: Annotated[int, Range(min=-1)] = -1  # From 0; -1: not given
+    # Seconds until all processes must have arrived, and for each step of the start-up
     start_seconds: Positive[int] = 300
-    silence_seconds: Positive[int] = 60  # without a sign of life a process counts as lost
-    # Longest for a training step, an evaluation, a save, a compilation
+    silence_seconds: Positive[int] = 60  # Silence after which a process is lost
+    # Most seconds that a training step, an evaluation, a save or a compilation may take
     stall_seconds: Positive[int] = 1800
 
     def __post_init__(self) -> None:

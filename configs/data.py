@@ -1,4 +1,4 @@
-"""Local text, and how it becomes batches."""
+"""Local text, and the settings by which it becomes batches."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from configs.schema import NonNegative, Positive, Range
 
 @schema.config(prefix="data.")
 class DataConfig:
-    """Local text and how it becomes batches.
+    """Local text, and the settings by which it becomes batches.
 
     A path is a file or a folder (searched recursively): .jsonl and .parquet rows give `text_field`;
     any other file of `text_suffixes` is one document.

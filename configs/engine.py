@@ -1,4 +1,4 @@
-"""How a batch inference engine shares one model among its requests."""
+"""Settings of a batch inference engine, which shares one model among its requests."""
 
 from typing import Annotated, Literal
 
@@ -8,31 +8,31 @@ from configs.schema import NonNegative, Positive, Range
 
 @schema.config()
 class EngineConfig:
-    """How a batch inference engine shares one model among its requests."""
+    """Settings of a batch inference engine, which shares one model among its requests."""
 
     num_slots: Positive[int] = 256  # requests that decode at one time
-    page_size: Positive[int] = 64  # positions of keys and values that are given out together
-    num_pages: NonNegative[int] = 0  # 0: as many as the device's memory holds
-    kv_cache: Literal["plain", "int8"] = "plain"  # int8: half the bytes of bfloat16, 0.8% off
-    # Of a device's memory, for parameters, pages and all else
+    page_size: Positive[int] = 64  # Tokens whose keys and values one cache page holds
+    num_pages: NonNegative[int] = 0  # Cache pages; 0: as many as fit into memory
+    kv_cache: Literal["plain", "int8"] = "plain"  # int8: half of bfloat16's bytes, 0.8% error
+    # Fraction of a device's memory for parameters, cache pages and temporary arrays
     memory_fraction: Annotated[float, Range(above=0, below=1)] = 0.9
-    # Tokens of prompt and answer together; 0: as many as the model reads
+    # Most tokens of prompt and answer together; 0: the model's longest position
     max_length: NonNegative[int] = 0
-    # Most tokens of one prompt that are read at one time
+    # Most tokens of one prompt in one prefill step
     prefill_chunk: Positive[int] = 2048
-    # Most tokens of all prompts that are read at one time
+    # Most tokens of all prompts in one prefill step
     prefill_tokens: Positive[int] = 8192
-    decode_steps: Positive[int] = 8  # tokens a request draws before the host looks
-    # prefill_tokens that those who decode may wait for, so many times
+    decode_steps: Positive[int] = 8  # Decode steps between two looks by the host
+    # Prefill steps, of prefill_tokens each, for which decoding requests may wait
     prefill_rounds: Positive[int] = 1
-    # Guesses of tokens, checked in one pass: copied from the text so far, or a smaller model's.
+    # Source of draft tokens, verified in one pass: earlier text of the request, or a draft model.
     speculation: Literal["off", "prompt_lookup", "draft"] = "off"
-    guesses: Positive[int] = 4  # tokens guessed at one time
-    # Most requests that decode at one time for which guessing may pay
+    guesses: Positive[int] = 4  # Draft tokens per verification
+    # Most decoding requests with which speculation is used
     speculation_rows: Positive[int] = 8
-    prefix_cache: Literal["on", "off"] = "on"  # prompts that begin alike are read once
+    prefix_cache: Literal["on", "off"] = "on"  # on: a shared prefix is prefilled once
     policy: Literal["fair", "longest_first"] = "fair"
-    # Shapes of the device's programs: a few of each, or one, so that neighbours never change it.
+    # Batch shapes of the device's programs. one: a request's program never depends on the others.
     buckets: Literal["few", "one"] = "few"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How the tokens of one request are drawn."""
+"""Sampling parameters of one request."""
 
 from typing import Annotated
 
@@ -16,14 +16,14 @@ NumLogprobs = Annotated[int, Range(min=0, max=MOST_LOGPROBS)] | None
 
 @schema.config()
 class SamplingParams:
-    """How one request's tokens are drawn. The defaults sample from the model's own distribution.
+    """Sampling parameters of one request. The defaults sample from the model's distribution.
 
     Applied in this order: logit bias, min_tokens, a grammar's mask, penalties, temperature, top-k,
     top-p, min-p.
     """
 
     max_tokens: NonNegative[int] = 512  # most tokens to generate, the closing one included
-    min_tokens: NonNegative[int] = 0  # the answer may not end before it has so many
+    min_tokens: NonNegative[int] = 0  # fewest tokens before the answer may end
     temperature: NonNegative[float] = 1.0  # 0 is greedy: the likeliest token, always
     top_k: NonNegative[int] = 0  # keep the k likeliest tokens; 0 keeps all
     # Keep the likeliest tokens that together reach this probability
@@ -31,14 +31,14 @@ class SamplingParams:
     min_p: Fraction = 0.0  # keep tokens at least this fraction as likely as the likeliest
     # Divides the scores of tokens seen in prompt and answer
     repetition_penalty: Positive[float] = 1.0
-    presence_penalty: Penalty = 0.0  # taken from the scores of tokens in the answer
-    frequency_penalty: Penalty = 0.0  # the same, for each time that they occur
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
-    stop_token_ids: tuple[int, ...] = ()  # end the answer too
-    ignore_eos: bool = False  # end at max_tokens alone (and stop tokens)
-    logprobs: NumLogprobs = None  # the answer's, with so many of the likeliest; None: none at all
-    prompt_logprobs: NumLogprobs = None  # the prompt's; allows max_tokens=0, which only scores
-    # Same seed, same request: same tokens, whatever else is in the batch
+    presence_penalty: Penalty = 0.0  # subtracted from logits of tokens in the answer
+    frequency_penalty: Penalty = 0.0  # the same, times the count of the token
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, number added to its logit)
+    stop_token_ids: tuple[int, ...] = ()  # further tokens that end the answer
+    ignore_eos: bool = False  # end only at max_tokens or a stop token
+    logprobs: NumLogprobs = None  # of the answer, with this many likeliest tokens; None: off
+    prompt_logprobs: NumLogprobs = None  # of the prompt; allows max_tokens=0 (scoring only)
+    # Seed of the request: equal seeds give equal tokens, whatever else is in the batch
     seed: Annotated[int, Range(min=0, below=2**32)] = 0
 
     def __post_init__(self) -> None:

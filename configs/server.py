@@ -1,4 +1,4 @@
-"""How a server meets its clients: where it listens, what it takes, how long it waits."""
+"""Settings of a server: address, limits of a request, and time limits."""
 
 from typing import Annotated
 
@@ -14,43 +14,43 @@ class ServerConfig:
     is logged; the others notice nothing.
     """
 
-    # Whom it listens to: by default this machine alone.
+    # Address to listen on; the default accepts clients of this machine only.
     host: str = "127.0.0.1"
-    # 0: any that is free; the line printed at the start says which.
+    # Port to listen on; 0: a free port, which is printed at the start.
     port: Annotated[int, Range(min=0, max=65535)] = 8000
-    # What clients call the model; empty: its folder's name.
+    # Name of the model in the API; empty: the name of its folder.
     model_name: str = ""
     # File that holds the API key; empty: environment variable QWEN_JAX_API_KEY, or no key at all.
     api_key_file: str = ""
 
-    # Bytes of a request's body.
+    # Most bytes of a request's body.
     max_body: Positive[int] = 4 * 2**20
-    # Bytes of a request's line and headers.
+    # Most bytes of a request's line and headers.
     max_header: Positive[int] = 64 * 2**10
-    # Tokens of a prompt; 0: as many as model and pages take.
+    # Most tokens of a prompt; 0: as many as the model and the cache pages allow.
     max_prompt_tokens: NonNegative[int] = 0
-    # Answers of one request: n, or best_of, times its prompts.
+    # Most answers of one request: n, or best_of, times the number of its prompts.
     max_choices: Positive[int] = 128
-    # Answers that may wait, beyond those that the engine works on.
+    # Most answers that wait for the engine, beyond those in progress.
     max_queue: NonNegative[int] = 256
-    # Open connections, idle ones included.
+    # Most open connections, idle ones included.
     max_connections: Positive[int] = 2048
-    # Texts of one request for embeddings.
+    # Most texts in one request for embeddings.
     max_inputs: Positive[int] = 2048
 
-    # Seconds until a request's headers are there.
+    # Seconds within which a request's headers must arrive.
     header_seconds: Positive[float] = 10.0
-    # Seconds until its body is there.
+    # Seconds within which a request's body must arrive.
     body_seconds: Positive[float] = 30.0
-    # Seconds between requests of one connection.
+    # Seconds after which an idle connection is closed.
     idle_seconds: Positive[float] = 30.0
-    # Seconds in which a client takes not a byte of its answer.
+    # Seconds after which a client that reads no byte of its answer is disconnected.
     stall_seconds: Positive[float] = 30.0
-    # Pieces of one streamed answer, for each choice, that wait for a client who reads slowly.
+    # Most pieces of a streamed answer, per choice, that are buffered for a slow client.
     stream_buffer: Positive[int] = 1024
-    # Bytes of a connection's answers that the operating system keeps.
+    # Bytes of the operating system's send buffer of a connection.
     send_buffer: Positive[int] = 64 * 2**10
     # Seconds from SIGTERM until open requests are cut off.
     drain_seconds: NonNegative[float] = 60.0
-    # Longest time in seconds that the engine may be at one round; then it counts as failed.
+    # Seconds after which an engine that has not finished a round counts as failed.
     engine_seconds: Positive[float] = 300.0

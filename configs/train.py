@@ -1,4 +1,4 @@
-"""One training run: what is trained, how long, and what is saved."""
+"""Settings of one training run, its checkpoints included."""
 
 from dataclasses import field
 from typing import Annotated, Literal
@@ -15,38 +15,38 @@ from configs.schema import NonNegative, Positive, Range
 
 @schema.config(prefix="checkpoint.")
 class CheckpointConfig:
-    """When training state is saved and how much of it is kept."""
+    """Interval of checkpoints, and the number of checkpoints kept."""
 
     every_steps: Positive[int] = 500
     keep: Positive[int] = 3  # newest checkpoints kept
-    # Steps divisible by it are kept for ever; 0: none
+    # Checkpoints of steps divisible by this number are never removed; 0: none
     keep_every_steps: NonNegative[int] = 0
 
 
 @schema.config()
 class TrainConfig:
-    """One training run. `output` is its home: run again with the same one, it goes on."""
+    """Settings of one training run; a second run with the same `output` resumes the first."""
 
     model: str | ModelConfig = "qwen2.5-0.5b"  # a preset's name, or a whole config
     # Hugging Face folder or native checkpoint; empty: random weights. Its own config then wins over
     # a preset named by `model`; a whole config there must have its shapes.
     init_from: str = ""
-    output: str = ""  # the run's home: checkpoints, metrics, tokenizer; run again, it goes on
+    output: str = ""  # folder of checkpoints, metrics and tokenizer; an existing run resumes
     num_steps: Positive[int] = 1000  # optimizer steps
-    # Sequences a step, over all devices, accumulation included
+    # Sequences per step, over all devices and micro-batches
     batch_size: Positive[int] = 8
-    accumulate_steps: Positive[int] = 1  # parts into which the batch of a step is split
-    seed: NonNegative[int] = 0  # of the initial weights
+    accumulate_steps: Positive[int] = 1  # micro-batches per step
+    seed: NonNegative[int] = 0  # Seed of the initial weights
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # A name of `configs/models/remat.py`, or "save:q,k,v offload:mlp_gate,mlp_up"
+    # Policy named in `configs/models/remat.py`, or tensors: "save:q,k,v offload:mlp_gate,mlp_up"
     remat: str = "full"
     layer_loop: Literal["scan", "unrolled"] = "scan"  # unrolled: faster on one GPU, slow to compile
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
-    # How rows spread over mesh.context meet in attention; auto: see
+    # Attention over sequences that mesh.context shards; the choice of auto is described in
     # qwen_jax/ops/attention/context_parallelism.py.
     context_parallel: Literal["auto", "ring", "all_gather", "ulysses"] = "auto"
     z_loss: NonNegative[float] = 0.0  # coefficient of mean(logsumexp(logits)^2)
-    # At most so many tokens of a sequence (or part) have logits
+    # Most tokens of a sequence (or of a device's shard of it) whose logits exist at one time
     loss_chunk: Positive[int] = 1024
     executables: str = ""  # a bundle of `qwen-jax plan --save`; empty: compile when the run starts
     log_every_steps: Positive[int] = 10
@@ -55,7 +55,7 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None  # first and last step of a profiler window
     # Stop when the loss exceeds this multiple of its running mean
     spike_factor: Annotated[float, Range(above=1)] = 3.0
-    spike_patience: Positive[int] = 5  # ... in so many steps running
+    spike_patience: Positive[int] = 5  # Consecutive steps above spike_factor before the stop
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     experts: ExpertTrainingConfig = field(default_factory=ExpertTrainingConfig)

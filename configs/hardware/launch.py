@@ -1,4 +1,4 @@
-"""A training job on Cloud TPU: what has to be said to rent chips and start it."""
+"""Settings of a training job on Cloud TPU: the chips to rent and the command to start."""
 
 import re
 import shlex
@@ -29,15 +29,15 @@ _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
 class LaunchConfig:
     """One training command on one slice, or several. Fields that do not apply must be left out."""
 
-    name: str  # of the job and of what is rented for it
+    name: str  # name of the job and of the resources rented for it
     topology: str  # such as v5p-128 or 2xv5e-256 (configs/hardware/topologies.py)
     project: str
     zone: str
     output: str  # gs://BUCKET/FOLDER: checkpoints and metrics, passed on as --output
-    train: str  # what follows `qwen-jax train`, as one quoted word, --output left out
+    train: str  # arguments of `qwen-jax train` without --output, as one quoted word
     capacity: Capacity = "spot"
-    package: str = ""  # what pip installs on the machines: gs://.../x.whl or git+https://...
-    cluster: str = ""  # of GKE
+    package: str = ""  # package for pip on the machines: gs://.../x.whl or git+https://...
+    cluster: str = ""  # name of the GKE cluster
     cluster_location: str = ""  # a region or a zone; left out, the region of `zone`
     image: str = ""  # container with qwen-jax and the tpu extra in it
     # Crashes that start the run again. A preemption is no crash, and is not counted where the
@@ -83,7 +83,7 @@ class LaunchConfig:
 
     @property
     def location(self) -> str:
-        """Where the cluster is."""
+        """Region or zone of the cluster."""
         return self.cluster_location or self.region
 
     @property

@@ -1,4 +1,4 @@
-"""What a model computes, and what comes beside its weights in a Hugging Face folder."""
+"""Architecture of a model, and the settings beside its weights in a Hugging Face folder."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -93,17 +93,17 @@ class MoEConfig:
 
 @schema.config(prefix="experts.")
 class ExpertTrainingConfig:
-    """How a run trains a model's experts; what is None stays as the model's own config says."""
+    """Settings for training a model's experts; None keeps the value of the model's config."""
 
     router_aux_loss_coef: NonNegative[float] | None = None  # of the load-balance loss
     # Coefficient of mean(logsumexp(router logits)^2)
     router_z_loss: NonNegative[float] | None = None
     load_balance: Literal["global_batch", "sequence"] | None = None  # where load is to be even
-    # Adds biases that steer the choice (arXiv 2408.15664)
+    # Update rate of router biases that balance the choice of experts (arXiv 2408.15664)
     bias_update_rate: Positive[float] | None = None
-    # Drops what exceeds this multiple of an even share
+    # An expert drops tokens beyond this multiple of its even share
     capacity_factor: Positive[float] | None = None
-    # For a mesh axis `expert` that does not divide their number
+    # Number of experts after padding, for a mesh axis `expert` that does not divide their number
     pad_experts_to: Positive[int] | None = None
 
     def apply(self, model: "ModelConfig") -> "ModelConfig":

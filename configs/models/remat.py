@@ -1,4 +1,4 @@
-"""What the backward pass finds again: rematerialisation policies by name, or tensor by tensor.
+"""Rematerialisation policies, by name or as a list of the tensors that are kept.
 
 A spelling names the tensors of a layer that are kept on the device (`save`) and those that wait in
 host memory (`offload`); the backward pass recomputes the others from them and from the layer's
