@@ -16,10 +16,10 @@ class ClusterConfig:
     launch: Literal["single", "auto", "explicit"] = "single"
     coordinator: str = ""  # HOST:PORT at which the others reach process 0
     num_processes: NonNegative[int] = 0  # Number of processes; 0: not given
-    process_id: Annotated[int, Range(min=-1)] = -1  # From 0; -1: not given
+    process_id: Annotated[int, Range(min=-1)] = -1  # Own number, from 0; -1: not given
     # Seconds until all processes must have arrived, and for each step of the start-up
     start_seconds: Positive[int] = 300
-    silence_seconds: Positive[int] = 60  # Silence after which a process is lost
+    silence_seconds: Positive[int] = 60  # Seconds without a heartbeat before a loss
     # Most seconds that a training step, an evaluation, a save or a compilation may take
     stall_seconds: Positive[int] = 1800
 

@@ -22,7 +22,7 @@ class EngineConfig:
     prefill_chunk: Positive[int] = 2048
     # Most tokens of all prompts in one prefill step
     prefill_tokens: Positive[int] = 8192
-    decode_steps: Positive[int] = 8  # Decode steps between two looks by the host
+    decode_steps: Positive[int] = 8  # Tokens per request between two host steps
     # Prefill steps, of prefill_tokens each, for which decoding requests may wait
     prefill_rounds: Positive[int] = 1
     # Source of draft tokens, verified in one pass: earlier text of the request, or a draft model.

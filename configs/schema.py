@@ -1,4 +1,4 @@
-"""What every configuration of the project shares: the check of its fields, and plain values.
+"""Shared parts of every configuration: the check of its fields, and its plain JSON values.
 
 A configuration is a dataclass made by `config`: frozen, keyword-only, and checked whenever one is
 built, field by field from the type hints. A hint says all that can be said of one field alone:
@@ -34,7 +34,7 @@ class Range:
     remedy: str = ""
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with `value`, or None for a number inside the range."""
+        """Description of the error in `value`, or None for a number inside the range."""
         if (
             (self.min is None or value >= self.min)
             and (self.above is None or value > self.above)
@@ -127,7 +127,7 @@ def _check_fields(config: object, prefix: str) -> None:
 
 
 def _problem(value: object, hint: Any) -> str | None:
-    """What is wrong with `value` under a type hint, or None.
+    """Description of the error in `value` under a type hint, or None.
 
     Raises `TypeError` for a kind of hint that is not known here, so that no field goes unchecked.
     """

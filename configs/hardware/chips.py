@@ -52,7 +52,7 @@ class Chip:
 
     @property
     def device_hbm_bytes(self) -> int | None:
-        """What a program may use of one jax device's memory."""
+        """Bytes of one JAX device's memory that a program may use."""
         return None if self.usable_hbm_bytes is None else self.usable_hbm_bytes // self.devices
 
     @property

@@ -76,12 +76,12 @@ class Slice:
 
     @property
     def shape_name(self) -> str:
-        """Such as 4x4x8."""
+        """Shape as text, such as 4x4x8."""
         return "x".join(map(str, self.shape))
 
     @property
     def topology_name(self) -> str | None:
-        """For `jax.experimental.topologies.get_topology_desc`; `None` for all but TPUs."""
+        """Name for `jax.experimental.topologies.get_topology_desc`; `None` unless a TPU."""
         return f"{self.chip.name}:{self.shape_name}" if self.chip.platform == "tpu" else None
 
     @property

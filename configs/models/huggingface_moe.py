@@ -19,7 +19,7 @@ _FIELDS: dict[str, tuple[Any, type]] = {
 # qkv_bias: one behaviour exists. output_router_logits: what transformers' forward returns, and
 # whether its training adds the balance loss, which ours adds by its coefficient.
 KEYS = {*_FIELDS, "mlp_only_layers", "qkv_bias", "output_router_logits"}
-# Defaults of Qwen2MoeConfig for keys of qwen2, where they are others.
+# Defaults of Qwen2MoeConfig for keys of qwen2, where the two differ.
 DEFAULTS = {
     "hidden_size": 2048,
     "intermediate_size": 5632,

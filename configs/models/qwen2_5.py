@@ -71,7 +71,7 @@ def instruct_1m(size: str) -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """A million parameters, for the quickstart: the family's every mechanism on 2 cores."""
+    """Model of a million parameters for the quickstart on 2 cores, with all of Qwen2.5's parts."""
     return ModelConfig(
         name="tiny",
         vocab_size=2048,

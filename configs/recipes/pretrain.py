@@ -1,4 +1,4 @@
-"""Pre-training from random weights, and going on with a pretrained model on plain text.
+"""Recipes for pre-training from random weights, and for continued training on plain text.
 
 Batch and learning rate of the larger runs follow the public recipes of models of their size
 (Llama 2, arXiv 2307.09288, section 2.2: 4 million tokens a step, peak 3e-4, cosine to a tenth).
