@@ -15,9 +15,8 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
-    weights: tuple[
-        Positive[float], ...
-    ] = ()  # one per path: shares of documents drawn; empty: by size
+    # One per path: the share of the documents drawn that comes from it; empty: by size
+    weights: tuple[Positive[float], ...] = ()
     eval_paths: tuple[str, ...] = ()  # empty: `eval_fraction` of the documents is held out
     eval_fraction: Annotated[float, Range(min=0, below=1)] = 0.02
     tokenizer: str = ""  # folder with tokenizer files, a .tiktoken rank file or a .model

@@ -32,7 +32,9 @@ class EngineConfig:
     speculation_rows: Positive[int] = 8
     prefix_cache: Literal["on", "off"] = "on"  # on: a shared prefix is prefilled once
     policy: Literal["fair", "longest_first"] = "fair"
-    # Batch shapes of the device's programs. one: a request's program never depends on the others.
+    # Shapes of the device's programs. one: every program has one shape; with speculation=off an
+    # answer is then bitwise that of its request alone. few: smaller shapes while few requests run;
+    # other requests then change an answer by rounding.
     buckets: Literal["few", "one"] = "few"
 
     def __post_init__(self) -> None:
