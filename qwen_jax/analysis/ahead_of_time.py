@@ -6,6 +6,7 @@ digest of each lowered program, which differs whenever code or config would make
 bundle whose key differs from the reader's is refused. Its files are pickles: load only your own.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -13,13 +14,14 @@ import json
 import pickle
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
 from jax.experimental import serialize_executable, topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import schema
 from configs.hardware import xla_flags
@@ -95,10 +97,28 @@ def flags(where: Slice) -> dict[str, xla_flags.Value]:
     return xla_flags.options(where.chip) if where.chip.platform == "tpu" else {}
 
 
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """A context in which compilation reads nothing from JAX's persistent cache.
+
+    The trap: on a CPU, XLA serialises a program that came from the cache without the code of its
+    fusions, and a bundle of it fails when it runs.
+    """
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks only once whether there is a cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
 def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object]) -> Compiled:
     """The program, compiled with the compiler options `flags`, and its measures."""
     begin = time.perf_counter()
-    program = lowered.compile(compiler_options=dict(flags) or None)
+    with _without_cache():
+        program = lowered.compile(compiler_options=dict(flags) or None)
     seconds = time.perf_counter() - begin
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return Compiled(

@@ -64,7 +64,7 @@ def test_kept_decoding_draws_the_same_tokens(tmp_path):
     eos_E = jax.numpy.full(len(cfg.eos_token_ids), -1, np.int32)
     here = jax.NamedSharding(layout.mesh, jax.P())
     slots_R, mask_RW, eos_E = jax.device_put((slots_R, mask_RW, eos_E), here)
-    _, ours = advance(params, start(), slots_R, mask_RW, eos_E=eos_E)
+    _, ours = advance(weights=params, state=start(), slots_R=slots_R, mask_RW=mask_RW, eos_E=eos_E)
     steps = EngineConfig().decode_steps
     _, theirs = programs.advance(
         cfg, params, start(), slots_R, mask_RW, sampler="greedy", eos_E=eos_E, num_steps=steps,

@@ -147,7 +147,9 @@ def test_kept_parameters_stay_and_share_nothing():
 
 def test_new_weights_of_the_same_shapes_compile_nothing():
     """Neither their preparation nor a program that takes them."""
-    read = jax.jit(lambda weights: sum(jnp.sum(x) for x in jax.tree.leaves(weights)))
+    read = jax.jit(
+        lambda weights: sum(jnp.sum(x, dtype="float32") for x in jax.tree.leaves(weights))
+    )
 
     def prepared_sum(params: dict) -> float:
         return float(read(weights.prepare(SMALL, params, dtype=jnp.bfloat16, form="fused")))
