@@ -98,11 +98,12 @@ def flags(where: Slice) -> dict[str, xla_flags.Value]:
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """A context in which compilation reads nothing from JAX's persistent cache.
+def without_cache() -> Iterator[None]:
+    """A context in which programs are compiled, whatever JAX's persistent cache holds.
 
-    The trap: on a CPU, XLA serialises a program that came from the cache without the code of its
-    fusions, and a bundle of it fails when it runs.
+    A program from the cache is not dumped, and no compiler runs that could refuse a flag. The trap:
+    on a CPU, XLA serialises a program that came from the cache without the code of its fusions, and
+    a bundle of it fails when it runs.
     """
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -117,7 +118,7 @@ def _without_cache() -> Iterator[None]:
 def compile_program(lowered: jax.stages.Lowered, *, flags: Mapping[str, object]) -> Compiled:
     """The program, compiled with the compiler options `flags`, and its measures."""
     begin = time.perf_counter()
-    with _without_cache():
+    with without_cache():
         program = lowered.compile(compiler_options=dict(flags) or None)
     seconds = time.perf_counter() - begin
     memory, cost = program.memory_analysis(), program.cost_analysis()

@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qwen_jax.analysis import ahead_of_time
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(KINDS)})\(")
@@ -60,7 +62,8 @@ def compile_and_read(lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh) -> Pr
     """Compiles, and reads what the partitioner wrote."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        with _stderr() as log:
+        # A program that comes from the compilation cache is not dumped.
+        with ahead_of_time.without_cache(), _stderr() as log:
             run = lowered.compile(compiler_options=options)
             log.seek(0)
             warnings = log.read()

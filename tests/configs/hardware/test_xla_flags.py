@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs.hardware import chips, xla_flags
+from qwen_jax.analysis import ahead_of_time
 
 # A slice of each TPU, one that has a torus: the smallest on which gathers can overlap.
 SLICES = {"v4": "v4-8", "v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}
@@ -58,6 +59,7 @@ print(json.dumps({"gathers": sum("all-gather(" in line for line in fused)}))
 def _compile(name: str, *, layers: int, width: int, length: int, flags: str) -> dict:
     """Compiles FSDP's loop over layers; how many gathers became parts of a fusion with products."""
     environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache takes no flag
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -85,7 +87,8 @@ def test_the_flags_make_gathers_overlap_on_v4():
 def test_xla_takes_every_gpu_flag_and_refuses_an_unknown_one():
     """The CPU's jaxlib reads the same table of flags as the GPU's."""
     lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(4))
-    lowered.compile(compiler_options=xla_flags.options(chips.CHIPS["h100"]))
+    with ahead_of_time.without_cache():
+        lowered.compile(compiler_options=xla_flags.options(chips.CHIPS["h100"]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_flag"):
         lowered.compile(compiler_options={"xla_gpu_no_such_flag": True})
 
