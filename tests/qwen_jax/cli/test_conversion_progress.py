@@ -6,10 +6,11 @@ from rich import console as rich_console
 
 from qwen_jax.checkpoint.huggingface import exporter, importer
 from qwen_jax.cli import conversion_progress
+from tests.qwen_jax.checkpoint import conftest as folders
 
 
-def test_plan_and_bar(hf, tmp_path):
-    folder = hf.make(tmp_path / "hf")
+def test_plan_and_bar(tmp_path):
+    folder = folders.make(tmp_path / "hf")
     for function, source, target in (
         (importer.import_checkpoint, "hf", "native"),
         (exporter.export_checkpoint, "native", "back"),
@@ -21,7 +22,7 @@ def test_plan_and_bar(hf, tmp_path):
                 tmp_path / source, tmp_path / target,
                 on_plan=shown.on_plan, on_progress=shown.on_progress,
             )  # fmt: skip
-        tensors = len(hf.tensors(folder))
+        tensors = len(folders.tensors(folder))
         assert f"{tmp_path / target}: {tensors} tensors, 0.00 GB; planned peak" in text.getvalue()
         done, total = text.getvalue().split("━ ")[-1].split()[0].split("/")
         assert done == total
