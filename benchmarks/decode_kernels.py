@@ -81,7 +81,7 @@ def make(name: str, *, tiny: bool) -> Setup:
 
 
 def seconds(run, setup: Setup) -> float:
-    """A call's, of several in flight, after two to warm up."""
+    """Seconds of one call, of several in flight, after two calls to warm up."""
     for _ in range(2):
         jax.block_until_ready(run())
     begin = time.perf_counter()
@@ -91,7 +91,7 @@ def seconds(run, setup: Setup) -> float:
 
 
 def plain_layer(cfg, x_RD, values, kv_PSCH, rows, rotation):
-    """The layer by the model's own operations."""
+    """The layer's result, computed by the model's own operations."""
 
     def attend(q_R1NH, k_R1KH, v_R1KH):
         o_RNH, kept = paged.append(
@@ -149,7 +149,7 @@ _PHASES = {
 
 @contextlib.contextmanager
 def without(name: str):
-    """The layer without a phase, or without any: to see what each costs. Its results are wrong."""
+    """The layer without one phase, or without all, to time the phases; its results are wrong."""
     some = [place for one, place in _PHASES.items() if name in (f"without {one}", "barriers alone")]
     kept = [getattr(*place) for place in some]
     jax.clear_caches()
@@ -276,7 +276,7 @@ def time_head(setup: Setup, R: int, tuning: lm_head.Tuning | None) -> None:
 
 
 def time_step(setup: Setup, R: int, ways: tuple, *, profile: bool) -> None:
-    """Whole steps of the engine's program."""
+    """Times whole steps of the engine's program."""
     cfg, steps = setup.cfg, 16
     size = sum(x.nbytes for x in jax.tree.leaves(setup.weights))
     mask_RW = jnp.full((R, -(-cfg.vocab_size // 32)), 2**32 - 1, jnp.uint32)

@@ -41,7 +41,7 @@ from qwen_jax.model import transformer
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """So many requests at once, of so many tokens in and out."""
+    """A load: the number of simultaneous requests, and their tokens in and out."""
 
     requests: int
     prompt: int

@@ -1,4 +1,4 @@
-"""Matrix-vector products, the whole of decoding at batch 1: GB/s by shape and by way.
+"""Matrix-vector products, the whole of decoding at batch 1: GB/s by shape and implementation.
 
     python benchmarks/gemv.py            # on a GPU, about a minute
     python benchmarks/gemv.py --tiny     # rehearsal on a CPU
@@ -85,7 +85,7 @@ def pallas_out(x_MK, w_NK, *, rows: int, columns: int, warps: int, interpret: bo
 
 
 def ways(interpret: bool) -> dict:
-    """name: (function, rows of x, whether the kernel is [K, N], XLA's options)."""
+    """Implementations by name: (function, rows of x, kernel is [K, N], XLA's options)."""
     no_reduction = {"xla_gpu_enable_dot_strength_reduction": False}
     cublas = no_reduction | {"xla_gpu_enable_triton_gemm": False}
     table = {

@@ -121,7 +121,7 @@ def shipped(op: str):
 
 
 def exact(op: str, lhs, rhs, dout, sizes):
-    """The definition in float32, one group after the other over all rows."""
+    """The exact result by the definition, in float32, one group after the other."""
     import jax
     import jax.numpy as jnp
 
@@ -146,7 +146,7 @@ def exact(op: str, lhs, rhs, dout, sizes):
 
 
 def group_sizes(kind: str, *, M: int, E: int):
-    """even; uneven: both sum to M; ragged: every fifth group empty, an eighth of the rows over."""
+    """Group sizes: even, uneven (both sum to M), or ragged (empty groups, M/8 rows over)."""
     import numpy as np
 
     if kind == "even":
@@ -173,7 +173,7 @@ def inputs(shape: str, seed: int, *, tiny: bool):
 
 
 def errors(got, want) -> str:
-    """Of the whole array, and of the worst row: one wrong row must not drown in the others."""
+    """Errors of the whole array, and of its worst row, which the first figure would hide."""
     import jax
     import jax.numpy as jnp
 
@@ -191,7 +191,7 @@ def errors(got, want) -> str:
 
 
 def seconds(f, arguments: list, *, calls: int, repeats: int) -> float:
-    """A call's share of several in a row, so that the host's part is hidden; the median."""
+    """Median seconds of a call, of several in a row so that the host's time is hidden."""
     import jax
 
     jax.block_until_ready([f(*a) for a in arguments])

@@ -1,4 +1,4 @@
-"""Attention over pages on one GPU: decoding by shape and by way, and chunks of prompts.
+"""Attention over pages on one GPU: decoding by shape and implementation, and chunks of prompts.
 
     python benchmarks/paged_attention.py            # about five minutes
     python benchmarks/paged_attention.py --parts steps int8 few   # a minute
@@ -158,7 +158,7 @@ class Table:
 def measure(
     case: Case, table: Table, *, parts: list[str], most_bytes: float, interpret: bool
 ) -> None:
-    """The ways of one case that are asked for."""
+    """Times the requested implementations on one case."""
     inputs = make(case, most_bytes=most_bytes)
     rows = {"table_BM": inputs.table_BM, "lengths_B": inputs.lengths_B}
 
@@ -192,7 +192,7 @@ def measure(
 def int8_ways(
     case: Case, table: Table, inputs: Inputs, ours: Callable, best: paged_gpu.Tuning
 ) -> None:
-    """Ours over int8 pages, and with larger blocks or more warps."""
+    """Times our kernel over int8 pages, also with larger blocks or more warps."""
     quantise = jax.jit(functools.partial(kv_pages.quantise, dtype=jnp.dtype(jnp.bfloat16)))
     layers = [quantise(layer) for layer in inputs.layers]
     for changed in ({}, {"block": 128}, {"warps": 8}):

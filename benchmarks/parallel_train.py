@@ -51,7 +51,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """In the order of their worth, should time run out."""
+    """The cases, most important first, should time run out."""
     whole = {"model": "3b", "layers": 36, "rows": 2}
     part = {"model": "7b", "layers": 8, "rows": 2, "remat": "dots"}
     one, fsdp, tensor = meshes = "fsdp=1", "fsdp=2", "tensor=2"
@@ -89,7 +89,7 @@ def prepare(*, tiny: bool) -> None:
 
 
 def collectives(text: str) -> str:
-    """How many of each kind a compiled program has, loops counted once."""
+    """Number of collectives of each kind in a compiled program, loops counted once."""
     kinds = "all-gather|reduce-scatter|all-reduce|all-to-all"
     found = collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"

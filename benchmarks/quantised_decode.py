@@ -1,4 +1,4 @@
-"""Quantised weights on one GPU: products by matrix and way, and blocks to choose.
+"""Quantised weights on one GPU: times of products by matrix, implementation and block size.
 
     python benchmarks/quantised_decode.py                # both parts, under ten minutes
     python benchmarks/quantised_decode.py --parts tune   # some of: matrices, tune
@@ -74,7 +74,7 @@ def multiply(x, w, *, way: str, embedding: bool):
 
 
 def compiled(job: Job):
-    """The job's program, or the first line of why there is none."""
+    """The job's compiled program, or the first line of the compiler's error."""
     try:
         program = jax.jit(lambda x, ws: [job.run(x, w) for w in ws])
         return program.lower(job.x, job.weights).compile()
@@ -83,7 +83,7 @@ def compiled(job: Job):
 
 
 def seconds(program, job: Job, *, repeats: int) -> float:
-    """Of one product."""
+    """Seconds of one product."""
     for _ in range(2):
         jax.block_until_ready(program(job.x, job.weights))
     times = []
@@ -129,7 +129,7 @@ def draw(key, shape: tuple[int, ...], scale: float):
 
 
 def matrix_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job]:
-    """Plain and every format and implementation of one matrix, by rows."""
+    """Jobs for one matrix: plain, and every format and implementation, by rows."""
     inputs, outputs, embedding = size
     count = 2 if tiny else max(2, min(16, int(3e8 // (2 * inputs * outputs))))
     shape = (outputs, inputs) if embedding else (inputs, outputs)
@@ -168,7 +168,7 @@ def matrix_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[J
 
 
 def tune_jobs(name: str, size: tuple[int, int, bool], *, tiny: bool) -> list[Job]:
-    """The kernel with other blocks than the chosen ones."""
+    """Jobs that time the kernel with other block sizes than the chosen ones."""
     inputs, outputs, embedding = size
     count = 2 if tiny else max(2, min(16, int(3e8 // (2 * inputs * outputs))))
     shape = (outputs, inputs) if embedding else (inputs, outputs)

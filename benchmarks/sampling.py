@@ -102,7 +102,7 @@ def searches(scores_BV, top_k_B, top_p_B, *, steps: int, implementation: str, tu
 
 
 def compare(rows: int, V: int, tunings: list[dict], *, steps: int) -> None:
-    """A line for every way to find cutoffs."""
+    """Prints a line for every implementation of the search for cutoffs."""
     scores_BV = 3 * jax.random.normal(jax.random.key(0), (rows, V), jnp.float32)
     print(f"rows {rows:4}  {'cutoffs, ms':34}" + "".join(f"{name:>9}" for name in SEARCHES))
     found = {}

@@ -1,4 +1,4 @@
-"""What the scheduler's settings come to for some kinds of traffic, on a device that is a formula.
+"""Effect of the scheduler's settings on several kinds of traffic, on a simulated device.
 
     python benchmarks/scheduling.py            # half a minute on a CPU; no accelerator, no jax
     python benchmarks/scheduling.py --tiny     # a rehearsal: few requests
@@ -69,7 +69,7 @@ def _name(settings: EngineConfig) -> str:
 
 
 def drive(settings: EngineConfig, arrivals: Sequence[Arrival]) -> str:
-    """One row of the table."""
+    """Simulates one kind of traffic; returns its row of the table."""
     pages = PageTable(
         NUM_PAGES,
         page_size=settings.page_size,
@@ -135,7 +135,7 @@ def _requests(
     rate: float = 0,
     shared: int = 0,
 ) -> list[Arrival]:
-    """`rate` requests a second, or all at once; all begin with the same `shared` tokens."""
+    """Requests at `rate` a second, or all at once; they share their first `shared` tokens."""
     rng, clock, arrivals = random.Random(0), 0.0, []
     for i in range(num):
         clock += rng.expovariate(rate) if rate else 0
@@ -147,7 +147,7 @@ def _requests(
 
 
 def _chat(rng: random.Random) -> tuple[int, int]:
-    """Prompts of 300 tokens in the middle, one in a hundred above 4,000; answers to 512."""
+    """Prompt and answer lengths of a chat: median 300, one in 100 above 4,000; up to 512."""
     return min(8192, max(8, int(rng.lognormvariate(5.7, 1.1)))), rng.randint(16, 512)
 
 

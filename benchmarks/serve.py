@@ -107,7 +107,7 @@ async def _status(address: tuple[str, int]) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """The child: random weights, or an engine that costs nothing."""
+    """Runs the server process, with random weights or an engine that costs nothing."""
     from configs.sampling import SamplingParams
     from configs.server import ServerConfig
     from infer import server as server_lib
@@ -209,7 +209,7 @@ async def rise(address: tuple[str, int], arguments: argparse.Namespace) -> int:
 
 
 async def run_rate(address: tuple[str, int], rate: float, arguments: argparse.Namespace) -> int:
-    """One row of the table; the number of requests that were lost."""
+    """Prints one row of the table, and returns the number of requests that were lost."""
     rng = random.Random(rate)
     now, cpu = time.perf_counter(), time.process_time()
     start, tasks, most = now, [], 0

@@ -1,4 +1,4 @@
-"""Tokens a second without guesses, with prompt lookup and with a draft model, side by side.
+"""Tokens a second without draft tokens, with prompt lookup and with a draft model, side by side.
 
     python benchmarks/speculation.py                                  # GPU: 7B, draft of 0.5B
     python benchmarks/speculation.py --model FOLDER --draft FOLDER    # real checkpoints, real text
@@ -56,7 +56,7 @@ TEXTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model ready for an engine, and how text becomes tokens, if it reads text."""
+    """A model ready for an engine, and its tokenizer if it reads text."""
 
     cfg: ModelConfig
     params: dict
@@ -118,7 +118,7 @@ def random_params(cfg: ModelConfig) -> dict:
 
 
 def follow(cfg: ModelConfig, params: dict, *, agree: float) -> dict:
-    """Random weights after which token t is followed by t + 1, for this share of all tokens."""
+    """Random weights with which a share `agree` of all tokens t is followed by t + 1."""
     layers = params["layers"]
     for part, name in (("attention", "o"), ("mlp", "down")):
         layers[part][name]["kernel"] *= 0
@@ -207,7 +207,7 @@ def prompts(
 
 
 def drive(one: engine_lib.Engine, requests: list[Request]) -> tuple[dict[str, list[int]], float]:
-    """Answers, and tokens a second from the first token of all on."""
+    """The answers, and tokens a second once every request has its first token."""
     answers: dict[str, list[int]] = {request.id: [] for request in requests}
     for request in requests:
         one.submit(request)

@@ -74,7 +74,7 @@ def ceilings(*, tiny: bool) -> tuple[float, float]:
 
 
 def median_seconds(run, *, repeats: int = 5) -> float:
-    """Of `repeats` calls after one that compiles."""
+    """Median seconds of `repeats` calls after one that compiles."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):

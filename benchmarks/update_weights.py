@@ -1,4 +1,4 @@
-"""New weights for a running engine: how long until they serve, and until the next first token.
+"""Seconds until a running engine serves new weights, and until its next first token.
 
     python benchmarks/update_weights.py           # on a GPU: 0.5B and 7B, random bfloat16 weights
     python benchmarks/update_weights.py --tiny    # a rehearsal on a CPU

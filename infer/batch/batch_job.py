@@ -1,4 +1,4 @@
-"""A file of prompts to a file of answers, one JSON object a line.
+"""Batch job: answers a file of prompts into a file of answers, one JSON object a line.
 
 `infer.batch.job_lines` says what lines may hold and how they are answered. Answers are written as
 they come; a job started again, after whatever end, answers only what is missing, and tries refused
@@ -30,7 +30,7 @@ _VECTORS_AT_ONCE = 64  # lines
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run did: lines answered, refused, and found answered already."""
+    """Counts of the lines that a run answered, refused, and found already answered."""
 
     path: Path  # of the answers
     answered: int
@@ -42,7 +42,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """1 where a line was refused."""
+        """Exit code of the command: 1 if a line was refused, else 0."""
         return 1 if self.failed else 0
 
 

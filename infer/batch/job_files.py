@@ -35,7 +35,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """`0/4`: the first of four."""
+        """The share that a text names: `0/4` is the first of four."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()):
             raise ValueError(f"share {text!r} must be written like 0/4, the first of four")
@@ -53,7 +53,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is not blank."""
+    """One line of the input file that is not blank."""
 
     number: int
     custom_id: str
@@ -87,7 +87,7 @@ def _parse(raw: bytes, number: int, *, where: str) -> Line:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    """Whether UTF-8 can encode the text; JSON can spell lone surrogates, UTF-8 cannot."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -113,7 +113,7 @@ class Index:
         return len(self.numbers)
 
     def row(self, custom_id: str) -> int | None:
-        """None where no line has it."""
+        """Row of the line with this custom_id; None if there is no such line."""
         first, second = np.frombuffer(_digest(custom_id), np.uint64)
         place = int(np.searchsorted(self._keys[:, 0], first))
         while place < len(self) and self._keys[place, 0] == first:
@@ -123,7 +123,7 @@ class Index:
         return None
 
     def rows(self, share: Share) -> np.ndarray:
-        """Which rows are of the share, as booleans."""
+        """Mask of the rows that belong to the share, as booleans."""
         return (self.numbers - 1) % share.count == share.index
 
     def _refuse(self, first: int, second: int) -> None:
@@ -193,14 +193,14 @@ class Output:
         self._file = file
 
     def write(self, record: dict[str, Any]) -> None:
-        """A line, which is in the system's hands when this returns."""
+        """Writes a record as one line, which the system has received when this returns."""
         self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self._file.flush()
         if time.monotonic() - self._synced > _SECONDS_UNSYNCED:
             self.sync()
 
     def sync(self) -> None:
-        """Waits until all is on the disk."""
+        """Waits until all written records are on the disk."""
         _sync(self._file)
         self._synced = time.monotonic()
 

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What all lines of a job share.
+    """The settings that all lines of a job share.
 
     `settings` serve lines that do not set their own. `models` are the names that a body may ask
     for; answers carry the first.
@@ -63,7 +63,7 @@ class VectorJob:
 
 
 def job(line: Line, terms: Terms) -> TextJob | VectorJob:
-    """What a line asks for. Raises `ValueError`, without naming the line."""
+    """The job that a line asks for. Raises `ValueError`, without naming the line."""
     if line.record is None:
         raise ValueError(line.problem)
     if _is_openai(line):
@@ -96,7 +96,7 @@ def is_error(record: Mapping[str, Any]) -> bool:
 
 
 def _seed(line: Line, terms: Terms) -> int:
-    """A seed of the line's own, for where it does not say one."""
+    """The seed of a line that gives none; every line has its own."""
     return zlib.crc32(f"{terms.settings.seed}:{line.custom_id}".encode())
 
 

@@ -1,4 +1,4 @@
-"""How far a job is, how fast, and how long it will take."""
+"""Progress of a job: lines done, speed, and remaining time."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ _BETWEEN_BARS, _BETWEEN_LINES = 0.2, 30.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A job's state: lines that are through, of how many; tokens made a second."""
+    """A job's progress: lines done, lines in total, and tokens generated a second."""
 
     finished: int
     total: int
@@ -31,8 +31,8 @@ Report = Callable[[Progress], None]
 class Meter:
     """Counts lines and tokens.
 
-    The time left is that of the lines that are left at the pace so far, where a line under way
-    counts by its tokens, as a part of the mean of those that are through.
+    The remaining time is that of the remaining lines at the pace so far. A line in progress
+    counts as a part of a line: its tokens over the mean tokens of the finished lines.
     """
 
     def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +47,7 @@ class Meter:
         self._tokens += count
 
     def finish(self, tokens: int) -> None:
-        """A line was answered with so many tokens, all added before."""
+        """Counts a line as answered; `add_tokens` has already counted all its `tokens`."""
         self._finished += 1
         self._tokens_finished += tokens
 
@@ -104,7 +104,7 @@ def bar() -> Iterator[Report]:
 
 
 def describe(p: Progress) -> str:
-    """One line of text."""
+    """The progress as one line of text."""
     return f"{p.finished} of {p.total} lines, {_rest(p)}"
 
 

@@ -1,4 +1,4 @@
-"""Which tokens a JSON schema, a regular expression or a grammar allows next.
+"""Masks of the tokens that a JSON schema, a regular expression or a grammar allows next.
 
 The masks come from llguidance: of the libraries tried it alone needs no torch (xgrammar brings
 torch, transformers and triton), knows recursive schemas and grammars (outlines-core turns all into
@@ -55,7 +55,7 @@ class Compiled:
     vocab_size: int
 
     def start(self) -> Constraint:
-        """The state of an answer of which nothing is written yet."""
+        """The constraint's state at the beginning of an answer."""
         return _State(self.matcher.deep_copy(), vocab_size=self.vocab_size)
 
 
@@ -210,7 +210,7 @@ def _schema_grammar(schema: dict[str, Any]) -> str:
 
 
 def _refusal(schema: Any, library: llguidance.LLTokenizer) -> str:
-    """What llguidance has against a schema; nothing where it takes it."""
+    """llguidance's error message for a schema; empty if it accepts the schema."""
     try:
         return llguidance.LLMatcher.validate_grammar(_schema_grammar(schema), library)
     except RecursionError:
@@ -238,7 +238,7 @@ def _innermost(
 
 
 def _check_cost(schema: dict[str, Any], *, name: str) -> None:
-    """Refuses what llguidance would round, and what it would take minutes over.
+    """Refuses schemas that llguidance would round, or would need minutes to compile.
 
     Its automaton of multiples has a state for each remainder of the least common multiple of all
     multipleOf that meet; whether patterns that meet leave anything takes twice as long with each.
@@ -283,7 +283,7 @@ def _narrows_another(value: Any) -> bool:
 
 
 def _entries(value: Any) -> Iterator[tuple[str | None, Any]]:
-    """All that is somewhere in JSON data, itself included, each with its key."""
+    """All values nested in JSON data, the data itself included, each with its key."""
     left: list[tuple[str | None, Any]] = [(None, value)]
     while left:
         name, part = left.pop()
@@ -327,7 +327,7 @@ def _escaped(text: str) -> str:
 
 
 def _readable(message: str) -> str:
-    """One line, with the place in a regular expression where it has one."""
+    """The error message as one line, with its place in a regular expression if it has one."""
     found = re.search(r"\n {4}(.*)\n {4}( *)\^+\nerror: (.*)", message)
     if found:
         place, reason = len(found[2]), found[3]

@@ -1,4 +1,4 @@
-"""What an answer must look like, as a request says it; `infer.constraints.compiler` compiles it."""
+"""The form of an answer that a request asks for; `infer.constraints.compiler` compiles it."""
 
 import dataclasses
 import json

@@ -1,1 +1,1 @@
-"""Benchmarks from files, and lm-evaluation-harness, over whatever continues and scores tokens."""
+"""Benchmarks from files and lm-evaluation-harness, run on any evaluation backend."""

@@ -37,7 +37,7 @@ class ServiceBackend:
         return self._max_length
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[tuple[int, str]]:
-        """(index, text) of each request when it is complete.
+        """Pairs (index, text) of the requests, each when it is complete.
 
         Raises `ValueError` for a request that the engine cannot serve.
         """
@@ -61,7 +61,7 @@ class ServiceBackend:
                     yield int(update.id), texts.pop(update.id)
 
     def loglikelihood(self, requests: Iterable[ScoringRequest]) -> Iterator[tuple[int, Score]]:
-        """(index, score) of each request when it is ready.
+        """Pairs (index, score) of the requests, each when it is ready.
 
         Neighbours that differ only in their last token share one prefill, which reports the
         likeliest tokens of every position; a last token that is not among them is scored by a

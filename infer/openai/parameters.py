@@ -73,7 +73,7 @@ class Reader:
         return value
 
     def drop(self, *names: str) -> None:
-        """Passes over labels, which have no effect on an answer."""
+        """Ignores parameters that are only labels and have no effect on an answer."""
         for name in names:
             self._left.pop(name, None)
 
@@ -100,7 +100,7 @@ class Reader:
 
 
 def sampling(reader: Reader, *, defaults: SamplingParams, **own: int | None) -> SamplingParams:
-    """`defaults` with what the object says; `own` are fields that the caller read itself."""
+    """Sampling parameters: `defaults`, the object's values, and `own`, read by the caller."""
     given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     for name, kind in SAMPLING.items():
         if name in reader:
@@ -118,7 +118,7 @@ def sampling(reader: Reader, *, defaults: SamplingParams, **own: int | None) -> 
 
 
 def stop(reader: Reader) -> tuple[str, ...]:
-    """Stop strings: one, or a list."""
+    """The stop strings, given as one string or as a list."""
     value = reader.take("stop", (str, list), [])
     stops = [value] if isinstance(value, str) else value
     if not all(isinstance(text, str) and text for text in stops):
@@ -127,7 +127,7 @@ def stop(reader: Reader) -> tuple[str, ...]:
 
 
 def constraint(reader: Reader) -> ConstraintSpec | None:
-    """What `response_format`, `structured_outputs` or one of the `guided_` keys asks for."""
+    """The constraint that `response_format`, `structured_outputs` or a `guided_` key sets."""
     found: list[tuple[str, str, Any]] = []  # parameter, kind, value
     if "response_format" in reader:
         found += _response_format(reader.take("response_format", dict))

@@ -77,7 +77,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsCall:
-    """A call for a vector of each prompt."""
+    """A parsed call for an embedding of each prompt."""
 
     model: str | None
     prompts: tuple[str | tuple[int, ...], ...]
@@ -85,7 +85,7 @@ class EmbeddingsCall:
 
 
 def parse_chat(body: Mapping[str, Any], *, id: str, defaults: SamplingParams) -> Call:
-    """The body of a call to /v1/chat/completions; its one request has this id.
+    """The call parsed from a body for /v1/chat/completions; its one request has this id.
 
     `defaults` serve what the body does not say; their seed is that of a body without one. Raises
     `ParameterError`, a `ValueError` that names the parameter.
@@ -115,7 +115,7 @@ def parse_chat(body: Mapping[str, Any], *, id: str, defaults: SamplingParams) ->
 
 
 def parse_completion(body: Mapping[str, Any], *, id: str, defaults: SamplingParams) -> Call:
-    """The body of a call to /v1/completions; as `parse_chat`.
+    """The call parsed from a body for /v1/completions; as `parse_chat`.
 
     Several prompts give several requests, with ids `<id>/<number of the prompt>`. With echo and
     logprobs the prompt's are given too, and max_tokens may be 0, which only scores the prompt.
@@ -149,7 +149,7 @@ def parse_completion(body: Mapping[str, Any], *, id: str, defaults: SamplingPara
 
 
 def parse_embeddings(body: Mapping[str, Any]) -> EmbeddingsCall:
-    """The body of a call to /v1/embeddings. Raises `ParameterError`."""
+    """The call parsed from a body for /v1/embeddings. Raises `ParameterError`."""
     reader = Reader(body)
     reader.drop(*_LABELS)
     for name, remedy in _REFUSED.items():
@@ -295,7 +295,7 @@ def _named(choice: str | dict[str, Any]) -> str:
 
 
 def _prompts(name: str, value: str | list | None) -> tuple[str | tuple[int, ...], ...]:
-    """One text, texts, token ids, or lists of token ids."""
+    """The prompts, given as one text, texts, token ids, or lists of token ids."""
     if isinstance(value, str):
         return (value,)
     if value and all(isinstance(item, str) for item in value):

@@ -1,4 +1,4 @@
-"""Answers in the forms of OpenAI's API.
+"""Responses in the JSON format of OpenAI's API.
 
 Logprobs are the model's own, whatever temperature and cutoffs were. Tokens that add nothing to the
 text (the closing one, those of a stop string) are not listed among them.
@@ -78,7 +78,7 @@ def usage_chunk(
 
 
 def usage(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The tokens that the requests of one call took."""
+    """Token counts of all requests of one call, as the `usage` object."""
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
     return {
@@ -92,7 +92,7 @@ def usage(usages: Sequence[Usage]) -> dict[str, Any]:
 def embeddings_response(
     call: EmbeddingsCall, embeddings: Embeddings, *, model: str
 ) -> dict[str, Any]:
-    """Vectors as numbers or as base64 of little-endian float32."""
+    """The response to a call for embeddings: numbers, or base64 of little-endian float32."""
     data = []
     for index, vector_D in enumerate(embeddings.vectors_ND):
         values: Any = vector_D.tolist()
@@ -111,7 +111,7 @@ def error(
     param: str | None = None,
     code: str | None = None,
 ) -> dict[str, Any]:
-    """The body of a refusal."""
+    """The JSON body of an error response."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
@@ -167,7 +167,7 @@ def _echoed(call: Call, entries: Sequence[TextLogprobs]) -> Sequence[TextLogprob
 def _extensions(
     call: Call, tokens: Sequence[int], prompt: Sequence[TextLogprobs]
 ) -> dict[str, Any]:
-    """What OpenAI's form has no place for: token ids, and a prompt's logprobs by token id."""
+    """Fields beyond OpenAI's format: token ids, and a prompt's logprobs by token id."""
     values: dict[str, Any] = {}
     if call.token_ids == "shown":
         values["token_ids"] = list(tokens)

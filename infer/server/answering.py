@@ -58,13 +58,13 @@ class Generate:
                 state.engine.close(stream)
 
     def _read(self, body: dict[str, Any], id: str) -> parsing.Call:
-        """Requests without a seed are not the same twice."""
+        """The parsed call; requests without a seed get a random one."""
         defaults = self._state.service.defaults
         defaults = dataclasses.replace(defaults, seed=secrets.randbits(32))
         return self._parse(body, id=id, defaults=defaults)
 
     def _encode(self, call: parsing.Call) -> list[TextRequest]:
-        """Prompts as tokens, and grammars compiled: the engine's thread has the engine alone."""
+        """Requests with encoded prompts and compiled grammars, to spare the engine's thread."""
         self._state.service.constraint(call.requests[0].constraint)  # all requests have the same
         return [
             dataclasses.replace(request, prompt=self._tokens(request), tools=None)
@@ -78,7 +78,7 @@ class Generate:
 
 
 class _Answer:
-    """One call's answer, on its way."""
+    """The answer to one call while it is being made."""
 
     def __init__(self, call: parsing.Call, *, id: str, model: str) -> None:
         self._call = call
@@ -145,7 +145,7 @@ class _Answer:
 
 
 class _Tools:
-    """The calls of tools in one choice, cut out of it as its text comes."""
+    """A parser that separates the tool calls of one choice from its text as it arrives."""
 
     def __init__(self) -> None:
         self.num_calls = 0

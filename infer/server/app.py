@@ -1,4 +1,4 @@
-"""The server's addresses, and what each of them says."""
+"""The ASGI application: the server's routes and their handlers."""
 
 import time
 
@@ -39,12 +39,12 @@ def build(state: State) -> Starlette:
         return json_response(model())
 
     def health(request: Request) -> Response:
-        """Alive: restarting the process would not make it better."""
+        """Response of the liveness probe: 503 if the engine has failed or stopped."""
         alive = state.engine.state not in ("failed", "stopped")
         return json_response({"status": state.engine.state}, status=200 if alive else 503)
 
     def ready(request: Request) -> Response:
-        """Warm, and not about to stop: new calls are answered."""
+        """Response of the readiness probe: 200 if the server is warm and not about to stop."""
         status = "draining" if state.gate.draining else state.engine.state
         return json_response({"status": status}, status=200 if status == "ready" else 503)
 

@@ -1,4 +1,4 @@
-"""The server's own description in OpenAPI 3.1: which calls there are, and which bodies they take.
+"""The server's own description in OpenAPI 3.1: its calls and their request bodies.
 
 Bodies are described by what is honoured; labels that have no effect, and parameters that are taken
 only where they ask for what is done anyway, are in `infer/openai/parsing.py`.
@@ -204,7 +204,7 @@ _REFUSALS = {
 
 
 def openapi(model_name: str) -> Schema:
-    """The whole description, as /openapi.json gives it."""
+    """The complete OpenAPI description that /openapi.json returns."""
     error = {"$ref": "#/components/schemas/Error"}
     refusals = {
         str(status): {"description": text, "content": {"application/json": {"schema": error}}}

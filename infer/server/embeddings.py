@@ -19,7 +19,7 @@ AT_ONCE = 4  # prompts of a call that the engine takes in one round
 
 
 class Embed:
-    """Answers to calls for vectors."""
+    """The endpoint that answers calls for embeddings."""
 
     def __init__(self, state: State) -> None:
         self._state = state

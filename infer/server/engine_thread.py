@@ -36,7 +36,7 @@ class TooSlow(Exception):
 
 
 class ClientLeft(Exception):
-    """Nobody is there to take the answer."""
+    """The client closed its connection before the answer was complete."""
 
 
 class Stream:
@@ -101,7 +101,7 @@ class EngineThread:
 
     @property
     def num_open(self) -> int:
-        """Requests and calls for embeddings that somebody waits for."""
+        """Number of requests and calls for embeddings that are still open."""
         return len(self._streams) + len(self._futures)
 
     def start(self) -> None:
@@ -128,13 +128,13 @@ class EngineThread:
         return stream
 
     def close(self, stream: Stream) -> None:
-        """Nobody listens any more; what is still running of the requests is cancelled."""
+        """Closes a stream that has no reader any more, and cancels its unfinished requests."""
         for id in stream.ids:
             if self._streams.pop(id, None) is not None and id in stream.open:
                 self._orders.put(functools.partial(self.service.cancel, id))
 
     async def embed(self, prompts: Sequence[Sequence[int]]) -> Embeddings:
-        """Vectors of a few prompts. Raises `Refused` or `EngineFailed`."""
+        """Embedding vectors of a few prompts. Raises `Refused` or `EngineFailed`."""
         if self.state in ("failed", "stopped"):
             raise EngineFailed("the engine is not running")
         future = self._loop.create_future()
@@ -182,7 +182,7 @@ class EngineThread:
             self.state = state
 
     def end(self, state: State, reason: str) -> None:
-        """Every request that is open fails, and none can be opened."""
+        """Fails every open request, and refuses new ones from now on."""
         self._set_state(state)
         for stream in set(self._streams.values()):
             stream.fail(EngineFailed(reason))

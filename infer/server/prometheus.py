@@ -1,4 +1,4 @@
-"""What a server tells Prometheus about its requests and its engine."""
+"""Prometheus metrics of a server's requests and of its engine."""
 
 import contextlib
 import time
@@ -68,7 +68,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def call(self, endpoint: str) -> Iterator["Call"]:
-        """Measures one call; its outcome is what the call has been told by the end."""
+        """Measures one call; the outcome counted is the one set on the yielded `Call`."""
         call = Call(self._first.labels(endpoint), self._between.labels(endpoint))
         try:
             yield call
@@ -81,7 +81,7 @@ class Metrics:
 
 
 class Call:
-    """One call: when its tokens came, and how it ended."""
+    """Measurements of one call: the times of its tokens, and its outcome."""
 
     def __init__(self, first: prometheus.Histogram, between: prometheus.Histogram) -> None:
         self.start = time.monotonic()
@@ -90,7 +90,7 @@ class Call:
         self._last: dict[tuple[str, int], float] = {}
 
     def saw(self, updates: Iterable[Update]) -> None:
-        """Tokens of answers are there."""
+        """Records the arrival of the answers' tokens in these updates."""
         now = time.monotonic()
         for update in updates:
             if not update.tokens:

@@ -1,4 +1,4 @@
-"""Starts a server, and ends it when it is told to."""
+"""Starts a server, and stops it on SIGTERM or SIGINT."""
 
 import asyncio
 import concurrent.futures
@@ -79,7 +79,7 @@ class Running:
         self.num_cut = 0  # answers that draining has not waited for
 
     async def serve(self, listener: socket.socket) -> int:
-        """Until told to stop; 0 if every answer was finished, 1 if some were cut off."""
+        """Serves until told to stop; returns 0 if every answer was finished, else 1."""
         state = self.state
         state.engine.start()
         watching = asyncio.create_task(_watch(state.engine, state.settings))
@@ -94,7 +94,7 @@ class Running:
         return 1 if self.num_cut else 0
 
     async def _drain(self) -> None:
-        """Lets open calls finish, and nothing new begin."""
+        """Waits for open calls to finish, and refuses new ones."""
         gate, seconds = self.state.gate, self.state.settings.drain_seconds
         gate.draining = True
         try:

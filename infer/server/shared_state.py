@@ -1,4 +1,4 @@
-"""What all calls of one server share, and how a call is let in and let out."""
+"""State that all calls of one server share, and the base class of its endpoints."""
 
 import asyncio
 import concurrent.futures
@@ -81,7 +81,7 @@ class State:
 
 
 class Sender:
-    """A client's side of one call; knows how to say that the call has failed half-way."""
+    """The sender of one call's response, which can report a failure half-way through."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -118,7 +118,7 @@ Answer = Callable[[Request, Sender, metrics_lib.Call], Awaitable[None]]
 
 
 class Endpoint:
-    """An ASGI application that answers one kind of call, or says why it does not."""
+    """An ASGI application that answers one kind of call, or responds with the error."""
 
     def __init__(self, state: State, name: str, answer: Answer) -> None:
         self._state, self._name, self._answer = state, name, answer

@@ -170,7 +170,7 @@ def _draft(path: str | Path, model: str | Path, loaded: Loaded) -> draft_lib.Dra
 
 
 def sampling_defaults(said: GenerationConfig) -> SamplingParams:
-    """generation_config.json's settings; `SamplingParams`'s defaults where it says nothing.
+    """Sampling settings of generation_config.json, with `SamplingParams`'s defaults.
 
     `do_sample: false` is temperature 0.
     """

@@ -63,7 +63,7 @@ class Update:
 
     @property
     def empty(self) -> bool:
-        """True for a piece that holds nothing to report."""
+        """Whether the piece holds nothing to report."""
         return not (
             self.text or self.tokens or self.logprobs or self.prompt_logprobs or self.finish_reason
         )

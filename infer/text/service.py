@@ -1,4 +1,4 @@
-"""Text in, text out, over an engine that knows tokens alone.
+"""A text service over an engine that knows only tokens: text in, text out.
 
 Used by jobs, the server, one prompt and chat. One thread calls it, as it does the engine.
 """
@@ -24,7 +24,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Engine(Protocol):
-    """What is used of `infer.engine.engine.Engine`."""
+    """The part of `infer.engine.engine.Engine`'s interface that the service uses."""
 
     idle: bool
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """A prompt and how to answer it. `id` tells it apart among those that are open."""
+    """A prompt with the settings of its answer. `id` tells it apart among those that are open."""
 
     id: str
     prompt: Prompt  # a text, token ids, or a conversation
@@ -72,9 +72,9 @@ class Embeddings:
 
 
 class Service:
-    """Open requests by id.
+    """A service that turns requests with text into engine requests, and tokens into text.
 
-    An error of one is raised by its `submit`, or told by its last update, and touches no other.
+    A request's error is raised by its `submit` or given in its last update; others go on.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        """Nothing is open, here or in the engine."""
+        """Whether no request is open, here or in the engine."""
         return not self._open and self.engine.idle
 
     @property
     def num_open(self) -> int:
-        """Requests whose last update has not come."""
+        """Number of requests whose last update has not come."""
         return len(self._open)
 
     def encode(self, request: TextRequest) -> tuple[int, ...]:
@@ -171,11 +171,11 @@ class Service:
                 self.engine.cancel(name)
 
     def step(self) -> list[Update]:
-        """One round of the engine; what has become text."""
+        """Runs one round of the engine and returns the updates with new text."""
         return [update for event in self.engine.step() for update in self._updates(event)]
 
     def encode_input(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """The tokens of what is to be embedded."""
+        """The tokens of a prompt that is to be embedded."""
         return self._not_empty(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def embed(self, prompts: Sequence[str | Sequence[int]]) -> Embeddings:
@@ -192,7 +192,7 @@ class Service:
         return tuple(tokens) or (self._bos_id,)
 
     def constraint(self, spec: ConstraintSpec | None) -> "_Guard | None":
-        """A fresh one. Any thread may call it: what it compiles is kept for `submit` to find.
+        """A new constraint. Any thread may call this: `submit` finds what it has compiled.
 
         Raises `ValueError` for what cannot be compiled.
         """
@@ -240,7 +240,7 @@ class _Guard:
         self.error: str | None = None
 
     def mask(self) -> np.ndarray:
-        """The constraint's; after a failure the last one, until the answer is ended."""
+        """The constraint's mask; after a failure the last mask, until the answer is ended."""
         if self.error is None:
             try:
                 self._mask_W = self._inner.mask()
@@ -257,7 +257,7 @@ class _Guard:
 
 
 class _Open:
-    """A request under way: its choices, and what it has cost."""
+    """An open request: its choices, and the tokens it has used."""
 
     def __init__(self, request: TextRequest, *, num_prompt: int) -> None:
         self.request = request
@@ -269,7 +269,7 @@ class _Open:
 
     @property
     def streams(self) -> bool:
-        """False where choices must be complete before it is known which are given."""
+        """Whether choices can be streamed; not if `best_of` picks among complete ones."""
         return (self.request.best_of or self.request.n) == self.request.n
 
     def best(self) -> list[Update]:
@@ -303,7 +303,7 @@ class _Open:
 
 
 def _sampling(request: TextRequest, index: int) -> SamplingParams:
-    """A choice's own seed; the first has the request's, so that it is the answer of n = 1."""
+    """Sampling settings of one choice, with its own seed; the first has the request's seed."""
     own: dict[str, Any] = {}
     if index:
         own["seed"] = zlib.crc32(f"{request.sampling.seed}:{index}".encode())

@@ -1,4 +1,4 @@
-"""Reads a request's body, whatever a client sends: within its limits, or not at all."""
+"""Reads a request's body as JSON, within limits on its size and on the time it takes."""
 
 import asyncio
 import json

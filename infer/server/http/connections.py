@@ -1,4 +1,4 @@
-"""Connections whose clients may not be slow for ever, and a server that drains when it is told to.
+"""Connections with limits on slow clients, and a server that drains on a signal.
 
 uvicorn bounds neither the time nor the size of a request's headers, and waits without limit for
 a client that takes nothing of its answer.
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Connection(httptools_impl.HttpToolsProtocol):
-    """uvicorn's, with limits on slow clients; the loss of a connection ends its request."""
+    """uvicorn's connection, with limits on slow clients; its loss ends the request."""
 
     def __init__(self, *args: Any, settings: ServerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -116,7 +116,7 @@ class Connection(httptools_impl.HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's; the first signal drains, the second ends at once."""
+    """uvicorn's server; the first signal drains it, the second ends it at once."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     def begin_drain(self) -> None:
-        """Goes on answering what is open, and ends when that is done."""
+        """Begins to drain: open calls are answered, then the server ends."""
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain_and_exit())
 

@@ -1,4 +1,4 @@
-"""What goes wrong with one request, and the answer that says so."""
+"""Errors of one request, and the HTTP responses that report them."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Who may ask, and how much at one time."""
+"""The check of the API key, and the limit on the number of answers in progress."""
 
 import contextlib
 import hmac
@@ -14,7 +14,7 @@ API_KEY = "QWEN_JAX_API_KEY"
 
 
 def read_key(settings: ServerConfig) -> str | None:
-    """The API key of the file, or else of the environment; None: there is none.
+    """The API key from the file, or else from the environment; None if neither has one.
 
     Raises `ValueError` for an empty key and for a file that everybody on the machine may read.
     """
@@ -50,7 +50,7 @@ def check_key(key: str | None, authorization: str | None) -> None:
 
 
 class Gate:
-    """Counts the answers that are asked for and not yet given, those in the queue included."""
+    """A counter of the answers in progress, queued ones included, with an upper limit."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -58,7 +58,7 @@ class Gate:
         self.draining = False
 
     def check_draining(self) -> None:
-        """Raises 503 where nothing new may begin."""
+        """Raises 503 while the server drains."""
         if self.draining:
             raise HttpError(503, "the server is stopping; ask another one", headers=_LATER)
 
